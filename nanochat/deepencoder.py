@@ -1,0 +1,352 @@
+"""
+DeepEncoder (DeepSeek-OCR, arXiv 2510.18234, section 3.2): SAM ViT -> neck -> two stride-2 convolutions (16x fewer tokens) ->
+CLIP ViT; the features are the concatenation [CLIP, SAM]. Module and parameter names are the published checkpoint's.
+
+Shapes: B images, S px a side, C channels, (H, W) patches = S / patch_size, (h, w) tokens = (H, W) / 4.
+"""
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.layers import Conv2d, LayerNorm, Linear, trunc_normal_linears
+
+MIN_BATCH_FOR_STATISTICS = 8  # below this many images, batch statistics are too noisy: running ones are used
+
+
+# -----------------------------------------------------------------------------
+# SAM ViT
+
+def relative_positions(table, size):
+    """Rows of a (2L-1, d) table for every (query, key) pair along one axis -> (size, size, d). Another length is interpolated."""
+    if table.size(0) != 2 * size - 1:
+        table = F.interpolate(table.float().t()[None], size=2 * size - 1, mode="linear")[0].t().to(table.dtype)
+    i = torch.arange(size, device=table.device)
+    return table[i[:, None] - i[None, :] + size - 1]
+
+
+class SAMAttention(nn.Module):
+    """
+    Attention over an (H, W) grid with decomposed relative positions: logit = q.k / sqrt(d) + q.Rh[dh] + q.Rw[dw].
+    The bias is folded into the dot product: q is extended by its H + W bias values, k by the one-hot code of its row and
+    column. The sum is the same number, and SDPA's fused kernels run without an (H*W, H*W) mask ever being stored.
+    """
+    def __init__(self, width, n_head, grid):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, width // n_head))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, width // n_head))
+
+    def forward(self, x):  # (B, H, W, C)
+        B, H, W, C = x.shape
+        d = C // self.n_head
+        q, k, v = self.qkv(x).view(B, H * W, 3, self.n_head, d).permute(2, 0, 3, 1, 4)  # 3 x (B, n_head, HW, d)
+        grid_q = q.reshape(B, self.n_head, H, W, d)
+        bias_h = torch.einsum("bnhwd,hkd->bnhwk", grid_q, relative_positions(self.rel_pos_h.to(x.dtype), H))
+        bias_w = torch.einsum("bnhwd,wkd->bnhwk", grid_q, relative_positions(self.rel_pos_w.to(x.dtype), W))
+        rows = torch.eye(H, device=x.device, dtype=x.dtype).repeat_interleave(W, 0)  # (HW, H)
+        cols = torch.eye(W, device=x.device, dtype=x.dtype).repeat(H, 1)             # (HW, W)
+        code = torch.cat([rows, cols], -1).expand(B, self.n_head, -1, -1)
+        pad = -(d + H + W) % 8  # fused kernels want head sizes in multiples of 8
+        q = F.pad(torch.cat([q * d ** -0.5, bias_h.flatten(2, 3), bias_w.flatten(2, 3)], -1), (0, pad))
+        k = F.pad(torch.cat([k, code], -1), (0, pad))
+        v = F.pad(v, (0, H + W + pad))
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+        return self.proj(y.transpose(1, 2).reshape(B, H, W, C))
+
+
+class SAMMLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.lin1 = Linear(width, 4 * width)
+        self.lin2 = Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.lin2(F.gelu(self.lin1(x)))
+
+
+class SAMBlock(nn.Module):
+    def __init__(self, width, n_head, window, grid):
+        super().__init__()
+        self.window = window  # 0 = global attention
+        self.norm1 = LayerNorm(width, eps=1e-6)
+        self.attn = SAMAttention(width, n_head, window or grid)
+        self.norm2 = LayerNorm(width, eps=1e-6)
+        self.mlp = SAMMLP(width)
+
+    def forward(self, x):  # (B, H, W, C)
+        y = self.norm1(x)
+        x = x + (self.windowed(y) if self.window else self.attn(y))
+        return x + self.mlp(self.norm2(x))
+
+    def windowed(self, x):
+        """Zero-pads to whole windows after the norm; padded positions are attended to, as published."""
+        B, H, W, C = x.shape
+        w = self.window
+        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))
+        nh, nw = x.size(1) // w, x.size(2) // w
+        x = x.view(B, nh, w, nw, w, C).transpose(2, 3).reshape(B * nh * nw, w, w, C)
+        x = self.attn(x)
+        x = x.view(B, nh, nw, w, w, C).transpose(2, 3).reshape(B, nh * w, nw * w, C)
+        return x[:, :H, :W]
+
+
+class LayerNorm2d(LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, width):
+        super().__init__()
+        self.proj = Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, x):  # (B, 3, S, S) -> (B, H, W, C)
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class SAM(nn.Module):
+    """SAM ViT, neck and compressor: (B, 3, S, S) -> (B, net_3, h, w)."""
+    def __init__(self, cfg):
+        super().__init__()
+        grid = cfg.image_size // cfg.patch_size
+        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, cfg.width))
+        self.blocks = nn.ModuleList(
+            SAMBlock(cfg.width, cfg.n_head, 0 if i in cfg.global_blocks else cfg.window, grid) for i in range(cfg.depth))
+        self.neck = nn.Sequential(
+            Conv2d(cfg.width, cfg.neck, 1, bias=False), LayerNorm2d(cfg.neck, eps=1e-6),
+            Conv2d(cfg.neck, cfg.neck, 3, padding=1, bias=False), LayerNorm2d(cfg.neck, eps=1e-6))
+        self.net_2 = Conv2d(cfg.neck, cfg.net_2, 3, stride=2, padding=1, bias=False)
+        self.net_3 = Conv2d(cfg.net_2, cfg.net_3, 3, stride=2, padding=1, bias=False)
+
+    def init_weights(self):
+        trunc_normal_linears(self)
+        for conv in (self.patch_embed.proj, self.neck[0], self.neck[2], self.net_2, self.net_3):
+            fan_in = conv.weight[0].numel()
+            nn.init.normal_(conv.weight, std=fan_in ** -0.5)  # unit variance through a chain that has no norm inside
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def positions(self, H):
+        """(1, H, H, C) position table, bicubic with antialiasing in fp32 when the grid differs (as published)."""
+        table = self.pos_embed
+        if table.size(1) != H:
+            table = F.interpolate(table.float().permute(0, 3, 1, 2), size=(H, H), mode="bicubic", antialias=True,
+                                  align_corners=False).permute(0, 2, 3, 1)
+        return table
+
+    def forward(self, x, taps=None):
+        x = self.patch_embed(x)
+        x = x + self.positions(x.size(1)).to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        if taps is not None:
+            taps["sam"] = x
+        x = self.neck(x.permute(0, 3, 1, 2))
+        x = self.net_3(self.net_2(x))
+        if taps is not None:
+            taps["compressor"] = x
+        return x
+
+
+# -----------------------------------------------------------------------------
+# Standardisation of the compressor's output over the batch
+
+class Standardize(nn.Module):
+    """
+    Zero mean and unit variance over the batch, per channel or per channel and position, without affine parameters. What all
+    pages share (paper, layout) otherwise dominates the features, the part that tells pages apart drowns, and the decoder
+    falls back on its language prior (FINDINGS.md, "standardisation"). `none` is the identity and holds no state.
+
+    In training, statistics are the micro-batch's own on its own rank; a batch of fewer than 8 images, evaluation and a frozen
+    module use running ones. Those lag behind fast-moving weights: `reestimate` before evaluating.
+    A per-position table is stored for one grid and interpolated for another.
+    """
+    def __init__(self, kind, channels, grid):
+        super().__init__()
+        self.kind, self.frozen, self.eps, self.momentum = kind, False, 1e-5, 0.1
+        if kind != "none":
+            size = (grid, grid) if kind == "position" else (1, 1)
+            self.register_buffer("mean", torch.zeros(channels, *size))
+            self.register_buffer("var", torch.ones(channels, *size))
+
+    def tables(self, h, w):
+        if self.kind == "channel" or self.mean.shape[1:] == (h, w):
+            return self.mean, self.var
+        return tuple(F.interpolate(t[None], size=(h, w), mode="bilinear", align_corners=False)[0] for t in (self.mean, self.var))
+
+    def statistics(self, x):
+        dims = (0,) if self.kind == "position" else (0, 2, 3)
+        mean = x.mean(dims, keepdim=True)
+        return mean[0], (x - mean).square().mean(dims, keepdim=True)[0]
+
+    def forward(self, x):  # (B, C, h, w)
+        if self.kind == "none":
+            return x
+        y = x.float()
+        if self.training and not self.frozen and x.size(0) >= MIN_BATCH_FOR_STATISTICS:
+            mean, var = self.statistics(y)
+            if self.kind == "channel" or mean.shape == self.mean.shape:  # another grid does not move this grid's table
+                with torch.no_grad():
+                    self.mean.lerp_(mean, self.momentum)
+                    self.var.lerp_(var, self.momentum)
+        else:
+            mean, var = self.tables(*x.shape[2:])
+        return ((y - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
+
+    @torch.no_grad()
+    def reestimate(self, batches):
+        """Sets the running statistics to those of all `batches` (of (B, C, h, w) outputs on the table's grid), over all ranks."""
+        if self.kind == "none":
+            return
+        dims = (0,) if self.kind == "position" else (0, 2, 3)
+        n = torch.zeros((), dtype=torch.float64)
+        total, square = (torch.zeros(self.mean.shape, dtype=torch.float64) for _ in range(2))
+        for x in batches:
+            x = x.double().cpu()  # fp64 sums: var = E[x^2] - E[x]^2 would cancel in fp32
+            n += x.numel() / self.mean.numel()
+            total += x.sum(dims, keepdim=True)[0]
+            square += x.square().sum(dims, keepdim=True)[0]
+        sums = torch.stack([total, square]).to(self.mean.device, torch.float64 if self.mean.device.type != "mps" else torch.float32)
+        n = n.to(sums)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(n)
+        if n.item() < MIN_BATCH_FOR_STATISTICS:
+            raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} images, got {int(n)}")
+        mean, square = sums / n
+        self.mean.copy_(mean)
+        self.var.copy_((square - mean.square()).clamp(min=0))
+
+    @torch.no_grad()
+    def average_over_ranks(self):
+        """Each rank keeps its own running statistics while training; a checkpoint holds their mean."""
+        if self.kind != "none" and not self.frozen and dist.is_initialized():
+            for t in (self.mean, self.var):
+                dist.all_reduce(t)
+                t.div_(dist.get_world_size())
+
+
+# -----------------------------------------------------------------------------
+# CLIP ViT
+
+class CLIPEmbeddings(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(cfg.width))
+        if cfg.patch_size:  # part of the published weights, never run: no gradient
+            self.patch_embedding = Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
+            self.patch_embedding.requires_grad_(False)
+        self.position_embedding = nn.Embedding(cfg.grid ** 2 + 1, cfg.width)
+
+    def forward(self, x):  # (B, C, h, w) compressor output -> (B, 1 + hw, C)
+        B, C, h, w = x.shape
+        table, grid = self.position_embedding.weight, int((self.position_embedding.num_embeddings - 1) ** 0.5)
+        if (h, w) != (grid, grid):
+            patches = table[1:].float().view(1, grid, grid, C).permute(0, 3, 1, 2)
+            patches = F.interpolate(patches, size=(h, w), mode="bicubic", antialias=True, align_corners=False)
+            table = torch.cat([table[:1], patches.flatten(2)[0].t().to(table.dtype)])
+        cls = self.class_embedding.to(x.dtype).expand(B, 1, C)
+        return torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + table.to(x.dtype)
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv_proj = Linear(width, 3 * width)
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x):  # (B, T, C)
+        B, T, C = x.shape
+        q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, width, ffn):
+        super().__init__()
+        self.fc1 = Linear(width, ffn)
+        self.fc2 = Linear(ffn, width)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick GELU
+
+
+class CLIPBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(cfg.width, eps=1e-5)
+        self.self_attn = CLIPAttention(cfg.width, cfg.n_head)
+        self.layer_norm2 = LayerNorm(cfg.width, eps=1e-5)
+        self.mlp = CLIPMLP(cfg.width, cfg.ffn)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPTransformer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.depth))
+
+
+class CLIP(nn.Module):
+    """CLIP ViT without final norm, pooling or text tower: (B, C, h, w) -> (B, hw, C), the class token dropped."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.embeddings = CLIPEmbeddings(cfg)
+        self.pre_layrnorm = LayerNorm(cfg.width, eps=1e-5)  # the published name, sic
+        self.transformer = CLIPTransformer(cfg)
+
+    def init_weights(self):
+        trunc_normal_linears(self)
+        nn.init.normal_(self.embeddings.class_embedding, std=0.02)
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
+
+    def forward(self, x):
+        x = self.pre_layrnorm(self.embeddings(x))
+        for layer in self.transformer.layers:
+            x = layer(x)
+        return x[:, 1:]
+
+
+# -----------------------------------------------------------------------------
+
+class DeepEncoder(nn.Module):
+    """
+    (B, 3, S, S) pixels in [-1, 1], S a multiple of 4 patches -> (B, h*w, clip.width + net_3) features, CLIP's first.
+    `taps`, a dict, collects what the gauges of collapse look at: sam, compressor (before standardisation), clip.
+    """
+    def __init__(self, cfg):
+        super().__init__()
+        self.stride = cfg.token_stride
+        self.sam_model = SAM(cfg.sam)
+        self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, cfg.sam.image_size // cfg.token_stride)
+        self.vision_model = CLIP(cfg.clip)
+
+    def init_weights(self):
+        self.sam_model.init_weights()
+        self.vision_model.init_weights()
+
+    def freeze_sam(self):
+        """Stage 2 (paper, section 3.5): SAM and compressor fixed, and with them the statistics of their output."""
+        self.sam_model.requires_grad_(False)
+        self.standardize.frozen = True
+
+    def forward(self, x, taps=None):
+        if x.ndim != 4 or x.size(2) != x.size(3) or x.size(2) % self.stride:
+            raise ValueError(f"pixels of shape {tuple(x.shape)}: need (B, 3, S, S) with S a multiple of {self.stride}")
+        frozen = not self.sam_model.patch_embed.proj.weight.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            x = self.sam_model(x, taps)
+            x = self.standardize(x)
+        clip = self.vision_model(x)
+        if taps is not None:
+            taps["clip"] = clip
+        return torch.cat([clip, x.flatten(2).transpose(1, 2)], -1)

@@ -1,0 +1,148 @@
+"""
+NanoDeepseekOCR: DeepEncoder + linear projector + GPT. Image features take the places of <|image|> placeholders in the
+token embeddings (`fuse`); from there on the decoder reads one sequence.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.deepencoder import DeepEncoder
+from nanochat.gpt import GPT
+from nanochat.layers import Linear
+
+
+def fuse(embeddings, is_image, features, features_per_row):
+    """
+    Puts image features where the placeholders are. embeddings (B, T, C); is_image (B, T) bool; features (P, C), all rows'
+    features in order; features_per_row: B ints. Counts are compared per row, not in total: a surplus in one row and a lack
+    in the next would otherwise hand a page's features to its neighbour.
+    """
+    placeholders = is_image.sum(1).tolist()
+    for row, (slots, given) in enumerate(zip(placeholders, features_per_row, strict=True)):
+        if slots != given:
+            raise ValueError(f"row {row} has {slots} <|image|> placeholders but {given} image features: the image mode used for "
+                             f"tokens and the one used for pixels differ, or the row was cut inside an image")
+    if sum(features_per_row) != features.size(0):
+        raise ValueError(f"{features.size(0)} image features for {sum(features_per_row)} placeholders")
+    return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
+
+
+class Projector(nn.Module):
+    def __init__(self, width_in, width_out):
+        super().__init__()
+        self.layers = Linear(width_in, width_out)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class NanoDeepseekOCR(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = torch.float32  # compute dtype; parameters are fp32
+        n_embd = cfg.gpt.n_embd
+        self.encoder = DeepEncoder(cfg)
+        self.projector = Projector(cfg.clip.width + cfg.sam.net_3, n_embd)
+        self.image_newline = nn.Parameter(torch.zeros(n_embd))
+        self.view_seperator = nn.Parameter(torch.zeros(n_embd))  # the published name, sic
+        self.gpt = GPT(cfg.gpt)
+
+    def init_weights(self, seed):
+        torch.manual_seed(seed)
+        self.encoder.init_weights()
+        nn.init.normal_(self.projector.layers.weight, std=self.projector.layers.in_features ** -0.5)
+        nn.init.zeros_(self.projector.layers.bias)
+        for vector in (self.image_newline, self.view_seperator):
+            nn.init.normal_(vector, std=vector.numel() ** -0.5)
+        self.gpt.init_weights()
+        return self
+
+    @property
+    def device(self):
+        return self.image_newline.device
+
+    def project(self, pixels, taps=None):
+        """(N, 3, S, S) uint8 -> (N, h, w, n_embd)."""
+        x = pixels.to(self.device).to(self.dtype) / 127.5 - 1.0  # mean = std = 0.5, as published
+        y = self.projector(self.encoder(x, taps))
+        if taps is not None:
+            taps["projector"] = y
+        side = pixels.size(-1) // self.cfg.token_stride
+        return y.view(y.size(0), side, side, -1)
+
+    def rows_with_newline(self, grid):
+        """(N, h, w, C) -> (N, h * (w + 1), C)."""
+        N, h, _, C = grid.shape
+        return torch.cat([grid, self.image_newline.to(grid.dtype).expand(N, h, 1, C)], 2).flatten(1, 2)
+
+    def encode_images(self, views, plans):
+        """
+        views {side in px: (N, 3, side, side) uint8}, each image's tiles before its global view, images in order;
+        plans: one image_modes.Plan per image. -> (positions of all images, n_embd): local, global, separator for each image.
+        """
+        grids = {side: self.project(pixels) for side, pixels in views.items()}
+        separator = self.view_seperator.to(self.dtype)[None]
+        used, pieces = dict.fromkeys(grids, 0), []
+        for p in plans:
+            if p.rows:
+                n, t = p.rows * p.cols, p.tile_side
+                tiles = grids[p.mode.tile][used[p.mode.tile]:][:n].view(p.rows, p.cols, t, t, -1)
+                used[p.mode.tile] += n
+                pieces.append(self.rows_with_newline(tiles.transpose(1, 2).reshape(1, p.rows * t, p.cols * t, -1))[0])
+            pieces.append(self.rows_with_newline(grids[p.mode.size][used[p.mode.size]][None])[0])
+            used[p.mode.size] += 1
+            pieces.append(separator)
+        if any(used[side] != len(g) for side, g in grids.items()):
+            raise ValueError(f"views given per size {({s: len(g) for s, g in grids.items()})}, used by the plans {used}")
+        return torch.cat(pieces)
+
+    def embed(self, batch):
+        """Token embeddings (B, T, C) of a batch with its images in place."""
+        x = self.gpt.transformer.wte(batch.ids).to(self.dtype)
+        if batch.plans:
+            x = fuse(x, batch.ids == self.cfg.image_token_id, self.encode_images(batch.views, batch.plans), batch.features_per_row)
+        elif self.training:
+            # A batch without images still sends one blank page through the encoder, at weight zero: every parameter then has
+            # a gradient on every rank and step. One image is below the limit for batch statistics, so it leaves no trace.
+            side = self.cfg.sam.image_size
+            blank = self.rows_with_newline(self.project(torch.zeros(1, 3, side, side, dtype=torch.uint8)))
+            x = x + 0.0 * (blank.sum() + self.view_seperator.sum()).to(x.dtype)
+        return x
+
+    def forward(self, batch):
+        """Summed next-token loss in nats over the batch's supervised positions (targets != -1)."""
+        hidden = self.gpt(self.embed(batch))
+        supervised = batch.targets != -1
+        logits = self.gpt.logits(hidden[supervised])  # the head and its softmax run where there is something to learn
+        return F.cross_entropy(logits, batch.targets[supervised], reduction="sum")
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+
+def forward_flops(cfg, views, text_positions, rows=1):
+    """
+    Multiply-adds x 2 of one forward pass, by part. views: {side in px: count}; text_positions: decoder positions per row,
+    images included. Matrix products and attention only; softmax, norms and gathers are not counted.
+    """
+    s, c, g = cfg.sam, cfg.clip, cfg.gpt
+    sam = clip = projector = 0
+    for side, n in views.items():
+        H = side // s.patch_size
+        sam += n * 2 * H * H * 3 * s.patch_size ** 2 * s.width
+        for i in range(s.depth):
+            w = H if i in s.global_blocks else s.window
+            padded = (-(-H // w) * w) ** 2
+            sam += n * (2 * padded * 4 * s.width ** 2 + 2 * H * H * 8 * s.width ** 2)
+            sam += n * padded * (4 * w * w * s.width + 4 * w * s.width)  # attention; relative positions of both axes
+        sam += n * 2 * (H * H * (s.width * s.neck + 9 * s.neck ** 2) + (H // 2) ** 2 * 9 * s.neck * s.net_2
+                        + (H // 4) ** 2 * 9 * s.net_2 * s.net_3)
+        T = (H // 4) ** 2 + 1
+        clip += n * c.depth * (2 * T * (4 * c.width ** 2 + 2 * c.width * c.ffn) + 4 * T * T * c.width)
+        projector += n * 2 * (T - 1) * (c.width + s.net_3) * g.n_embd
+    T = text_positions
+    kv = g.n_embd * g.n_kv_head // g.n_head
+    gpt = rows * (g.n_layer * (2 * T * (2 * g.n_embd ** 2 + 2 * g.n_embd * kv + 8 * g.n_embd ** 2) + 2 * T * T * g.n_embd)
+                  + 2 * T * g.n_embd * g.vocab_size)  # causal attention: half of the square
+    return {"sam": sam, "clip": clip, "projector": projector, "gpt": gpt}

@@ -1,0 +1,69 @@
+"""
+Stage 2: the encoder of stage 1 meets a fresh decoder. SAM and compressor are frozen; CLIP, projector and GPT are trained on
+pages and text-only chat mixed (paper, section 3.5.2).
+
+    python -m scripts.vis_mid_train                                       # one process, after scripts.vis_tok_train
+    torchrun --standalone --nproc_per_node=8 -m scripts.vis_mid_train --optimizer=adamw --lr=3e-5 --schedule=step --run=stage2
+    python -m scripts.vis_mid_train --encoder=checkpoints/try --num-iterations=20 --chars=8-12 --model-tag=try2   # seconds, on a CPU
+
+Sizes come from the encoder's checkpoint. Writes checkpoints/<model-tag>/model_<step>/.
+"""
+from nanochat import checkpoint as ckpt
+from nanochat.common import compute_cleanup, compute_init, json_line, print0, run_main
+from nanochat.dataloader import Mixture
+from nanochat.loop import samples_per_step, train, training_arguments
+from nanochat.model import NanoDeepseekOCR
+from nanochat.tokenizer import Tokenizer
+from tasks.synthchat import SynthChat
+from tasks.training import page_tasks
+
+INHERITED = ("tokenizer", "chars", "random_share", "max_seq_len")  # from stage 1 unless given here
+
+
+def main(argv=None):
+    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage2", num_iterations=400)
+    parser.add_argument("--encoder", default="checkpoints/stage1", help="deepencoder_<step> folder, or a stage-1 run folder")
+    parser.add_argument("--text-share", type=int, default=10, help="text-only conversations in a hundred samples")
+    inherited_defaults = {name: parser.get_default(name) for name in INHERITED}
+    parser.set_defaults(**dict.fromkeys(INHERITED))
+    args = parser.parse_args(argv)
+    device = compute_init(args.device_type)
+
+    # what stage 1 was, and what of it holds here
+    encoder_dir = ckpt.resolve(args.encoder, "deepencoder")
+    cfg = ckpt.ModelConfig.from_dict(ckpt.read_json(f"{encoder_dir}/config.json"))
+    stage1 = ckpt.read_json(f"{encoder_dir}/meta.json")
+    for name in INHERITED:
+        theirs, ours = stage1["user_config"].get(name, inherited_defaults[name]), getattr(args, name)
+        if ours is None:
+            setattr(args, name, theirs)
+            print0(f"inherited --{name.replace('_', '-')}={theirs}")
+        elif ours != theirs:
+            print0(f"NOTE: --{name.replace('_', '-')}={ours} overrides stage 1's {theirs}")
+
+    # tokenizer and model
+    tokenizer = Tokenizer.load(args.tokenizer)
+    if tokenizer.fingerprint() != stage1["tokenizer"]:
+        print0("NOTE: another tokenizer than stage 1's; the decoder is fresh, so this is allowed")
+    cfg.gpt.vocab_size, cfg.image_token_id = tokenizer.get_vocab_size(), tokenizer.image_token_id
+    model = NanoDeepseekOCR(cfg).init_weights(args.seed + 1).to(device)  # another seed: the decoder is not stage 1's initial one
+    ckpt.load_encoder(encoder_dir, model)
+    model.encoder.freeze_sam()
+
+    # data
+    if not 0 <= args.text_share < 100:
+        raise ValueError(f"--text-share={args.text_share}: percent of the samples, 0 to 99")
+    samples = args.num_iterations * samples_per_step(args)
+    task, val_task, statistics_task = page_tasks(args, cfg.sam.image_size, samples + 100, args.ramp)
+    if args.text_share:
+        chat = SynthChat("train", samples + 100, seed=args.seed)
+        task = Mixture([(task, 100 - args.text_share), (chat, args.text_share)])
+
+    # run
+    summary = train(args, "stage 2", model, tokenizer, task, val_task, statistics_task, device)
+    json_line(summary)
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run_main(main)

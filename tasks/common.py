@@ -1,0 +1,35 @@
+"""
+The one conversation format, and the base class of every task.
+
+    {"messages": [{"role": "system" | "user" | "assistant", "content": str | [part, ...]}, ...],
+     "images": [PIL.Image, ...],
+     "id": str,
+     ...}                      # a task may add keys of its own; the tokenizer does not look at them
+
+A part is {"type": "text", "text": str} or {"type": "image"}; the n-th image part of the conversation stands for images[n].
+An optional system message comes first, then user and assistant take turns. A text-only conversation has images=[].
+"""
+
+OCR_PROMPT = "\nFree OCR."
+
+
+class Task:
+    """A map-style data set: task[i] is a conversation, and depends on nothing but the task's arguments and i."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+    def __getitem__(self, i):
+        raise NotImplementedError
+
+    def check_index(self, i):
+        """IndexError unless 0 <= i < len(self), so that a plain for loop over a task ends."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"index {i} is outside this {type(self).__name__} of {len(self)} items")
+
+
+def ocr_conversation(image, text, id, prompt=OCR_PROMPT, **extra):
+    """One page as a conversation: the user shows `image` (PIL) and the prompt, the assistant answers with `text`."""
+    user = [{"type": "image"}, {"type": "text", "text": prompt}]
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": text}]
+    return {"messages": messages, "images": [image], "id": id, **extra}

@@ -1,0 +1,53 @@
+"""
+A small text-only chat task, mixed into stage 2 so that the decoder goes on following plain instructions.
+
+Same seeding as SynthDoc: item i is a function of (split, seed, i). Every question belongs to one split by the hash of its
+text, so none that is held out is ever trained on, and no text has a held-out word. Items are short: under 100 characters.
+"""
+
+import random
+
+from tasks.common import Task
+from tasks.synthdoc import stable_hash, train_words
+
+SPLITS = ("train", "heldout")
+
+
+def ask(rng):
+    """One (question, answer) pair of strings."""
+    words = rng.sample(train_words(), rng.randint(2, 4))
+    text, word = " ".join(words), words[0]
+    a, b = rng.randint(1, 99), rng.randint(1, 99)
+    return rng.choice([
+        (f"Repeat: {text}", text),
+        (f"Spell {word}.", " ".join(word)),
+        (f"In capitals: {text}", text.upper()),
+        (f"How many words? {text}", str(len(words))),
+        (f"How many letters? {word}", str(len(word))),
+        (f"What is {a} + {b}?", str(a + b)),
+        (f"Reverse the order: {text}", " ".join(reversed(words))),
+        (f"First word: {text}", word),
+        (f"Last word: {text}", words[-1]),
+        (f"Sort by letter: {text}", " ".join(sorted(words))),
+    ])
+
+
+class SynthChat(Task):
+    def __init__(self, split, size, seed=0):
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        if size < 1:
+            raise ValueError(f"size {size} counts conversations: give size >= 1")
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        self.check_index(i)
+        rng = random.Random(f"synthchat/{self.split}/{self.seed}/{i}")
+        question, answer = ask(rng)
+        while (stable_hash(question) % 10 == 0) != (self.split == "heldout"):
+            question, answer = ask(rng)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "images": [], "id": f"synthchat/{self.split}/{self.seed}/{i}"}

@@ -1,0 +1,382 @@
+"""
+Pages rendered on the fly with PIL, with exact truth in reading order: nothing to download, and no two runs differ.
+
+Page i of a split is a function of (the arguments, i) and nothing else, in three steps:
+    choose_words -> lay_out -> render        words -> Page of Boxes -> PIL image
+A page is a list of boxes, each with a kind (named as in OmniDocBench), text, place in the reading order and ink box.
+
+    train          words of the list and prose, some of them replaced by random strings
+    heldout        other pages of the same kinds of words and of prose from held-out topics, no random strings
+    heldout_words  only words that no training text contains: there is nothing to recall, they have to be read
+    random_chars   only random letters and digits: no language prior helps at all
+
+Words: words.txt (licence in words.LICENSE). Prose: the topics of Python's own help, which differ a little from one
+Python version to the next; so the held-out words are chosen by hash alone and are the same everywhere.
+"""
+
+import hashlib
+import importlib.util
+import math
+import os
+import random
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pydoc_data.topics import topics
+
+from PIL import Image, ImageDraw, ImageFont
+
+from tasks.common import Task, ocr_conversation
+
+SPLITS = ("train", "heldout", "heldout_words", "random_chars")
+FACES = {  # all from matplotlib's wheel
+    "sans": "DejaVuSans.ttf",
+    "sans-bold": "DejaVuSans-Bold.ttf",
+    "sans-oblique": "DejaVuSans-Oblique.ttf",
+    "serif": "DejaVuSerif.ttf",
+    "serif-bold": "DejaVuSerif-Bold.ttf",
+    "mono": "DejaVuSansMono.ttf",
+    "stix": "STIXGeneral.ttf",
+    "stix-bold": "STIXGeneralBol.ttf",
+}
+ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyz0123456789"
+RANDOM_SHARE = 0.15  # of the training words: with none the model guesses words instead of reading letters
+PROSE_SHARE = 0.2  # of the pages
+NUMBER_SHARE = CAPITAL_SHARE = PUNCTUATION_SHARE = 0.08  # of the words of the other pages, except random_chars
+TITLE_SCALE = 1.4  # print size of a title over that of the text
+MIN_PX = 6  # smallest print; below it letters fall together
+MIN_CHARS = 10  # a page must have room for any word of the list (9 letters and a comma)
+MARGIN = 2  # px of paper kept on every side
+OVERHANG = 1 / 6  # of the print size: the most that ink reaches out of a line's width, measured over all faces and sizes
+
+# -----------------------------------------------------------------------------
+# Words
+
+
+def stable_hash(text):
+    """An int that is the same in every process and on every machine, which Python's own hash() is not."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def letters(text):
+    """The words of a text as the splits see them: its runs of letters, in lower case."""
+    return re.findall("[a-z]+", text.lower())
+
+
+@lru_cache(None)
+def word_list():
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.txt"), encoding="ascii") as f:
+        return tuple(f.read().split())
+
+
+@lru_cache(None)
+def held_out_words():
+    """frozenset of a tenth of the list. No short words: "able" and "ment" are syllables that BPE may well merge."""
+    return frozenset(w for w in word_list() if len(w) >= 5 and stable_hash(w) % 10 == 0)
+
+
+@lru_cache(None)
+def train_words():
+    return tuple(w for w in word_list() if w not in held_out_words())
+
+
+@lru_cache(None)
+def prose(held_out):
+    """
+    tuple of words: the plain sentences of the held-out tenth of the topics (True), or of the rest (False), run together.
+    Code, tables, long words and held-out words cut a paragraph, and pieces of fewer than 8 words are dropped. Topics quote
+    each other, so the training part drops every paragraph that a held-out topic has too.
+    """
+    plain = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*[.,;:]?|[0-9]{1,4}[.,]?")
+    words, skip = [], set() if held_out else set(paragraphs(True))
+    for paragraph in dict.fromkeys(paragraphs(held_out)):
+        piece = []
+        for word in [] if paragraph in skip else paragraph.split() + [""]:
+            if plain.fullmatch(word) and len(word) <= 12 and held_out_words().isdisjoint(letters(word)):
+                piece.append(word)
+            else:
+                words += piece if len(piece) >= 8 else []
+                piece = []
+    return tuple(words)
+
+
+def paragraphs(held_out):
+    """list of one-line paragraphs without markup, from the topics of one part."""
+    part = [topics[name] for name in sorted(topics) if (stable_hash(name) % 10 == 0) == held_out]
+    return [" ".join(re.sub(r'["*`]|\(\)|(?<!\S)\(|\)(?!\w)', "", p).split()) for text in part for p in re.split(r"\n\s*\n", text)]
+
+
+def random_string(rng):
+    """2 to 8 letters and digits that spell no held-out word."""
+    while True:
+        s = "".join(rng.choices(ALPHANUMERIC, k=rng.randint(2, 8)))
+        if held_out_words().isdisjoint(letters(s)):
+            return s
+
+
+def word_source(rng, split):
+    """Endless words for one page."""
+    if split in ("train", "heldout") and rng.random() < PROSE_SHARE:
+        words = prose(split == "heldout")
+        i = rng.randrange(len(words))
+        while True:
+            yield words[i % len(words)]
+            i += 1
+    while split == "random_chars":
+        yield random_string(rng)
+    words = sorted(held_out_words()) if split == "heldout_words" else train_words()
+    while True:
+        if split != "heldout_words" and rng.random() < NUMBER_SHARE:
+            word = str(rng.randrange(10, 10 ** rng.randint(2, 4)))
+        else:
+            word = rng.choice(words)
+            word = word.capitalize() if rng.random() < CAPITAL_SHARE else word
+        yield word + rng.choice(",.") if rng.random() < PUNCTUATION_SHARE else word
+
+
+def choose_words(rng, split, n_chars, random_share):
+    """list of words, n_chars or a little fewer with the spaces: it ends before the first word that would go over."""
+    words, used = [], 0
+    for word in word_source(rng, split):
+        if rng.random() < random_share:
+            word = random_string(rng)
+        if used + len(word) <= n_chars:
+            words.append(word)
+            used += len(word) + 1
+        elif words:
+            return words
+
+
+# -----------------------------------------------------------------------------
+# Layout
+
+
+@dataclass
+class Box:
+    kind: str  # OmniDocBench's category_type: text_block, title
+    text: str
+    order: int  # place in the reading order, from 0
+    bbox: tuple = None  # (left, top, right, bottom) in px, right and bottom exclusive; its ink, once rendered
+    lines: list = field(default_factory=list)  # (x, y, px, text) of every printed line
+
+
+@dataclass
+class Page:
+    width: int  # px
+    height: int
+    boxes: list
+    face: str
+    size_px: int  # print size of the text
+    ink: int = 0  # grey levels
+    paper: int = 255
+
+    @property
+    def truth(self):
+        return "\n\n".join(box.text for box in sorted(self.boxes, key=lambda box: box.order))
+
+
+@lru_cache(None)
+def font_folder():
+    spec = importlib.util.find_spec("matplotlib")  # found, not imported: that would take a second
+    if spec is None:
+        raise ModuleNotFoundError("SynthDoc prints with matplotlib's fonts, which are not here: pip install matplotlib")
+    return os.path.join(spec.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
+
+
+@lru_cache(512)
+def font(face, px):
+    path = os.path.join(font_folder(), FACES[face])
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no font file {path}: reinstall matplotlib, or leave {face!r} out of faces")
+    return ImageFont.truetype(path, px, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(None)
+def advance(face, px, char):
+    return font(face, px).getlength(char)
+
+
+def text_width(face, px, text):
+    """Width in px without kerning: asking the font for whole words loads every letter again, and costs half a page."""
+    return sum(advance(face, px, char) for char in text)
+
+
+@lru_cache(None)
+def line_height(face, px):
+    return sum(font(face, px).getmetrics())  # ascent + descent
+
+
+def wrap(words, widths, space, limit):
+    """Greedy lines of at most `limit` px as a list of strings; None if a word is wider than that."""
+    lines, used = [], limit
+    for word, width in zip(words, widths):
+        if width > limit:
+            return None
+        if used + space + width > limit:
+            lines.append([word])
+            used = width
+        else:
+            lines[-1].append(word)
+            used += space + width
+    return [" ".join(line) for line in lines]
+
+
+def estimate_px(blocks, face, width, height):
+    """About the largest print size in px at which the blocks fit width x height (px), by bisection on widths at 64 px."""
+    widths = [[text_width(face, 64, word) / 64 for word in words] for _, words, _ in blocks]
+    space, pitch = text_width(face, 64, " ") / 64, line_height(face, 64) / 64
+    low, high = MIN_PX, max(MIN_PX + 1, height)  # low fits or will be found not to, high does not
+    while high - low > 1:
+        px = (low + high) // 2
+        tall = 0
+        for (_, words, scale), ws in zip(blocks, widths):
+            lines = wrap(words, ws, space, width / (px * scale) - 2 * OVERHANG)
+            tall += math.inf if lines is None else pitch * px * scale * (len(lines) + (len(blocks) > 1) / 2)
+        low, high = (px, high) if tall <= height else (low, px)
+    return low
+
+
+def stack_blocks(blocks, face, px, spacing, width, height):
+    """Boxes one under the other from (0, 0): (boxes, width, height) of their print in px, or None if they do not fit."""
+    boxes, right, y = [], 0, 0
+    for kind, words, scale in blocks:
+        size = round(px * scale)
+        pad = math.ceil(size * OVERHANG)
+        widths = [text_width(face, size, word) for word in words]
+        lines = wrap(words, widths, text_width(face, size, " "), width - 2 * pad)
+        if lines is None:
+            return None
+        y += line_height(face, size) // 2 if boxes else 0
+        pitch = round(line_height(face, size) * spacing)
+        box = Box(kind, " ".join(words), len(boxes))
+        box.lines = [(pad, y + k * pitch, size, line) for k, line in enumerate(lines)]
+        box.bbox = (0, y, math.ceil(max(text_width(face, size, line) for line in lines)) + 2 * pad,
+                    y + (len(lines) - 1) * pitch + line_height(face, size))
+        right, y = max(right, box.bbox[2]), box.bbox[3]
+        boxes.append(box)
+    return (boxes, right, y) if y <= height else None
+
+
+def lay_out(rng, blocks, face, width, height):
+    """
+    A Page of `blocks`, a list of (kind, words, scale of the print). Size, line spacing, position, ink and paper are drawn:
+    as large as fits times 0.8 to 1. No word is split or cut; ValueError if even the smallest print does not fit.
+    """
+    w, h = width - 2 * MARGIN, height - 2 * MARGIN
+    px = max(MIN_PX, round(estimate_px(blocks, face, w, h) * rng.uniform(0.8, 1)))
+    spacing = rng.uniform(1, 1.25)
+    placed = stack_blocks(blocks, face, px, spacing, w, h)
+    while placed is None and px >= MIN_PX:
+        placed = stack_blocks(blocks, face, px, 1, w, h)
+        px -= placed is None
+    if placed is None:
+        n_chars = sum(len(" ".join(words)) for _, words, _ in blocks)
+        raise ValueError(f"{n_chars} characters in {face} do not fit a page of {width}x{height} px at the smallest "
+                         f"print, {MIN_PX} px: raise image_size or lower chars")
+    boxes, right, bottom = placed
+    x, y = MARGIN + rng.randint(0, w - right), MARGIN + rng.randint(0, h - bottom)
+    for box in boxes:
+        left, top, right, bottom = box.bbox
+        box.bbox = (left + x, top + y, right + x, bottom + y)
+        box.lines = [(lx + x, ly + y, size, text) for lx, ly, size, text in box.lines]
+    return Page(width, height, boxes, face, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
+
+
+# -----------------------------------------------------------------------------
+# Rendering
+
+
+def render(page):
+    """PIL "RGB" image, width x height px, of a page; every bbox is tightened from the room of its box to its ink."""
+    mask = Image.new("L", (page.width, page.height))
+    draw = ImageDraw.Draw(mask)
+    for box in page.boxes:
+        for x, y, px, text in box.lines:
+            draw.text((x, y), text, fill=255, font=font(page.face, px))
+        left, top = box.bbox[:2]
+        l, t, r, b = mask.crop(box.bbox).getbbox()
+        box.bbox = (left + l, top + t, left + r, top + b)
+    grey = [page.paper + (page.ink - page.paper) * v // 255 for v in range(256)]
+    return mask.point(grey).convert("RGB")
+
+
+# -----------------------------------------------------------------------------
+# Task
+
+
+class SynthDoc(Task):
+    """
+    Page i as an OCR conversation, with extra keys chars (length of the truth), face, size_px, split and page.
+
+    size          number of pages; costs nothing, so a training run may ask for as many as it likes
+    image_size    px, one int for a square or (width, height)
+    chars         (low, high) of the number of characters, drawn uniformly; or [(low, high, weight), ...], a mixture
+    random_share  of the words replaced by random strings; None is RANDOM_SHARE in train and 0 elsewhere
+    ramp          curriculum: over the first `ramp` pages the most characters grow from MIN_CHARS to the full value, so
+                  that print starts large; sizes stay mixed, since each new size first disturbs the old ones
+    faces         names from FACES; None is all of them
+    titles        share of the pages that open with a title of one to three words in larger print
+    """
+
+    def __init__(self, split, size, image_size=128, chars=(24, 48), random_share=None, seed=0, ramp=0, faces=None,
+                 titles=0.0):
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        faces = list(FACES) if faces is None else list(faces)
+        if not faces or not set(faces) <= set(FACES):
+            raise ValueError(f"unknown or no faces {faces}: choose from {', '.join(FACES)}")
+        self.chars = [(*chars, 1)] if isinstance(chars[0], int) else list(chars)
+        for low, high, weight in self.chars:
+            if not MIN_CHARS <= low <= high or weight < 0:
+                raise ValueError(f"chars has ({low}, {high}, weight {weight}): "
+                                 f"give {MIN_CHARS} <= low <= high and weight >= 0")
+        self.width, self.height = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(self.width, self.height) < 32:
+            raise ValueError(f"image_size {self.width}x{self.height} px is under 32 px: raise image_size")
+        self.random_share = (RANDOM_SHARE if split == "train" else 0.0) if random_share is None else random_share
+        if not (0 <= self.random_share <= 1 and 0 <= titles <= 1):
+            raise ValueError(f"random_share {self.random_share} and titles {titles} are shares: give 0 to 1")
+        if size < 1 or ramp < 0:
+            raise ValueError(f"size {size} and ramp {ramp} count pages: give size >= 1 and ramp >= 0")
+        font_folder()  # so that missing fonts are reported now and not in a worker
+        self.split, self.size, self.seed, self.ramp, self.faces, self.titles = split, size, seed, ramp, faces, titles
+
+    def __len__(self):
+        return self.size
+
+    def blocks(self, i):
+        """(rng, blocks) of page i before layout; a block is (kind, words, scale). The rng goes on to lay the page out."""
+        self.check_index(i)
+        rng = random.Random(f"synthdoc/{self.split}/{self.seed}/{i}")
+        low, high, _ = rng.choices(self.chars, [weight for _, _, weight in self.chars])[0]
+        if i < self.ramp:
+            high = round(MIN_CHARS + (high - MIN_CHARS) * i / self.ramp)
+            low = min(low, max(MIN_CHARS, high // 2))
+        words = choose_words(rng, self.split, rng.randint(low, high), self.random_share)
+        blocks = [("text_block", words, 1)]
+        if rng.random() < self.titles and len(words) >= 4:
+            k = rng.randint(1, 3)
+            blocks = [("title", words[:k], TITLE_SCALE), ("text_block", words[k:], 1)]
+        return rng, blocks
+
+    def text(self, i):
+        """The truth of page i, without drawing it."""
+        return "\n\n".join(" ".join(words) for _, words, _ in self.blocks(i)[1])
+
+    def __getitem__(self, i):
+        rng, blocks = self.blocks(i)
+        page = lay_out(rng, blocks, rng.choice(self.faces), self.width, self.height)
+        image = render(page)
+        return ocr_conversation(image, page.truth, f"synthdoc/{self.split}/{self.seed}/{i}", chars=len(page.truth),
+                                face=page.face, size_px=page.size_px, split=self.split, page=page)
+
+
+def text_stream(split="train", n_chars=2_000_000, seed=0, chars=(100, 400)):
+    """Texts of a split's pages, about n_chars characters in all, without drawing them: food for the tokenizer."""
+    task = SynthDoc(split, size=n_chars, chars=chars, seed=f"text/{seed}")  # a seed no page that is read ever has
+    i = done = 0
+    while done < n_chars:
+        text = task.text(i)
+        yield text
+        done += len(text)
+        i += 1
