@@ -21,8 +21,8 @@ SPECIAL_TOKENS = (
     "<|image|>",  # placeholder, one for each vision feature
 )
 
-# GPT-4's way to cut text before merging: a word takes the space or sign before it, digits go by ones and twos, signs keep
-# together, line ends stand alone. Together the branches match every character, so nothing is lost.
+# GPT-4's way to cut text before merging: a word takes the space or sign before it, digits go by ones and twos, signs
+# keep together, line ends stand alone. Together the branches match every character, so nothing is lost.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -40,7 +40,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, text_iterator, vocab_size):
-        """A tokenizer of vocab_size tokens in all, special ones included; fewer if the text has too few pairs to merge."""
+        """A tokenizer of vocab_size tokens, special ones included; fewer if the text has too few pairs to merge."""
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise ValueError(f"vocab_size {vocab_size} is too small for 256 bytes and {len(SPECIAL_TOKENS)} special "
@@ -136,7 +136,7 @@ class Tokenizer:
         return ids, mask
 
     def render_for_completion(self, conversation, image_positions=()):
-        """ids up to and with the <|assistant_start|> after which the model answers; a last assistant message is dropped."""
+        """ids up to and with the <|assistant_start|> that the model answers; a last assistant message is dropped."""
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]

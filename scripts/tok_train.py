@@ -14,7 +14,7 @@ from nanochat.tokenizer import Tokenizer
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import held_out_words, text_stream
 
-CHAT_SHARE = 0.1  # of the characters
+CHAT_SHARE = 0.03  # of the characters; its few templates would otherwise take merges from the pages' words
 
 
 def training_text(max_chars, seed):

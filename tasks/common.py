@@ -4,9 +4,9 @@ The one conversation format, and the base class of every task.
     {"messages": [{"role": "system" | "user" | "assistant", "content": str | [part, ...]}, ...],
      "images": [PIL.Image, ...],
      "id": str,
-     ...}                      # a task may add keys of its own; the tokenizer does not look at them
+     ...}                                   # a task may add keys of its own
 
-A part is {"type": "text", "text": str} or {"type": "image"}; the n-th image part of the conversation stands for images[n].
+A part is {"type": "text", "text": str} or {"type": "image"}; the n-th image part of a conversation is images[n].
 An optional system message comes first, then user and assistant take turns. A text-only conversation has images=[].
 """
 

@@ -1,8 +1,8 @@
 """
 A small text-only chat task, mixed into stage 2 so that the decoder goes on following plain instructions.
 
-Same seeding as SynthDoc: item i is a function of (split, seed, i). Every question belongs to one split by the hash of its
-text, so none that is held out is ever trained on, and no text has a held-out word. Items are short: under 100 characters.
+Same seeding as SynthDoc: item i is a function of (split, seed, i). Every question belongs to one split by the hash of
+its text, so no held-out question is ever trained on; no text has a held-out word. Messages are under 100 characters.
 """
 
 import random

@@ -47,7 +47,7 @@ TITLE_SCALE = 1.4  # print size of a title over that of the text
 MIN_PX = 6  # smallest print; below it letters fall together
 MIN_CHARS = 10  # a page must have room for any word of the list (9 letters and a comma)
 MARGIN = 2  # px of paper kept on every side
-OVERHANG = 1 / 6  # of the print size: the most that ink reaches out of a line's width, measured over all faces and sizes
+OVERHANG = 1 / 6  # of the print size: the most that ink was seen to reach out of a line's width, in any face and size
 
 # -----------------------------------------------------------------------------
 # Words
@@ -83,9 +83,9 @@ def train_words():
 @lru_cache(None)
 def prose(held_out):
     """
-    tuple of words: the plain sentences of the held-out tenth of the topics (True), or of the rest (False), run together.
-    Code, tables, long words and held-out words cut a paragraph, and pieces of fewer than 8 words are dropped. Topics quote
-    each other, so the training part drops every paragraph that a held-out topic has too.
+    tuple of words: the plain sentences of the held-out tenth of the topics (True) or of the rest (False), run together.
+    Code, tables, long words and held-out words cut a paragraph, and pieces of fewer than 8 words are dropped. Topics
+    quote each other, so the training part drops every paragraph that a held-out topic has too.
     """
     plain = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*[.,;:]?|[0-9]{1,4}[.,]?")
     words, skip = [], set() if held_out else set(paragraphs(True))
@@ -103,7 +103,8 @@ def prose(held_out):
 def paragraphs(held_out):
     """list of one-line paragraphs without markup, from the topics of one part."""
     part = [topics[name] for name in sorted(topics) if (stable_hash(name) % 10 == 0) == held_out]
-    return [" ".join(re.sub(r'["*`]|\(\)|(?<!\S)\(|\)(?!\w)', "", p).split()) for text in part for p in re.split(r"\n\s*\n", text)]
+    markup = re.compile(r'["*`]|\(\)|(?<!\S)\(|\)(?!\w)')
+    return [" ".join(markup.sub("", p).split()) for text in part for p in re.split(r"\n\s*\n", text)]
 
 
 def random_string(rng):
@@ -222,7 +223,7 @@ def wrap(words, widths, space, limit):
 
 
 def estimate_px(blocks, face, width, height):
-    """About the largest print size in px at which the blocks fit width x height (px), by bisection on widths at 64 px."""
+    """About the largest print size in px at which the blocks fit width x height (px): bisection on widths at 64 px."""
     widths = [[text_width(face, 64, word) / 64 for word in words] for _, words, _ in blocks]
     space, pitch = text_width(face, 64, " ") / 64, line_height(face, 64) / 64
     low, high = MIN_PX, max(MIN_PX + 1, height)  # low fits or will be found not to, high does not
@@ -237,7 +238,7 @@ def estimate_px(blocks, face, width, height):
 
 
 def stack_blocks(blocks, face, px, spacing, width, height):
-    """Boxes one under the other from (0, 0): (boxes, width, height) of their print in px, or None if they do not fit."""
+    """Boxes one under the other from (0, 0): (boxes, width, height) of their print, px, or None if they do not fit."""
     boxes, right, y = [], 0, 0
     for kind, words, scale in blocks:
         size = round(px * scale)
@@ -259,8 +260,8 @@ def stack_blocks(blocks, face, px, spacing, width, height):
 
 def lay_out(rng, blocks, face, width, height):
     """
-    A Page of `blocks`, a list of (kind, words, scale of the print). Size, line spacing, position, ink and paper are drawn:
-    as large as fits times 0.8 to 1. No word is split or cut; ValueError if even the smallest print does not fit.
+    A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.8 to 1), line
+    spacing, position, ink and paper are drawn. No word is split or cut; ValueError if the smallest print does not fit.
     """
     w, h = width - 2 * MARGIN, height - 2 * MARGIN
     px = max(MIN_PX, round(estimate_px(blocks, face, w, h) * rng.uniform(0.8, 1)))
@@ -308,7 +309,7 @@ class SynthDoc(Task):
     """
     Page i as an OCR conversation, with extra keys chars (length of the truth), face, size_px, split and page.
 
-    size          number of pages; costs nothing, so a training run may ask for as many as it likes
+    size          number of pages; costs nothing, a training run may ask for as many as it likes
     image_size    px, one int for a square or (width, height)
     chars         (low, high) of the number of characters, drawn uniformly; or [(low, high, weight), ...], a mixture
     random_share  of the words replaced by random strings; None is RANDOM_SHARE in train and 0 elsewhere
@@ -345,7 +346,7 @@ class SynthDoc(Task):
         return self.size
 
     def blocks(self, i):
-        """(rng, blocks) of page i before layout; a block is (kind, words, scale). The rng goes on to lay the page out."""
+        """(rng, blocks) of page i; a block is (kind, words, scale of the print), and the rng goes on to the layout."""
         self.check_index(i)
         rng = random.Random(f"synthdoc/{self.split}/{self.seed}/{i}")
         low, high, _ = rng.choices(self.chars, [weight for _, _, weight in self.chars])[0]
