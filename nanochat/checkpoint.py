@@ -10,6 +10,7 @@ import shutil
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import dist_info
@@ -98,6 +99,14 @@ def prune(run_dir, keep, prefix="model"):
             shutil.rmtree(os.path.join(run_dir, name))
 
 
+def read_tensors(path):
+    """{name: tensor} of a safetensors file; a broken one is a ValueError that names it."""
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path} is not a whole safetensors file ({e}): delete its folder and --resume from an earlier one") from e
+
+
 def load_weights(module, tensors, where):
     """Every key of the module and of the file must match, in shape too, and every number must be finite."""
     own = module.state_dict()
@@ -128,7 +137,7 @@ def load_model(path, device):
     path = resolve(path)
     cfg = ModelConfig.from_dict(read_json(os.path.join(path, "config.json")))
     model = NanoDeepseekOCR(cfg)
-    load_weights(model, load_file(os.path.join(path, "model.safetensors")), path)
+    load_weights(model, read_tensors(os.path.join(path, "model.safetensors")), path)
     tokenizer = Tokenizer.load(path)
     return model.to(device).eval(), tokenizer, read_json(os.path.join(path, "meta.json"))
 
@@ -141,7 +150,7 @@ def load_encoder(path, model):
         theirs_part, ours_part = json.loads(json.dumps(theirs[part])), json.loads(json.dumps(ours[part]))
         if theirs_part != ours_part:
             raise ValueError(f"{path} was trained with {part}={theirs_part}, this run has {ours_part}: use the same preset")
-    load_weights(model.encoder, load_file(os.path.join(path, "model.safetensors")), path)
+    load_weights(model.encoder, read_tensors(os.path.join(path, "model.safetensors")), path)
     return read_json(os.path.join(path, "meta.json"))
 
 
@@ -152,6 +161,6 @@ def load_training_state(run_dir, step, model, optimizer):
     meta = read_json(os.path.join(path, "meta.json"))
     if meta["world_size"] != world:
         raise ValueError(f"{path} was written by {meta['world_size']} processes, this run has {world}: resume with the same number")
-    load_weights(model, load_file(os.path.join(path, "model.safetensors")), path)
-    optimizer.load_state_tensors(load_file(os.path.join(path, f"optim_rank{rank}.safetensors")))
+    load_weights(model, read_tensors(os.path.join(path, "model.safetensors")), path)
+    optimizer.load_state_tensors(read_tensors(os.path.join(path, f"optim_rank{rank}.safetensors")))
     return meta

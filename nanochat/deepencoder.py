@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.layers import Conv2d, LayerNorm, Linear, trunc_normal_linears
+from nanochat.layers import Conv2d, LayerNorm, Linear, attention, trunc_normal_linears
 
 MIN_BATCH_FOR_STATISTICS = 8  # below this many images, batch statistics are too noisy: running ones are used
 
@@ -52,8 +52,7 @@ class SAMAttention(nn.Module):
         pad = -(d + H + W) % 8  # fused kernels want head sizes in multiples of 8
         q = F.pad(torch.cat([q * d ** -0.5, bias_h.flatten(2, 3), bias_w.flatten(2, 3)], -1), (0, pad))
         k = F.pad(torch.cat([k, code], -1), (0, pad))
-        v = F.pad(v, (0, H + W + pad))
-        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+        y = attention(q, k, v, scale=1.0)
         return self.proj(y.transpose(1, 2).reshape(B, H, W, C))
 
 
@@ -203,20 +202,25 @@ class Standardize(nn.Module):
         if self.kind == "none":
             return
         dims = (0,) if self.kind == "position" else (0, 2, 3)
-        n = torch.zeros((), dtype=torch.float64)
+        n, images = torch.zeros((), dtype=torch.float64), 0
         total, square = (torch.zeros(self.mean.shape, dtype=torch.float64) for _ in range(2))
         for x in batches:
+            if self.kind == "position" and x.shape[1:] != self.mean.shape:
+                raise ValueError(f"re-estimating per-position statistics on outputs of {tuple(x.shape[1:])}, the table is {tuple(self.mean.shape)}: "
+                                 f"train in the mode whose size is the preset's image_size, or --standardize=channel")
+            images += x.size(0)
             x = x.double().cpu()  # fp64 sums: var = E[x^2] - E[x]^2 would cancel in fp32
             n += x.numel() / self.mean.numel()
             total += x.sum(dims, keepdim=True)[0]
             square += x.square().sum(dims, keepdim=True)[0]
         sums = torch.stack([total, square]).to(self.mean.device, torch.float64 if self.mean.device.type != "mps" else torch.float32)
-        n = n.to(sums)
+        n, images = n.to(sums), torch.tensor(float(images)).to(sums)
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(n)
-        if n.item() < MIN_BATCH_FOR_STATISTICS:
-            raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} images, got {int(n)}")
+            dist.all_reduce(images)
+        if images < MIN_BATCH_FOR_STATISTICS:
+            raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} images, got {int(images)}")
         mean, square = sums / n
         self.mean.copy_(mean)
         self.var.copy_((square - mean.square()).clamp(min=0))
@@ -263,7 +267,7 @@ class CLIPAttention(nn.Module):
     def forward(self, x):  # (B, T, C)
         B, T, C = x.shape
         q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+        return self.out_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, C))
 
 
 class CLIPMLP(nn.Module):

@@ -41,6 +41,8 @@ class Engine:
         """-> one Result per conversation. temperature 0 = greedy."""
         if self.model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
         batch, lengths = self.prompt_batch(conversations)
         return self.decode(batch, lengths, max_new_tokens, temperature, seed)
 

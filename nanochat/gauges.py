@@ -17,7 +17,7 @@ def reestimate_statistics(model, batches):
         return
     def outputs():
         for batch in batches[rank::world]:
-            pixels = batch.views[model.cfg.sam.image_size].to(model.device)
+            pixels = batch.views[max(batch.views)].to(model.device)  # the global view
             yield encoder.sam_model(pixels.to(model.dtype) / 127.5 - 1.0)
     encoder.standardize.reestimate(outputs())
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.layers import Linear
+from nanochat.layers import Linear, attention
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
 SOFTCAP = 15.0
@@ -72,8 +72,7 @@ class Attention(nn.Module):
         q, k = (norm(rotate(t, cos, sin)).to(x.dtype).transpose(1, 2) for t in (q, k))
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.n_head != self.n_kv_head)
+        y = attention(q, k, v, mask=mask, causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

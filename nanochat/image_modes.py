@@ -75,6 +75,18 @@ def plan(mode, width, height, stride):
     return Plan(mode, cols, rows, mode.size // stride, mode.tile // stride)
 
 
+def to_rgb(image):
+    """What a viewer would show on white paper: EXIF orientation applied, 16-bit grey scaled, transparency over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # convert() would clip at 255
+        levels = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def to_array(image):
     """PIL RGB -> (3, H, W) uint8."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -85,7 +97,7 @@ def preprocess(image, mode, stride):
     PIL image -> (plan, global view (3, S, S) uint8, tiles (rows*cols, 3, t, t) uint8 in row-major order).
     Orientation from EXIF is applied; normalisation to [-1, 1] is the model's business, on the device.
     """
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = to_rgb(image)
     p = plan(mode, *image.size, stride)
     if mode.stretch:
         view = image if image.size == (mode.size, mode.size) else image.resize((mode.size, mode.size), Image.Resampling.BICUBIC)

@@ -1,5 +1,5 @@
 """
-Linear, Conv2d and LayerNorm whose parameters stay fp32 and are cast to the dtype of what comes in. The compute dtype is
+Attention; and Linear, Conv2d and LayerNorm whose parameters stay fp32 and are cast to the dtype of what comes in. The compute dtype is
 thereby chosen once, where pixels and embeddings enter the model, and nothing else has to know of it (no autocast).
 """
 import torch
@@ -24,6 +24,25 @@ class Conv2d(nn.Conv2d):
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def attention(q, k, v, scale=None, mask=None, causal=False):
+    """
+    softmax(q k^T * scale) v over (B, H, T, D); v's D may differ. `mask`: boolean, True = may attend. k, v may have fewer heads.
+    Written out on the CPU: torch's fused CPU kernel takes 2 to 10 times as long, in bf16 with its backward, at the sizes that
+    train there (python -m scripts.bench_attention). Elsewhere it is SDPA.
+    """
+    if q.device.type == "cpu" and q.size(1) == k.size(1) and q.size(2) * k.size(2) <= 512 ** 2:
+        scores = (q * (scale or q.size(-1) ** -0.5)) @ k.mT
+        if causal:
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1) @ v
+    pad = q.size(-1) - v.size(-1)
+    y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)) if pad else v, attn_mask=mask, is_causal=causal, scale=scale,
+                                       enable_gqa=q.size(1) != k.size(1))
+    return y[..., :v.size(-1)]
 
 
 def trunc_normal_linears(module, std=0.02):

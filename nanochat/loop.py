@@ -66,7 +66,7 @@ def training_arguments(description, **defaults):
     return p
 
 
-NOT_PART_OF_THE_RUN = {"resume", "run", "workers", "checkpoints", "device_type", "save_every"}  # may change on --resume
+NOT_PART_OF_THE_RUN = {"resume", "run", "workers", "checkpoints", "device_type"}  # may change on --resume
 
 
 def open_run(args):
@@ -75,9 +75,9 @@ def open_run(args):
     steps = ckpt.steps_of(run_dir)
     config = {k: v for k, v in vars(args).items() if k not in NOT_PART_OF_THE_RUN}
     config_path = os.path.join(run_dir, "run.json")
+    if (steps or os.path.exists(config_path)) and not args.resume:
+        raise FileExistsError(f"{run_dir} holds a run: --resume goes on with it, another --model-tag keeps it, or delete it")
     if os.path.exists(config_path):
-        if not args.resume:
-            raise FileExistsError(f"{run_dir} holds a run: --resume goes on with it, another --model-tag keeps it, or delete it")
         old = ckpt.read_json(config_path)
         changed = [f"--{k.replace('_', '-')} was {old.get(k)!r}, now {config.get(k)!r}" for k in sorted({*old, *config})
                    if old.get(k) != config.get(k)]
@@ -204,7 +204,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
 
     # start order: resume, else what the script put into the model
     run_dir, start = open_run(args)
-    state = {"seconds": 0.0, "flops": 0.0, "best": None, "best_step": None, "last_eval": None}
+    state = {"seconds": 0.0, "flops": 0.0, "best": None, "best_step": None, "best_saved": None, "best_saved_step": None, "last_eval": None}
     if start is not None:
         meta = ckpt.load_training_state(run_dir, start, model, optimizer)
         state = meta["loop_state"]
@@ -231,8 +231,13 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         # ------------------------------------------------------------- evaluate
         if step != start and (last or saving or (args.eval_every > 0 and step % args.eval_every == 0)):
             record, rows = evaluator(model, tokenizer, mode)
+            if not math.isfinite(record["val/loss"]):
+                raise ValueError(f"step {step}: validation loss {record['val/loss']}: the last update spoilt the weights, nothing is saved; "
+                                 f"lower --lr / --matrix-lr")
             if state["best"] is None or record["val/loss"] < state["best"]:
                 state["best"], state["best_step"] = record["val/loss"], step
+            if saving and (state["best_saved"] is None or record["val/loss"] < state["best_saved"]):
+                state["best_saved"], state["best_saved_step"] = record["val/loss"], step
             state["last_eval"] = record
             records.log({"step": step, **record, "train/total_flops": state["flops"], "train/total_seconds": state["seconds"]})
             print0(f"step {step:05d} | val loss {record['val/loss']:.4f} | 1-NED {record['val/one_minus_ned']:.3f} | gap {record['vision/gap']:.3f} "
@@ -248,7 +253,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
             if rank == 0:
                 if sam_trains:  # stage 1: the encoder alone as well, for stage 2
                     ckpt.save_encoder(run_dir, step, model, meta)
-                keep = {*ckpt.steps_of(run_dir)[-2:], state["best_step"]}
+                keep = {*ckpt.steps_of(run_dir)[-2:], state["best_saved_step"]}
                 ckpt.prune(run_dir, keep)
                 ckpt.prune(run_dir, keep, "deepencoder")
         if last:

@@ -102,6 +102,8 @@ class NanoDeepseekOCR(nn.Module):
         x = self.gpt.transformer.wte(batch.ids).to(self.dtype)
         if batch.plans:
             x = fuse(x, batch.ids == self.cfg.image_token_id, self.encode_images(batch.views, batch.plans), batch.features_per_row)
+        elif (rows := (batch.ids == self.cfg.image_token_id).any(1)).any():
+            raise ValueError(f"row {rows.nonzero()[0].item()} has <|image|> placeholders but the batch has no images")
         elif self.training:
             # A batch without images still sends one blank page through the encoder, at weight zero: every parameter then has
             # a gradient on every rank and step. One image is below the limit for batch statistics, so it leaves no trace.

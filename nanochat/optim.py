@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_block_matrix(name, p):
-    return p.ndim == 2 and "rel_pos" not in name and any(part in name for part in (".blocks.", ".layers.", ".h."))
+    return p.ndim == 2 and "rel_pos" not in name and any(part in name for part in (".blocks.", ".transformer.layers.", ".h."))
 
 
 class Optimizer:
@@ -103,7 +103,8 @@ class Optimizer:
                     if name not in left:
                         raise ValueError(f"optimizer state lacks {name}: it belongs to another model or optimizer")
                     value = left.pop(name)
-                    part.state[p][key] = value if key == "step" else value.to(p.device)
+                    on_cpu = key == "step" and not part.defaults["fused"]  # torch keeps AdamW's step there unless it is fused
+                    part.state[p][key] = value if on_cpu else value.to(p.device)
         if left:
             raise ValueError(f"optimizer state has unknown tensors, e.g. {sorted(left)[:3]}: it belongs to another model or optimizer")
 

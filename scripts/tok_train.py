@@ -10,6 +10,7 @@ import json
 import os
 import time
 
+from nanochat.common import run_main
 from nanochat.tokenizer import Tokenizer
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import held_out_words, text_stream
@@ -37,7 +38,7 @@ def known_held_out_words(tokenizer):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the tokenizer")
-    parser.add_argument("--vocab-size", type=int, default=512, help="tokens in all, special ones included")
+    parser.add_argument("--vocab-size", type=int, default=270, help="tokens in all, special ones included")
     parser.add_argument("--max-chars", type=int, default=2_000_000, help="characters of text to train on")
     parser.add_argument("--out", default="checkpoints/tokenizer", help="folder for tokenizer.json")
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
@@ -69,4 +70,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

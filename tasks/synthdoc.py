@@ -43,6 +43,8 @@ ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyz0123456789"
 RANDOM_SHARE = 0.15  # of the training words: with none the model guesses words instead of reading letters
 PROSE_SHARE = 0.2  # of the pages
 NUMBER_SHARE = CAPITAL_SHARE = PUNCTUATION_SHARE = 0.08  # of the words of the other pages, except random_chars
+ZIPF_OFFSET = 20
+PRIMER_FACE, PRIMER_COLUMNS, PRIMER_ROWS = "mono", 8, 4
 TITLE_SCALE = 1.4  # print size of a title over that of the text
 MIN_PX = 6  # smallest print; below it letters fall together
 MIN_CHARS = 10  # a page must have room for any word of the list (9 letters and a comma)
@@ -77,7 +79,13 @@ def held_out_words():
 
 @lru_cache(None)
 def train_words():
-    return tuple(w for w in word_list() if w not in held_out_words())
+    """In the order of their rank: which words are common is settled by hash."""
+    return tuple(sorted((w for w in word_list() if w not in held_out_words()), key=stable_hash))
+
+
+def ranked(rng, words):
+    """A word of rank r with odds 1 / (r + 20), Zipf's law without its peak: a third of what is drawn are the first hundred words."""
+    return words[int(ZIPF_OFFSET * ((len(words) / ZIPF_OFFSET + 1) ** rng.random() - 1))]
 
 
 @lru_cache(None)
@@ -130,7 +138,7 @@ def word_source(rng, split):
         if split != "heldout_words" and rng.random() < NUMBER_SHARE:
             word = str(rng.randrange(10, 10 ** rng.randint(2, 4)))
         else:
-            word = rng.choice(words)
+            word = rng.choice(words) if split == "heldout_words" else ranked(rng, words)
             word = word.capitalize() if rng.random() < CAPITAL_SHARE else word
         yield word + rng.choice(",.") if rng.random() < PUNCTUATION_SHARE else word
 
@@ -258,14 +266,15 @@ def stack_blocks(blocks, face, px, spacing, width, height):
     return (boxes, right, y) if y <= height else None
 
 
-def lay_out(rng, blocks, face, width, height):
+def lay_out(rng, blocks, face, width, height, freedom=1.0):
     """
     A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.8 to 1), line
     spacing, position, ink and paper are drawn. No word is split or cut; ValueError if the smallest print does not fit.
+    freedom < 1 narrows what size, spacing and position may do, down to print that fills the page from its upper left.
     """
     w, h = width - 2 * MARGIN, height - 2 * MARGIN
-    px = max(MIN_PX, round(estimate_px(blocks, face, w, h) * rng.uniform(0.8, 1)))
-    spacing = rng.uniform(1, 1.25)
+    px = max(MIN_PX, round(estimate_px(blocks, face, w, h) * rng.uniform(1 - 0.2 * freedom, 1)))
+    spacing = rng.uniform(1, 1 + 0.25 * freedom)
     placed = stack_blocks(blocks, face, px, spacing, w, h)
     while placed is None and px >= MIN_PX:
         placed = stack_blocks(blocks, face, px, 1, w, h)
@@ -275,12 +284,27 @@ def lay_out(rng, blocks, face, width, height):
         raise ValueError(f"{n_chars} characters in {face} do not fit a page of {width}x{height} px at the smallest "
                          f"print, {MIN_PX} px: raise image_size or lower chars")
     boxes, right, bottom = placed
-    x, y = MARGIN + rng.randint(0, w - right), MARGIN + rng.randint(0, h - bottom)
+    x, y = (MARGIN + rng.randint(0, int(room * freedom)) for room in (w - right, h - bottom))
     for box in boxes:
         left, top, right, bottom = box.bbox
         box.bbox = (left + x, top + y, right + x, bottom + y)
         box.lines = [(lx + x, ly + y, size, text) for lx, ly, size, text in box.lines]
     return Page(width, height, boxes, face, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
+
+
+def lay_out_primer(rng, words, width, height):
+    """
+    A page of a curriculum's beginning: large print of one monospaced face that fills a fixed grid, words broken where a row
+    ends. The n-th character then always stands in the same place, and reading takes off within a hundred steps; where the
+    place has to be found first it may not in several hundred (FINDINGS.md).
+    """
+    text = " ".join(words)[:PRIMER_COLUMNS * PRIMER_ROWS].rstrip()
+    px = round(width / PRIMER_COLUMNS / 0.602)  # 0.602 em: the advance of DejaVu Sans Mono
+    pitch = height // PRIMER_ROWS
+    rows = [text[k:k + PRIMER_COLUMNS] for k in range(0, len(text), PRIMER_COLUMNS)]
+    box = Box("text_block", text, 0, (0, 0, width, pitch * len(rows)))
+    box.lines = [(0, k * pitch, px, row) for k, row in enumerate(rows)]
+    return Page(width, height, [box], PRIMER_FACE, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
 
 
 # -----------------------------------------------------------------------------
@@ -313,8 +337,9 @@ class SynthDoc(Task):
     image_size    px, one int for a square or (width, height)
     chars         (low, high) of the number of characters, drawn uniformly; or [(low, high, weight), ...], a mixture
     random_share  of the words replaced by random strings; None is RANDOM_SHARE in train and 0 elsewhere
-    ramp          curriculum: over the first `ramp` pages the most characters grow from MIN_CHARS to the full value, so
-                  that print starts large; sizes stay mixed, since each new size first disturbs the old ones
+    ramp          curriculum over the first `ramp` pages: primer pages (large print filling a fixed grid) alone for a
+                  quarter of it, then giving way to free layouts, whose size and position loosen as their share grows. Old
+                  kinds stay in the mix: a sudden change first disturbs what was learned
     faces         names from FACES; None is all of them
     titles        share of the pages that open with a title of one to three words in larger print
     """
@@ -345,28 +370,36 @@ class SynthDoc(Task):
     def __len__(self):
         return self.size
 
+    def progress(self, i):
+        """How far the curriculum is at page i: 0 in its first quarter, then linearly to 1."""
+        return min(1.0, max(0.0, (i / self.ramp - 0.25) / 0.75)) if self.ramp else 1.0
+
     def blocks(self, i):
-        """(rng, blocks) of page i; a block is (kind, words, scale of the print), and the rng goes on to the layout."""
+        """(rng, primer, blocks) of page i; a block is (kind, words, scale of the print); the rng goes on to the layout."""
         self.check_index(i)
         rng = random.Random(f"synthdoc/{self.split}/{self.seed}/{i}")
         low, high, _ = rng.choices(self.chars, [weight for _, _, weight in self.chars])[0]
-        if i < self.ramp:
-            high = round(MIN_CHARS + (high - MIN_CHARS) * i / self.ramp)
-            low = min(low, max(MIN_CHARS, high // 2))
+        progress = self.progress(i)
+        primer = rng.random() >= progress
+        if primer:
+            low = high = PRIMER_COLUMNS * PRIMER_ROWS + MIN_CHARS  # enough to fill it
         words = choose_words(rng, self.split, rng.randint(low, high), self.random_share)
         blocks = [("text_block", words, 1)]
-        if rng.random() < self.titles and len(words) >= 4:
+        if rng.random() < self.titles and len(words) >= 4 and not primer:
             k = rng.randint(1, 3)
             blocks = [("title", words[:k], TITLE_SCALE), ("text_block", words[k:], 1)]
-        return rng, blocks
+        return rng, primer, blocks
 
     def text(self, i):
-        """The truth of page i, without drawing it."""
-        return "\n\n".join(" ".join(words) for _, words, _ in self.blocks(i)[1])
+        """The words of page i, without laying it out (a primer page keeps only what its grid holds)."""
+        return "\n\n".join(" ".join(words) for _, words, _ in self.blocks(i)[2])
 
     def __getitem__(self, i):
-        rng, blocks = self.blocks(i)
-        page = lay_out(rng, blocks, rng.choice(self.faces), self.width, self.height)
+        rng, primer, blocks = self.blocks(i)
+        if primer:
+            page = lay_out_primer(rng, blocks[0][1], self.width, self.height)
+        else:
+            page = lay_out(rng, blocks, rng.choice(self.faces), self.width, self.height, self.progress(i))
         image = render(page)
         return ocr_conversation(image, page.truth, f"synthdoc/{self.split}/{self.seed}/{i}", chars=len(page.truth),
                                 face=page.face, size_px=page.size_px, split=self.split, page=page)

@@ -1,0 +1,80 @@
+"""What several test files share: no network, one thread, a small tokenizer, a tiny model and batches for it."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")  # before torch, and for child processes
+os.environ.pop("NANOCHAT_TRACEBACK", None)
+
+import pytest
+import torch
+
+from nanochat import config
+from nanochat.dataloader import Sampler, collate
+from nanochat.image_modes import MODES
+from nanochat.model import NanoDeepseekOCR
+from nanochat.tokenizer import Tokenizer
+from scripts.tok_train import training_text
+from tasks.synthchat import SynthChat
+from tasks.synthdoc import SynthDoc
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train(training_text(50_000, seed=0), 300).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir):
+    return Tokenizer.load(tokenizer_dir)
+
+
+@pytest.fixture
+def cfg(tokenizer):
+    cfg = config.tiny()
+    cfg.gpt.vocab_size, cfg.image_token_id = tokenizer.get_vocab_size(), tokenizer.image_token_id
+    return cfg
+
+
+@pytest.fixture
+def make_model(cfg):
+    """
+    A function seed -> tiny model. A fresh model says the same whatever it sees, since lm_head and c_proj start at zero and
+    the projector's share is small; so these are drawn at random here, and every input reaches every output.
+    """
+    def make(seed=0, cfg=cfg):
+        model = NanoDeepseekOCR(cfg).init_weights(seed)
+        for name, p in model.named_parameters():
+            if name.startswith("gpt.") and ("c_proj" in name or "lm_head" in name):
+                torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
+        return model
+    return make
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def pages():
+    """Ten pages of 64 px, as conversations."""
+    return list(SynthDoc("heldout", 10, image_size=64, chars=(10, 24)))
+
+
+@pytest.fixture(scope="session")
+def chats():
+    """Ten text-only conversations."""
+    return list(SynthChat("train", 10))
+
+
+@pytest.fixture
+def make_batch(tokenizer, cfg):
+    """A function conversations -> Batch."""
+    def make(conversations, mode=MODES["test"]):
+        sampler = Sampler(conversations, tokenizer, mode, cfg.token_stride, max_tokens=256)
+        return collate([sampler[i] for i in range(len(conversations))])
+    return make

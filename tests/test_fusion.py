@@ -1,0 +1,133 @@
+"""
+Proves that image features land exactly on their placeholders and matter; that counts are compared row by row; that rows
+without images and longer padding do no harm; and that everything that should learn has a gradient, and nothing else.
+
+python -m pytest tests/test_fusion.py
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.model import fuse
+
+
+def test_features_take_the_placeholders_in_order():
+    embeddings = torch.arange(24.0).view(2, 6, 2)
+    is_image = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 0, 0, 1, 0]]).bool()
+    features = -torch.arange(1.0, 11).view(5, 2)
+    y = fuse(embeddings, is_image, features, [3, 2])
+    assert torch.equal(y[is_image], features) and torch.equal(y[~is_image], embeddings[~is_image])
+    assert torch.equal(y[0, 5], features[2]) and torch.equal(y[1, 0], features[3])
+
+
+@pytest.mark.parametrize("given, row, slots, features", [([4, 1], 0, 3, 4), ([3, 1], 1, 2, 1), ([3, 3], 1, 2, 3), ([0, 5], 0, 3, 0)])
+def test_a_surplus_is_not_lent_to_the_next_row(given, row, slots, features):
+    is_image = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 1]]).bool()
+    with pytest.raises(ValueError, match=rf"row {row} has {slots} <\|image\|> placeholders but {features} image features"):
+        fuse(torch.zeros(2, 4, 2), is_image, torch.zeros(sum(given), 2), given)
+
+
+def test_counts_and_tensor_must_agree():
+    with pytest.raises(ValueError, match="4 image features for 3 placeholders"):
+        fuse(torch.zeros(1, 4, 2), torch.tensor([[0, 1, 1, 1]]).bool(), torch.zeros(4, 2), [3])
+
+
+@torch.no_grad()
+def test_embed(model, make_batch, pages, chats):
+    """Through the model, with a text-only row between two pages."""
+    model.eval()
+    batch = make_batch([pages[0], chats[0], pages[1]])
+    is_image = batch.ids == model.cfg.image_token_id
+    x = model.embed(batch)
+    assert is_image.sum(1).tolist() == batch.features_per_row == [7, 0, 7]  # 2 rows of 2 tokens and a newline, separator
+    assert torch.equal(x[is_image], model.encode_images(batch.views, batch.plans))
+    assert torch.equal(x[~is_image], model.gpt.transformer.wte(batch.ids)[~is_image])
+    assert torch.equal(x[is_image][[2, 5]], model.image_newline.expand(2, -1)) and torch.equal(x[is_image][6], model.view_seperator)
+    alone = model.embed(make_batch([pages[1]]))
+    torch.testing.assert_close(x[2, :alone.size(1)], alone[0])  # the second page is in the third row, not the first
+
+
+def test_a_row_cut_inside_its_image_is_named(model, make_batch, pages):
+    batch = make_batch(pages[:3])
+    batch.ids[1, 3] = 65  # a placeholder less
+    with pytest.raises(ValueError, match="row 1 has 6 .* but 7"):
+        model(batch)
+
+
+@torch.no_grad()
+def test_the_image_changes_the_output(model, make_batch, pages):
+    model.eval()
+    batch = make_batch(pages[:8])
+    others = replace(batch, views={64: batch.views[64].flip(0)})
+    assert model(batch) != model(others)
+    after = batch.targets != -1  # every answer stands after its page
+    difference = (model.gpt(model.embed(batch)) - model.gpt(model.embed(others))).abs().amax(-1)
+    assert difference[after].min() > 1e-4 and difference[:, :2].max() == 0  # <|bos|><|user_start|> stand before it
+
+
+def loss_per_token(model, batch):
+    return model(batch) / batch.supervised()
+
+
+def test_every_trainable_parameter_gets_a_gradient(model, make_batch, pages):
+    loss_per_token(model.train(), make_batch(pages[:8])).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_frozen_parameters_get_none(model, make_batch, pages):
+    model.train().encoder.freeze_sam()
+    loss_per_token(model, make_batch(pages[:8])).backward()
+    for name, p in model.named_parameters():
+        if name.startswith("encoder.sam_model."):
+            assert p.grad is None, name
+        else:
+            assert p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_text_alone_touches_no_vision_but_leaves_no_gradient_out(model, make_batch, chats, frozen):
+    """Under DDP a parameter without a gradient on one rank would stop all."""
+    if frozen:
+        model.encoder.freeze_sam()
+    before = [t.clone() for t in model.encoder.standardize.buffers()]
+    loss_per_token(model.train(), make_batch(chats)).backward()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert p.grad is None, name
+        elif name.startswith("gpt."):
+            assert p.grad.abs().sum() > 0, name
+        else:
+            assert p.grad.abs().sum() == 0, name  # there, and zero
+    assert all(torch.equal(a, b) for a, b in zip(before, model.encoder.standardize.buffers()))
+    with torch.no_grad():
+        trained = model(make_batch(chats))
+        assert torch.equal(trained, model.eval()(make_batch(chats)))
+
+
+@torch.no_grad()
+def test_a_mixed_batch_is_the_sum_of_its_rows(model, make_batch, pages, chats):
+    model.eval()
+    rows = [pages[0], chats[0], pages[1], chats[1]]
+    alone = sum(model(make_batch([row])) for row in rows)
+    torch.testing.assert_close(model(make_batch(rows)), alone, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_padding_is_inert(model, make_batch, pages):
+    model.eval()
+    batch = make_batch(pages[:8])
+    longer = replace(batch, ids=F.pad(batch.ids, (0, 9), value=7), targets=F.pad(batch.targets, (0, 9), value=-1))
+    torch.testing.assert_close(model(longer), model(batch), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_the_supervised_tokens(model, make_batch, pages):
+    batch = make_batch(pages[:2])
+    model.eval()
+    logp = model.gpt.logits(model.gpt(model.embed(batch))).log_softmax(-1)
+    expected = -sum(logp[b, t, target] for b, row in enumerate(batch.targets) for t, target in enumerate(row) if target != -1)
+    torch.testing.assert_close(model(batch), expected)

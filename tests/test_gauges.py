@@ -1,0 +1,87 @@
+"""
+Proves that the gauges of collapse measure what their names say: cosine 1 for pages that all look the same, a gap that is
+positive when the right page helps and zero when it is ignored, statistics that are those of the pages they were given.
+
+python -m pytest tests/test_gauges.py
+"""
+
+import pytest
+import torch
+
+from nanochat.engine import Engine
+from nanochat.gauges import cosines, page_cosine, read_pages, reestimate_statistics, validate
+from nanochat.image_modes import MODES
+
+
+def test_page_cosine():
+    assert page_cosine(torch.ones(4, 2, 3)) == pytest.approx(1)
+    assert page_cosine(torch.eye(4)) == pytest.approx(0)
+    assert page_cosine(torch.tensor([[1.0, 0], [-1, 0]])) == pytest.approx(-1)
+    # pairs (a, b), (a, c), (b, c) at 60, 90 and 150 degrees; length does not matter
+    vectors = torch.tensor([[1.0, 0], [0.5, 0.75 ** 0.5], [0, -7]])
+    assert page_cosine(vectors) == pytest.approx((0.5 + 0 - 0.75 ** 0.5) / 3, abs=1e-6)
+
+
+@torch.no_grad()
+def test_cosines(model, make_batch, pages):
+    pixels = make_batch(pages).views[64]
+    model.eval().encoder.standardize.mean.normal_()
+    measured = cosines(model, pixels)
+    assert list(measured) == ["sam", "compressor", "clip", "projector"]
+    assert measured["compressor"] == pytest.approx(page_cosine(model.encoder.sam_model(pixels / 127.5 - 1)), abs=1e-5)  # before
+    assert measured["projector"] == pytest.approx(page_cosine(model.project(pixels)), abs=1e-5)
+    same = cosines(model, pixels[:1].expand(10, -1, -1, -1))
+    assert list(same.values()) == pytest.approx([1] * 4, abs=1e-4)
+
+
+class Reader(torch.nn.Module):
+    """Loss 3 nats a row beside its own page, 3 + `gap` beside another."""
+    device = torch.device("cpu")
+
+    def __init__(self, batches, gap):
+        super().__init__()
+        self.own, self.gap = {b.ids.data_ptr(): b.views[64] for b in batches}, gap
+
+    def forward(self, batch):
+        wrong = (self.own[batch.ids.data_ptr()] != batch.views[64]).flatten(1).any(1)
+        return (3 + self.gap * wrong).sum()
+
+
+@pytest.mark.parametrize("gap", [5.0, 0.0, -1.0])
+def test_validate(make_batch, pages, gap):
+    batches = [make_batch(pages[:6]), make_batch(pages[6:])]
+    record = validate(Reader(batches, gap), batches)
+    characters = sum(len(c["messages"][-1]["content"]) for c in pages)
+    assert record["val/loss"] == pytest.approx(30 / sum(b.supervised() for b in batches))
+    assert record["val/loss_per_char"] == pytest.approx(30 / characters)
+    assert record["vision/gap"] == pytest.approx(10 * gap / characters)
+
+
+@torch.no_grad()
+def test_reestimate_statistics(model, make_batch, pages):
+    batches, table = [make_batch(pages[:6]), make_batch(pages[6:])], model.encoder.standardize
+    x = model.eval().encoder.sam_model(torch.cat([b.views[64] for b in batches]) / 127.5 - 1)
+    table.mean.fill_(100)
+    reestimate_statistics(model, batches)
+    torch.testing.assert_close(table.mean, x.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(table.var, x.var(0, correction=0), atol=1e-5, rtol=1e-3)
+    model.encoder.freeze_sam()
+    reestimate_statistics(model, [make_batch(pages[:8])])
+    torch.testing.assert_close(table.mean, x.mean(0), atol=1e-5, rtol=1e-4)  # frozen with the weights that it belongs to
+
+
+def test_read_pages(model, tokenizer, pages, monkeypatch):
+    engine = Engine(model.eval(), tokenizer, MODES["test"])
+    truths = [c["messages"][-1]["content"] for c in pages]
+    texts = truths[:9] + [""]
+    generate = engine.generate
+
+    def reads(conversations, n):
+        results = generate(conversations, n)
+        for r, text in zip(results, texts):
+            r.text = text
+        return results
+    monkeypatch.setattr(engine, "generate", reads)
+    rows = read_pages(engine, pages, 4)
+    assert [(c["id"], text, score) for c, text, score in rows] == [
+        (c["id"], text, float(text == truth)) for c, text, truth in zip(pages, texts, truths)]

@@ -1,0 +1,176 @@
+"""
+Proves that the decoder is nanochat's of October 2025, by a second, plain implementation (and by transformers' where that is
+installed); that decoding with the cache equals decoding without, for rows of different lengths; and what is refused.
+
+python -m pytest tests/test_gpt.py
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.config import GPTConfig
+from nanochat.gpt import EPS, GPT, KVCache
+from nanochat.layers import attention
+
+SIZES = dict(sequence_len=32, vocab_size=50, n_layer=2, n_head=4, n_kv_head=4, n_embd=32)
+
+
+def make_gpt(**sizes):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**{**SIZES, **sizes}))
+    gpt.init_weights()
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)  # the zeros of init_weights would hide everything
+    return gpt
+
+
+def logits_of(gpt, ids):
+    return gpt.logits(gpt(gpt.transformer.wte(ids)))
+
+
+def plain_logits(weights, cfg, ids):
+    """The same network out of its formulas, in fp64, one row, one head and one position after the other."""
+    w = {name: t.double() for name, t in weights.items()}
+    D = cfg.n_embd // cfg.n_head
+
+    def rms(x):
+        return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+    def turned(x, t):  # the pair (a, b) of dimensions i and i + D/2 as a complex number, turned by t / 10000^(2i/D)
+        out = x.clone()
+        for i in range(D // 2):
+            angle = t * 10000 ** (-2 * i / D)
+            a, b = x[i], x[i + D // 2]
+            out[i] = a * math.cos(angle) + b * math.sin(angle)
+            out[i + D // 2] = b * math.cos(angle) - a * math.sin(angle)
+        return out
+
+    rows = []
+    for row in ids.tolist():
+        x = rms(w["transformer.wte.weight"][row])  # (T, C)
+        for layer in range(cfg.n_layer):
+            p = f"transformer.h.{layer}."
+            y = rms(x)
+            heads = []
+            for h in range(cfg.n_head):
+                g = h * cfg.n_kv_head // cfg.n_head  # query heads share key heads in groups
+                q, k, v = (y @ w[f"{p}attn.c_{name}.weight"][n * D:(n + 1) * D].T for name, n in (("q", h), ("k", g), ("v", g)))
+                q, k = (torch.stack([rms(turned(vector, t)) for t, vector in enumerate(z)]) for z in (q, k))
+                heads.append(torch.stack([(k[:t + 1] @ q[t] / math.sqrt(D)).softmax(0) @ v[:t + 1] for t in range(len(row))]))
+            x = x + torch.cat(heads, -1) @ w[f"{p}attn.c_proj.weight"].T
+            x = x + (rms(x) @ w[f"{p}mlp.c_fc.weight"].T).relu().square() @ w[f"{p}mlp.c_proj.weight"].T
+        rows.append(15 * torch.tanh(rms(x) @ w["lm_head.weight"].T / 15))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+@torch.no_grad()
+def test_equals_a_plain_implementation(n_kv_head):
+    gpt = make_gpt(n_kv_head=n_kv_head)
+    ids = torch.randint(50, (2, 12))
+    expected = plain_logits(gpt.state_dict(), gpt.cfg, ids)
+    assert expected.std() > 0.5
+    assert (logits_of(gpt, ids) - expected).abs().max() < 1e-5  # worst seen: 1.3e-6
+
+
+@torch.no_grad()
+def test_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        pytest.skip("this transformers has no nanochat")
+    gpt = make_gpt(n_kv_head=2)
+    c = gpt.cfg
+    theirs = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.sequence_len,
+        rms_norm_eps=EPS, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})).eval()
+    state = {}
+    for name, t in gpt.state_dict().items():
+        for old, new in (("transformer.wte", "model.embed_tokens"), ("transformer.h", "model.layers"), ("attn.c_proj", "attn.o_proj"),
+                         ("attn.c_", "self_attn."), ("attn.o", "self_attn.o"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
+            name = name.replace(old, new)
+        for part in "qkv":
+            name = name.replace(f"self_attn.{part}.", f"self_attn.{part}_proj.")
+        state[name] = t
+    theirs.load_state_dict(state)
+    ids = torch.randint(c.vocab_size, (2, 16))
+    assert (logits_of(gpt, ids) - theirs(ids).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+@torch.no_grad()
+def test_cached_equals_uncached(n_kv_head):
+    gpt = make_gpt(n_kv_head=n_kv_head)
+    ids = torch.randint(50, (3, 20))
+    expected = logits_of(gpt, ids)
+    lengths = torch.tensor([4, 9, 6])
+    prompt = ids[:, :9].clone()
+    for row, n in enumerate(lengths):
+        prompt[row, n:] = 49  # padding, which the cache must forget
+    cache = KVCache(gpt.cfg, 3, 20, ids.device, torch.float32)
+    hidden = gpt(gpt.transformer.wte(prompt), cache=cache)
+    for row, n in enumerate(lengths):
+        assert (gpt.logits(hidden[row, :n]) - expected[row, :n]).abs().max() < 1e-5
+    position, rows = lengths.clone(), torch.arange(3)
+    for step in range(10):
+        if step == 5:  # a row leaves the batch
+            cache.keep_rows(torch.tensor([True, False, True]))
+            position, rows = position[[0, 2]], rows[[0, 2]]
+        x = gpt.transformer.wte(ids[rows, position])[:, None]
+        logits = gpt.logits(gpt(x, cache=cache, positions=position[:, None])[:, 0])
+        assert (logits - expected[rows, position]).abs().max() < 1e-5
+        position = position + 1
+
+
+@torch.no_grad()
+def test_no_position_sees_a_later_one():
+    gpt = make_gpt()
+    ids = torch.randint(50, (1, 12))
+    changed = ids.clone()
+    changed[0, 7] = (ids[0, 7] + 1) % 50
+    a, b = logits_of(gpt, ids), logits_of(gpt, changed)
+    assert torch.equal(a[:, :7], b[:, :7]) and (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 1e-4
+
+
+@pytest.mark.parametrize("T", [8, 600])  # written out, and too large for that: torch's kernel
+@pytest.mark.parametrize("kind", ["full", "causal", "mask"])
+def test_attention(T, kind):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 5)  # values may be narrower
+    allowed = {"full": torch.ones(T, T), "causal": torch.ones(T, T).tril(), "mask": (torch.rand(T, T) > 0.5) + torch.eye(T)}[kind] > 0
+    expected = (0.3 * q.double() @ k.double().mT + torch.where(allowed, 0.0, -math.inf)).softmax(-1) @ v.double()
+    y = attention(q, k, v, scale=0.3, mask=allowed[None, None] if kind == "mask" else None, causal=kind == "causal")
+    assert y.shape == v.shape and (y - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_softcap():
+    gpt = make_gpt()
+    x = F.normalize(torch.randn(4, 32))
+    gpt.lm_head.weight.mul_(1000)
+    assert 14.9 < gpt.logits(x).abs().max() <= 15
+    gpt.lm_head.weight.mul_(1e-6)
+    torch.testing.assert_close(gpt.logits(x), x @ gpt.lm_head.weight.T)  # near zero it changes nothing
+
+
+def test_logits_are_fp32_whatever_the_compute_dtype():
+    gpt = make_gpt()
+    hidden = gpt(gpt.transformer.wte(torch.arange(8)[None]).bfloat16())
+    assert hidden.dtype == torch.bfloat16 and gpt.logits(hidden).dtype == torch.float32
+
+
+def test_a_fresh_decoder_knows_nothing():
+    gpt = make_gpt()
+    gpt.init_weights()
+    assert logits_of(gpt, torch.arange(8)[None]).abs().max() == 0
+
+
+def test_too_long():
+    gpt = make_gpt()
+    with pytest.raises(ValueError, match="cache of 33 positions: the decoder has 32"):
+        KVCache(gpt.cfg, 1, 33, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="33 positions, the decoder has 32"):
+        gpt(torch.zeros(1, 33, 32))

@@ -1,0 +1,371 @@
+"""
+Proves, with the tiny preset, that the scripts run one after the other; that a killed run goes on bit for bit; that two
+processes equal one with twice the passes; and that mistakes end in one clear line, a non-zero exit and nothing overwritten.
+
+python -m pytest tests/test_scripts.py
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nanochat import loop
+from nanochat.common import run_main
+from scripts import tok_train, vis_mid_train, vis_tok_train, vision_eval, vision_sample
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ["--dtype=float32", "--device-type=cpu", "--num-iterations=6", "--device-batch-size=8", "--warmup-steps=2",
+         "--eval-every=3", "--save-every=3"]
+READ = ["--dtype=float32", "--device-type=cpu", "--max-new-tokens=20"]
+FEWER_PAGES = {"VAL_PAGES": 16, "STATISTICS_PAGES": 32}  # the same evaluation in less time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, n in FEWER_PAGES.items():
+            patch.setattr(loop, name, n)
+        patch.setattr(loop, "matmul_rate", lambda *args: 1e12)
+        yield
+
+
+def call(main, *flags):
+    """Lines that a script prints."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        main(list(map(str, flags)))
+    return out.getvalue().splitlines()
+
+
+def stage1_flags(folder, tokenizer_dir, *flags):
+    return ["--preset=tiny", "--chars=10-12", f"--tokenizer={tokenizer_dir}", f"--checkpoints={folder}",
+            "--model-tag=stage1", *TRAIN, *flags]
+
+
+def stage2_flags(folder, stage1_folder, *flags):
+    return [f"--encoder={stage1_folder / 'stage1'}", f"--checkpoints={folder}", "--model-tag=stage2", "--text-share=25",
+            *TRAIN, *flags]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer_dir, quick):
+    """Both stages from start to end: their folder, and the lines that they printed."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return SimpleNamespace(folder=folder, stage1=call(vis_tok_train.main, *stage1_flags(folder, tokenizer_dir)),
+                           stage2=call(vis_mid_train.main, *stage2_flags(folder, folder)))
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(run_dir, name):
+    """[(step, value), ...] of one number over a run."""
+    return [(r["step"], r[name]) for r in records(run_dir) if name in r]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# -----------------------------------------------------------------------------
+# From start to end
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_what_a_stage_leaves(runs, stage):
+    run_dir, lines = runs.folder / stage, getattr(runs, stage)
+    summary = json.loads(lines[-1])
+    assert summary == json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 6 and lines[-2].startswith(f"min val loss {summary['min_val_loss']:.4f} at step")
+    assert sum("| loss" in line and "eta" in line for line in lines) == 6  # one line a step
+    assert (run_dir / "curves.png").stat().st_size > 10_000
+    kinds = ["model", "deepencoder"] if stage == "stage1" else ["model"]
+    assert sorted(p.name for p in run_dir.iterdir() if p.is_dir()) == sorted(f"{k}_00000{n}" for k in kinds for n in (3, 6))
+    for name in ("loss", "lr", "dt", "tok_per_sec", "img_per_sec", "mfu", "total_flops"):
+        assert {step for step, _ in column(run_dir, f"train/{name}")} >= set(range(6)), name
+    for name in ("val/loss", "vision/gap", "vision/cosine_sam", "vision/cosine_compressor", "vision/cosine_clip",
+                 "vision/cosine_projector", "val/one_minus_ned"):
+        assert [step for step, _ in column(run_dir, name)] == [0, 3, 6]
+    losses = column(run_dir, "train/loss")
+    assert losses[0][1] == pytest.approx(torch.tensor(300.0).log().item())  # a fresh decoder: every token alike
+    assert losses[-1][1] < losses[0][1]
+
+
+def test_stage_2_keeps_the_eyes_and_has_a_fresh_decoder(runs, tokenizer):
+    one, two = (load_file(runs.folder / stage / "model_000006/model.safetensors") for stage in ("stage1", "stage2"))
+    for name in one:
+        same = torch.equal(one[name], two[name])
+        assert same == name.startswith(("encoder.sam_model.", "encoder.standardize.")), name
+    unused = tokenizer.encode_special("<|python_start|>")  # never seen, so its embedding is still as it was drawn
+    assert not torch.equal(one["gpt.transformer.wte.weight"][unused], two["gpt.transformer.wte.weight"][unused])
+    assert "inherited --chars=10-12" in runs.stage2
+
+
+def test_eval(runs, tmp_path):
+    lines = call(vision_eval.main, f"--checkpoint={runs.folder / 'stage2'}", f"--out={tmp_path}", "--max-problems=6",
+                 "--task=heldout,random_chars", "--batch-size=4", *READ)
+    summary = json.loads(lines[-1])
+    assert summary == json.loads((tmp_path / "summary.json").read_text()) and summary["step"] == 6
+    for task in ("heldout", "random_chars"):
+        figures, rows = summary[task], [json.loads(line) for line in (tmp_path / f"{task}.jsonl").read_text().splitlines()]
+        assert len(rows) == figures["samples"] == 6 and figures["vision_tokens"] == 4
+        assert figures["one_minus_ned"] == pytest.approx(sum(r["one_minus_ned"] for r in rows) / 6)
+        assert figures["chars_per_vision_token"] == pytest.approx(sum(len(r["truth"]) for r in rows) / 24)
+        assert {"ned", "f1", "precision", "repetition_rate", "pages_per_sec", "tokens_per_sec", "text_tokens_per_vision_token",
+                "unfinished", "ci95"} <= set(figures)
+    assert any("misleading" in line for line in lines)
+
+
+def test_eval_is_the_same_in_other_batches(runs, tmp_path):
+    predictions = []
+    for size in (1, 5):
+        call(vision_eval.main, f"--checkpoint={runs.folder / 'stage2'}", f"--out={tmp_path / str(size)}", "--max-problems=5",
+             "--task=heldout", f"--batch-size={size}", *READ)
+        rows = (tmp_path / str(size) / "heldout.jsonl").read_text().splitlines()
+        predictions.append([json.loads(row)["prediction"] for row in rows])
+    assert predictions[0] == predictions[1] and any(predictions[0])
+
+
+def test_eval_of_real_pages(runs, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (90, 120), 255).save(tmp_path / "images/a.png")
+    det = {"category_type": "text_block", "poly": [0] * 8, "ignore": False, "order": 1, "anno_id": 1, "text": "Some text."}
+    page = {"layout_dets": [det], "extra": {"relation": []},
+            "page_info": {"page_attribute": {}, "page_no": 0, "height": 120, "width": 90, "image_path": "a.png"}}
+    (tmp_path / "OmniDocBench.json").write_text(json.dumps([page]))
+    lines = call(vision_eval.main, f"--checkpoint={runs.folder / 'stage2'}", "--task=omnidocbench", f"--path={tmp_path}",
+                 f"--out={tmp_path / 'out'}", *READ)
+    assert json.loads(lines[-1])["omnidocbench"]["samples"] == 1
+
+
+def test_sample(runs, tmp_path):
+    Image.new("RGB", (90, 120), "white").save(tmp_path / "empty.png")  # nothing on it is no mistake
+    Image.new("L", (30, 30)).save(tmp_path / "small.jpg")
+    lines = call(vision_sample.main, tmp_path / "empty.png", tmp_path / "small.jpg", f"--checkpoint={runs.folder / 'stage2'}", *READ)
+    assert lines[0].startswith(f"{tmp_path / 'empty.png'} (confidence -")
+    assert any(line.startswith(f"{tmp_path / 'small.jpg'} (confidence -") for line in lines)
+
+
+# -----------------------------------------------------------------------------
+# Resuming
+
+KILLED_IN_STEP_4 = """
+import os, signal, sys
+from nanochat import loop
+from scripts.vis_tok_train import main
+
+vars(loop).update({fewer_pages}, matmul_rate=lambda *args: 1e12)
+schedule = loop.schedule
+loop.schedule = lambda kind, step, *args: os.kill(os.getpid(), signal.SIGKILL) if step == 4 else schedule(kind, step, *args)
+main(sys.argv[1:])
+"""
+
+
+def assert_same_run(run_dir, unbroken):
+    assert column(run_dir, "train/loss") == column(unbroken, "train/loss")
+    assert column(run_dir, "val/loss") == column(unbroken, "val/loss")
+    for name in ("model.safetensors", "optim_rank0.safetensors", "config.json", "tokenizer.json"):
+        for step in (3, 6):
+            path = f"model_{step:06d}/{name}"
+            assert (run_dir / path).read_bytes() == (unbroken / path).read_bytes(), path
+
+
+def test_kill_9_then_resume_equals_the_unbroken_run(runs, tokenizer_dir, tmp_path):
+    flags = stage1_flags(tmp_path, tokenizer_dir)
+    code = KILLED_IN_STEP_4.format(fewer_pages=FEWER_PAGES)
+    process = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    run_dir = tmp_path / "stage1"
+    assert [step for step, _ in column(run_dir, "train/loss")] == [0, 1, 2, 3]  # one step beyond the checkpoint
+    (run_dir / "model_000006.tmp").mkdir()  # as if it had been killed while saving
+    with open(run_dir / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "train/lo')
+    lines = call(vis_tok_train.main, *flags, "--resume")
+    assert f"resuming {run_dir} at step 3" in lines
+    assert_same_run(run_dir, runs.folder / "stage1")
+    assert json.loads(lines[-1])["val/loss"] == json.loads(runs.stage1[-1])["val/loss"]
+
+
+def test_stage_2_resumes_too(runs, tmp_path, monkeypatch):
+    schedule = loop.schedule
+
+    def killed(kind, step, *args):
+        if step == 4:
+            raise KeyboardInterrupt
+        return schedule(kind, step, *args)
+    flags = stage2_flags(tmp_path, runs.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "schedule", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(vis_mid_train.main, *flags)
+    call(vis_mid_train.main, *flags, "--resume")
+    assert_same_run(tmp_path / "stage2", runs.folder / "stage2")
+
+
+def test_resuming_a_finished_run_changes_nothing(runs, tokenizer_dir):
+    before = contents(runs.folder / "stage1")
+    lines = call(vis_tok_train.main, *stage1_flags(runs.folder, tokenizer_dir), "--resume")
+    assert json.loads(lines[-1])["val/loss"] == json.loads(runs.stage1[-1])["val/loss"]
+    after = contents(runs.folder / "stage1")
+    assert set(after) == set(before)
+    for path in before:
+        assert path.name == "curves.png" or after[path] == before[path], path
+
+
+# -----------------------------------------------------------------------------
+# Two processes
+
+
+def torchrun(module, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", module, *flags]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+def assert_close(run_dir, other, name, steps):
+    a, b = dict(column(run_dir, name)), dict(column(other, name))
+    assert list(a) == list(b) and len(a) == steps
+    assert max(abs(a[step] - b[step]) for step in a) < 1e-4
+
+
+def test_two_processes_equal_one_with_twice_the_passes(tokenizer_dir, tmp_path):
+    def flags(name, *more):
+        return stage1_flags(tmp_path / name, tokenizer_dir, "--num-iterations=10", "--eval-every=-1", "--save-every=-1", *more)
+    lines = torchrun("scripts.vis_tok_train", *flags("two"))
+    assert json.loads(lines[-1])["steps"] == 10 and sum("| loss" in line for line in lines) == 10  # rank 0 alone speaks
+    call(vis_tok_train.main, *flags("one", "--total-batch-size=16"))
+    assert_close(tmp_path / "two/stage1", tmp_path / "one/stage1", "train/loss", 10)
+
+
+def test_two_passes_equal_a_large_one(tokenizer_dir, tmp_path):
+    """Answers differ in length: a mean of the passes' means would be another number."""
+    def flags(name, *more):
+        return stage1_flags(tmp_path / name, tokenizer_dir, "--standardize=none", "--chars=10-40", "--eval-every=-1",
+                            "--save-every=-1", "--total-batch-size=16", *more)
+    call(vis_tok_train.main, *flags("one", "--device-batch-size=16"))
+    call(vis_tok_train.main, *flags("two"))
+    assert_close(tmp_path / "two/stage1", tmp_path / "one/stage1", "train/loss", 6)
+    assert_close(tmp_path / "two/stage1", tmp_path / "one/stage1", "train/grad_norm", 6)
+
+
+def test_two_processes_of_which_one_may_have_only_text(runs, tmp_path):
+    """Stage 2, one sample a pass: sooner or later a rank has a page while the other has none."""
+    def flags(name, *more):
+        return stage2_flags(tmp_path / name, runs.folder, "--num-iterations=8", "--device-batch-size=1", "--text-share=50",
+                            "--eval-every=-1", "--save-every=-1", *more)
+    torchrun("scripts.vis_mid_train", *flags("two"))
+    call(vis_mid_train.main, *flags("one", "--total-batch-size=2"))
+    assert_close(tmp_path / "two/stage2", tmp_path / "one/stage2", "train/loss", 8)
+    images = [rate * dt for (_, rate), (_, dt) in zip(column(tmp_path / "two/stage2", "train/img_per_sec"),
+                                                      column(tmp_path / "two/stage2", "train/dt"))]
+    assert images == pytest.approx([1] * 8)  # one of the two, in each step
+
+
+# -----------------------------------------------------------------------------
+# Mistakes
+
+
+def error_of(capsys, main, *flags):
+    """What a failing script says, in one line; a second tells how to see the traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: main(list(map(str, flags))))
+    out, err = capsys.readouterr()
+    assert e.value.code == 1 and err.startswith("error: ") and len(err.splitlines()) == 2
+    return err.splitlines()[0]
+
+
+@pytest.mark.parametrize("script", [tok_train, vis_tok_train, vis_mid_train, vision_eval, vision_sample], ids=lambda m: m.__name__)
+def test_unknown_flag(script, capsys):
+    with pytest.raises(SystemExit) as e:
+        script.main((["page.png"] if script is vision_sample else []) + ["--bogus=1"])
+    assert e.value.code == 2 and "unrecognized arguments: --bogus=1" in capsys.readouterr().err
+
+
+def test_an_existing_run_is_not_overwritten(runs, tokenizer_dir, capsys):
+    before = contents(runs.folder)
+    assert "stage1 holds a run: --resume" in error_of(capsys, vis_tok_train.main, *stage1_flags(runs.folder, tokenizer_dir))
+    assert "stage2 holds a run: --resume" in error_of(capsys, vis_mid_train.main, *stage2_flags(runs.folder, runs.folder))
+    assert contents(runs.folder) == before
+
+
+@pytest.mark.parametrize("change", ["--lr=0.004", "--chars=10-14", "--standardize=none", "--total-batch-size=16"])
+def test_resume_under_a_changed_config(runs, tokenizer_dir, capsys, change):
+    before = contents(runs.folder)
+    line = error_of(capsys, vis_tok_train.main, *stage1_flags(runs.folder, tokenizer_dir), "--resume", change)
+    flag, value = change.split("=")
+    assert "cannot resume" in line and f"{flag} was" in line and f"now {value}" in line.replace("'", "")
+    assert line.count(" was ") == 1 and contents(runs.folder) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tokenizer_dir, tmp_path, capsys):
+    line = error_of(capsys, vis_tok_train.main, *stage1_flags(tmp_path, tokenizer_dir, "--lr=1e40"))
+    assert line.startswith("error: step 1: loss nan") and "not finite" in line  # step 0 was sound, its update was not
+    assert [step for step, _ in column(tmp_path / "stage1", "train/loss")] == [0]
+    assert not list((tmp_path / "stage1").glob("model_*"))
+
+
+def test_rows_that_do_not_fit(tokenizer_dir, tmp_path, capsys):
+    line = error_of(capsys, vis_tok_train.main, *stage1_flags(tmp_path, tokenizer_dir, "--max-seq-len=20"))
+    assert "the limit is 20: raise --max-seq-len" in line
+
+
+@pytest.mark.parametrize("change, message", [
+    ("--mode=base", "image mode 'base': must be one of"), ("--chars=few", "--chars=few: 'few' is not LO-HI"),
+    ("--tokenizer=nowhere", "no tokenizer at nowhere"), ("--device-type=tpu", "--device-type=tpu: must be one of"),
+    ("--total-batch-size=12", "--total-batch-size=12 is not a multiple of one pass"), ("--dtype=int8", "--dtype=int8: must be"),
+])
+def test_flags_that_make_no_sense(tokenizer_dir, tmp_path, capsys, change, message):
+    assert message in error_of(capsys, vis_tok_train.main, *stage1_flags(tmp_path, tokenizer_dir), change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_encoder(tmp_path, capsys):
+    assert "no deepencoder_<step> checkpoint" in error_of(capsys, vis_mid_train.main, *stage2_flags(tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "broken", "no picture"])
+def test_a_picture_that_cannot_be_read(runs, tmp_path, capsys, kind):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.effect_noise((64, 64), 50).save(good)
+    content = {"empty": b"", "broken": good.read_bytes()[:2000], "no picture": b"hello"}
+    if kind != "missing":
+        bad.write_bytes(content[kind])
+    line = error_of(capsys, vision_sample.main, good, bad, f"--checkpoint={runs.folder / 'stage2'}", *READ)
+    assert str(bad) in line
+
+
+def test_exit_status_of_the_command(runs):
+    """As above, from the shell's side."""
+    process = subprocess.run([sys.executable, "-m", "scripts.vision_sample", "no/such.png"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == "" and "no/such.png" in process.stderr.splitlines()[0]
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("part, key, value, message", [
+    ("gpt", "n_embd", 64, "does not fit the model"), ("sam", "depth", 3, "does not fit the model"),
+    ("clip", "dropout", 0.1, "unknown keys ['dropout']"), ("gpt", "n_head", 3, "not a multiple of its 3 heads"),
+])
+def test_a_checkpoint_of_another_config(runs, tmp_path, capsys, part, key, value, message):
+    source = runs.folder / "stage2/model_000006"
+    for path in source.iterdir():
+        os.symlink(path, tmp_path / path.name)
+    config = json.loads((source / "config.json").read_text())
+    config[part][key] = value
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert message in error_of(capsys, vision_eval.main, f"--checkpoint={tmp_path}", f"--out={tmp_path / 'out'}", *READ)
+    assert not (tmp_path / "out").exists()
