@@ -88,7 +88,7 @@ class ModelConfig:
 
 def nano():
     return ModelConfig(
-        sam=SAMConfig(image_size=128, patch_size=8, width=128, depth=3, n_head=2, window=8, global_blocks=(2,),
+        sam=SAMConfig(image_size=64, patch_size=4, width=128, depth=3, n_head=2, window=8, global_blocks=(2,),
                       neck=128, net_2=192, net_3=256),
         clip=CLIPConfig(grid=4, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(sequence_len=512, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=192),

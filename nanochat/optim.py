@@ -1,5 +1,5 @@
 """
-Optimizers. `muon`: Muon for the matrices of all transformer blocks, AdamW for everything else. `adamw`: AdamW throughout, as
+Optimizers. `muon`: Muon for the matrices of all transformer blocks and the projector, AdamW for everything else. `adamw`: AdamW throughout, as
 published. Both are one object with one `step`, and a state that is a flat dict of named tensors (for safetensors).
 """
 import math
@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_block_matrix(name, p):
-    return p.ndim == 2 and "rel_pos" not in name and any(part in name for part in (".blocks.", ".transformer.layers.", ".h."))
+    return p.ndim == 2 and "rel_pos" not in name and any(part in name for part in (".blocks.", ".layers.", ".h.", "projector."))
 
 
 class Optimizer:

@@ -44,7 +44,7 @@ RANDOM_SHARE = 0.15  # of the training words: with none the model guesses words 
 PROSE_SHARE = 0.2  # of the pages
 NUMBER_SHARE = CAPITAL_SHARE = PUNCTUATION_SHARE = 0.08  # of the words of the other pages, except random_chars
 ZIPF_OFFSET = 20
-PRIMER_FACE, PRIMER_COLUMNS, PRIMER_ROWS = "mono", 8, 4
+PRIMER_FACE, PRIMER_PX, PRIMER_CHARS = "mono", 0.203, 21  # print size as a share of the page's width
 TITLE_SCALE = 1.4  # print size of a title over that of the text
 MIN_PX = 6  # smallest print; below it letters fall together
 MIN_CHARS = 10  # a page must have room for any word of the list (9 letters and a comma)
@@ -215,7 +215,7 @@ def line_height(face, px):
     return sum(font(face, px).getmetrics())  # ascent + descent
 
 
-def wrap(words, widths, space, limit):
+def wrap(words, widths, space, limit, joiner):
     """Greedy lines of at most `limit` px as a list of strings; None if a word is wider than that."""
     lines, used = [], limit
     for word, width in zip(words, widths):
@@ -227,37 +227,60 @@ def wrap(words, widths, space, limit):
         else:
             lines[-1].append(word)
             used += space + width
-    return [" ".join(line) for line in lines]
+    return [joiner.join(line) for line in lines]
 
 
-def estimate_px(blocks, face, width, height):
+@dataclass(frozen=True)
+class Freedom:
+    """
+    How far a curriculum has let pages loose, each 0 to 1. It begins with primers: large print of one monospaced face on a
+    fixed grid, where the n-th character always stands in the same place. Reading takes off there within a hundred steps;
+    where the place must be found first it may not in several hundred, and a sudden change of layout loses it again
+    (FINDINGS.md). So position is loosened first and slowly, then line breaks and faces, then size and ink.
+    """
+    position: float = 1.0  # of the free space the print may move in
+    lines: float = 1.0     # share of the pages whose lines break between words, not anywhere
+    face: float = 1.0      # share of the pages in any face
+    size: float = 1.0      # share of the pages with print size, spacing and length of text free; depth of ink and paper
+
+    @classmethod
+    def at(cls, progress):
+        def dial(start, end):
+            return min(1.0, max(0.0, (progress - start) / (end - start)))
+        return cls(dial(0.18, 0.5), dial(0.42, 0.72), dial(0.42, 0.8), dial(0.65, 1.0))
+
+
+FREE = Freedom()
+
+
+def estimate_px(blocks, face, width, height, joiner):
     """About the largest print size in px at which the blocks fit width x height (px): bisection on widths at 64 px."""
     widths = [[text_width(face, 64, word) / 64 for word in words] for _, words, _ in blocks]
-    space, pitch = text_width(face, 64, " ") / 64, line_height(face, 64) / 64
+    space, pitch = text_width(face, 64, joiner) / 64, line_height(face, 64) / 64
     low, high = MIN_PX, max(MIN_PX + 1, height)  # low fits or will be found not to, high does not
     while high - low > 1:
         px = (low + high) // 2
         tall = 0
         for (_, words, scale), ws in zip(blocks, widths):
-            lines = wrap(words, ws, space, width / (px * scale) - 2 * OVERHANG)
+            lines = wrap(words, ws, space, width / (px * scale) - 2 * OVERHANG, joiner)
             tall += math.inf if lines is None else pitch * px * scale * (len(lines) + (len(blocks) > 1) / 2)
         low, high = (px, high) if tall <= height else (low, px)
     return low
 
 
-def stack_blocks(blocks, face, px, spacing, width, height):
+def stack_blocks(blocks, face, px, spacing, width, height, joiner):
     """Boxes one under the other from (0, 0): (boxes, width, height) of their print, px, or None if they do not fit."""
     boxes, right, y = [], 0, 0
     for kind, words, scale in blocks:
         size = round(px * scale)
-        pad = math.ceil(size * OVERHANG)
+        pad = math.ceil(size * OVERHANG) if joiner else 0  # primers: the page's margin is enough
         widths = [text_width(face, size, word) for word in words]
-        lines = wrap(words, widths, text_width(face, size, " "), width - 2 * pad)
+        lines = wrap(words, widths, text_width(face, size, joiner), width - 2 * pad, joiner)
         if lines is None:
             return None
         y += line_height(face, size) // 2 if boxes else 0
         pitch = round(line_height(face, size) * spacing)
-        box = Box(kind, " ".join(words), len(boxes))
+        box = Box(kind, joiner.join(words), len(boxes))
         box.lines = [(pad, y + k * pitch, size, line) for k, line in enumerate(lines)]
         box.bbox = (0, y, math.ceil(max(text_width(face, size, line) for line in lines)) + 2 * pad,
                     y + (len(lines) - 1) * pitch + line_height(face, size))
@@ -266,45 +289,39 @@ def stack_blocks(blocks, face, px, spacing, width, height):
     return (boxes, right, y) if y <= height else None
 
 
-def lay_out(rng, blocks, face, width, height, freedom=1.0):
+def lay_out(rng, blocks, face, width, height, freedom=None):
     """
     A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.8 to 1), line
     spacing, position, ink and paper are drawn. No word is split or cut; ValueError if the smallest print does not fit.
-    freedom < 1 narrows what size, spacing and position may do, down to print that fills the page from its upper left.
+    `freedom`: a curriculum's Freedom; without one everything is free.
     """
+    free = freedom or FREE
     w, h = width - 2 * MARGIN, height - 2 * MARGIN
-    px = max(MIN_PX, round(estimate_px(blocks, face, w, h) * rng.uniform(1 - 0.2 * freedom, 1)))
-    spacing = rng.uniform(1, 1 + 0.25 * freedom)
-    placed = stack_blocks(blocks, face, px, spacing, w, h)
+    joiner = " "
+    if rng.random() >= free.lines:  # lines break anywhere: every letter is a "word"
+        blocks, joiner = [(kind, " ".join(words), scale) for kind, words, scale in blocks], ""
+    face = face if rng.random() < free.face else PRIMER_FACE
+    largest = estimate_px(blocks, face, w, h, joiner)
+    if rng.random() < free.size:
+        px, spacing = max(MIN_PX, round(largest * rng.uniform(0.8, 1))), rng.uniform(1, 1.25)
+    else:
+        px, spacing = min(largest, round(PRIMER_PX * width)), 1
+    placed = stack_blocks(blocks, face, px, spacing, w, h, joiner)
     while placed is None and px >= MIN_PX:
-        placed = stack_blocks(blocks, face, px, 1, w, h)
+        placed = stack_blocks(blocks, face, px, 1, w, h, joiner)
         px -= placed is None
     if placed is None:
         n_chars = sum(len(" ".join(words)) for _, words, _ in blocks)
         raise ValueError(f"{n_chars} characters in {face} do not fit a page of {width}x{height} px at the smallest "
                          f"print, {MIN_PX} px: raise image_size or lower chars")
     boxes, right, bottom = placed
-    x, y = (MARGIN + rng.randint(0, int(room * freedom)) for room in (w - right, h - bottom))
+    x, y = (MARGIN + rng.randint(0, int(room * free.position)) for room in (w - right, h - bottom))
     for box in boxes:
         left, top, right, bottom = box.bbox
         box.bbox = (left + x, top + y, right + x, bottom + y)
         box.lines = [(lx + x, ly + y, size, text) for lx, ly, size, text in box.lines]
-    return Page(width, height, boxes, face, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
-
-
-def lay_out_primer(rng, words, width, height):
-    """
-    A page of a curriculum's beginning: large print of one monospaced face that fills a fixed grid, words broken where a row
-    ends. The n-th character then always stands in the same place, and reading takes off within a hundred steps; where the
-    place has to be found first it may not in several hundred (FINDINGS.md).
-    """
-    text = " ".join(words)[:PRIMER_COLUMNS * PRIMER_ROWS].rstrip()
-    px = round(width / PRIMER_COLUMNS / 0.602)  # 0.602 em: the advance of DejaVu Sans Mono
-    pitch = height // PRIMER_ROWS
-    rows = [text[k:k + PRIMER_COLUMNS] for k in range(0, len(text), PRIMER_COLUMNS)]
-    box = Box("text_block", text, 0, (0, 0, width, pitch * len(rows)))
-    box.lines = [(0, k * pitch, px, row) for k, row in enumerate(rows)]
-    return Page(width, height, [box], PRIMER_FACE, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
+    return Page(width, height, boxes, face, px, ink=rng.randint(0, round(90 * free.size)),
+                paper=255 - rng.randint(0, round(30 * free.size)))
 
 
 # -----------------------------------------------------------------------------
@@ -337,9 +354,7 @@ class SynthDoc(Task):
     image_size    px, one int for a square or (width, height)
     chars         (low, high) of the number of characters, drawn uniformly; or [(low, high, weight), ...], a mixture
     random_share  of the words replaced by random strings; None is RANDOM_SHARE in train and 0 elsewhere
-    ramp          curriculum over the first `ramp` pages: primer pages (large print filling a fixed grid) alone for a
-                  quarter of it, then giving way to free layouts, whose size and position loosen as their share grows. Old
-                  kinds stay in the mix: a sudden change first disturbs what was learned
+    ramp          curriculum over the first `ramp` pages, see Freedom; 0 = every page is free from the start
     faces         names from FACES; None is all of them
     titles        share of the pages that open with a title of one to three words in larger print
     """
@@ -370,36 +385,27 @@ class SynthDoc(Task):
     def __len__(self):
         return self.size
 
-    def progress(self, i):
-        """How far the curriculum is at page i: 0 in its first quarter, then linearly to 1."""
-        return min(1.0, max(0.0, (i / self.ramp - 0.25) / 0.75)) if self.ramp else 1.0
-
     def blocks(self, i):
-        """(rng, primer, blocks) of page i; a block is (kind, words, scale of the print); the rng goes on to the layout."""
+        """(rng, freedom, blocks) of page i; a block is (kind, words, scale of the print); rng goes on to the layout."""
         self.check_index(i)
         rng = random.Random(f"synthdoc/{self.split}/{self.seed}/{i}")
         low, high, _ = rng.choices(self.chars, [weight for _, _, weight in self.chars])[0]
-        progress = self.progress(i)
-        primer = rng.random() >= progress
-        if primer:
-            low = high = PRIMER_COLUMNS * PRIMER_ROWS + MIN_CHARS  # enough to fill it
-        words = choose_words(rng, self.split, rng.randint(low, high), self.random_share)
+        freedom = Freedom.at(i / self.ramp) if i < self.ramp else FREE
+        n_chars = rng.randint(low, high) if rng.random() < freedom.size else PRIMER_CHARS
+        words = choose_words(rng, self.split, n_chars, self.random_share)
         blocks = [("text_block", words, 1)]
-        if rng.random() < self.titles and len(words) >= 4 and not primer:
+        if rng.random() < self.titles and len(words) >= 4 and freedom is FREE:
             k = rng.randint(1, 3)
             blocks = [("title", words[:k], TITLE_SCALE), ("text_block", words[k:], 1)]
-        return rng, primer, blocks
+        return rng, freedom, blocks
 
     def text(self, i):
-        """The words of page i, without laying it out (a primer page keeps only what its grid holds)."""
+        """The text of page i, without laying it out."""
         return "\n\n".join(" ".join(words) for _, words, _ in self.blocks(i)[2])
 
     def __getitem__(self, i):
-        rng, primer, blocks = self.blocks(i)
-        if primer:
-            page = lay_out_primer(rng, blocks[0][1], self.width, self.height)
-        else:
-            page = lay_out(rng, blocks, rng.choice(self.faces), self.width, self.height, self.progress(i))
+        rng, freedom, blocks = self.blocks(i)
+        page = lay_out(rng, blocks, rng.choice(self.faces), self.width, self.height, freedom)
         image = render(page)
         return ocr_conversation(image, page.truth, f"synthdoc/{self.split}/{self.seed}/{i}", chars=len(page.truth),
                                 face=page.face, size_px=page.size_px, split=self.split, page=page)

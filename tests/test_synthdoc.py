@@ -82,10 +82,13 @@ def test_every_face_is_used_and_sizes_spread():
     assert len({page.size_px for page in pages}) > 8 and len({page.paper for page in pages}) > 20
 
 
-def test_ramp_starts_with_large_print():
+def test_ramp_starts_with_primer_pages_and_ends_free():
     task = SynthDoc("train", 2000, chars=(48, 96), ramp=1000)
     early, late = ([task[i] for i in span] for span in (range(50), range(1000, 1050)))
-    assert max(c["chars"] for c in early) <= 15 and max(c["chars"] for c in late) > 80
+    assert {c["face"] for c in early} == {"mono"} and len({c["face"] for c in late}) > 4
+    starts = {line[:2] for c in early for line in c["page"].boxes[0].lines[:1]}
+    assert len(starts) == 1 and len({c["size_px"] for c in early}) == 1  # the n-th letter always stands in the same place
+    assert max(c["chars"] for c in early) <= 21 and max(c["chars"] for c in late) > 80
     assert sum(c["size_px"] for c in early) > 1.5 * sum(c["size_px"] for c in late)
 
 
