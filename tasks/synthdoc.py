@@ -44,7 +44,9 @@ RANDOM_SHARE = 0.15  # of the training words: with none the model guesses words 
 PROSE_SHARE = 0.2  # of the pages
 NUMBER_SHARE = CAPITAL_SHARE = PUNCTUATION_SHARE = 0.08  # of the words of the other pages, except random_chars
 ZIPF_OFFSET = 20
-PRIMER_FACE, PRIMER_PX, PRIMER_CHARS = "mono", 0.203, 21  # print size as a share of the page's width
+PRIMER_FACE, PRIMER_COLUMNS, PRIMER_ROWS = "mono", 8, 4
+PRIMER_FREEDOM = 0.1  # a page drawn less free than this is a primer page
+PRIMER_PART = 0.25  # of a curriculum: primer pages alone
 TITLE_SCALE = 1.4  # print size of a title over that of the text
 MIN_PX = 6  # smallest print; below it letters fall together
 MIN_CHARS = 10  # a page must have room for any word of the list (9 letters and a comma)
@@ -230,29 +232,6 @@ def wrap(words, widths, space, limit, joiner):
     return [joiner.join(line) for line in lines]
 
 
-@dataclass(frozen=True)
-class Freedom:
-    """
-    How far a curriculum has let pages loose, each 0 to 1. It begins with primers: large print of one monospaced face on a
-    fixed grid, where the n-th character always stands in the same place. Reading takes off there within a hundred steps;
-    where the place must be found first it may not in several hundred, and a sudden change of layout loses it again
-    (FINDINGS.md). So position is loosened first and slowly, then line breaks and faces, then size and ink.
-    """
-    position: float = 1.0  # of the free space the print may move in
-    lines: float = 1.0     # share of the pages whose lines break between words, not anywhere
-    face: float = 1.0      # share of the pages in any face
-    size: float = 1.0      # share of the pages with print size, spacing and length of text free; depth of ink and paper
-
-    @classmethod
-    def at(cls, progress):
-        def dial(start, end):
-            return min(1.0, max(0.0, (progress - start) / (end - start)))
-        return cls(dial(0.18, 0.5), dial(0.42, 0.72), dial(0.42, 0.8), dial(0.65, 1.0))
-
-
-FREE = Freedom()
-
-
 def estimate_px(blocks, face, width, height, joiner):
     """About the largest print size in px at which the blocks fit width x height (px): bisection on widths at 64 px."""
     widths = [[text_width(face, 64, word) / 64 for word in words] for _, words, _ in blocks]
@@ -273,7 +252,7 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
     boxes, right, y = [], 0, 0
     for kind, words, scale in blocks:
         size = round(px * scale)
-        pad = math.ceil(size * OVERHANG) if joiner else 0  # primers: the page's margin is enough
+        pad = math.ceil(size * OVERHANG)
         widths = [text_width(face, size, word) for word in words]
         lines = wrap(words, widths, text_width(face, size, joiner), width - 2 * pad, joiner)
         if lines is None:
@@ -289,23 +268,23 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
     return (boxes, right, y) if y <= height else None
 
 
-def lay_out(rng, blocks, face, width, height, freedom=None):
+def lay_out(rng, blocks, face, width, height, freedom=1.0):
     """
     A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.8 to 1), line
     spacing, position, ink and paper are drawn. No word is split or cut; ValueError if the smallest print does not fit.
-    `freedom`: a curriculum's Freedom; without one everything is free.
+    freedom < 1 is for curricula: face, size, spacing and position are drawn nearer to a primer's, and lines may break
+    inside words.
     """
-    free = freedom or FREE
     w, h = width - 2 * MARGIN, height - 2 * MARGIN
     joiner = " "
-    if rng.random() >= free.lines:  # lines break anywhere: every letter is a "word"
+    if rng.random() >= freedom:
+        face = PRIMER_FACE
+    if rng.random() >= freedom:  # every letter is a "word"
         blocks, joiner = [(kind, " ".join(words), scale) for kind, words, scale in blocks], ""
-    face = face if rng.random() < free.face else PRIMER_FACE
     largest = estimate_px(blocks, face, w, h, joiner)
-    if rng.random() < free.size:
-        px, spacing = max(MIN_PX, round(largest * rng.uniform(0.8, 1))), rng.uniform(1, 1.25)
-    else:
-        px, spacing = min(largest, round(PRIMER_PX * width)), 1
+    px = min(largest, primer_px(width)) ** (1 - freedom) * (largest * rng.uniform(0.8, 1)) ** freedom
+    px = max(MIN_PX, round(px))
+    spacing = rng.uniform(1, 1 + 0.25 * freedom)
     placed = stack_blocks(blocks, face, px, spacing, w, h, joiner)
     while placed is None and px >= MIN_PX:
         placed = stack_blocks(blocks, face, px, 1, w, h, joiner)
@@ -315,13 +294,31 @@ def lay_out(rng, blocks, face, width, height, freedom=None):
         raise ValueError(f"{n_chars} characters in {face} do not fit a page of {width}x{height} px at the smallest "
                          f"print, {MIN_PX} px: raise image_size or lower chars")
     boxes, right, bottom = placed
-    x, y = (MARGIN + rng.randint(0, int(room * free.position)) for room in (w - right, h - bottom))
+    x, y = (MARGIN + rng.randint(0, int(room * freedom)) for room in (w - right, h - bottom))
     for box in boxes:
         left, top, right, bottom = box.bbox
         box.bbox = (left + x, top + y, right + x, bottom + y)
         box.lines = [(lx + x, ly + y, size, text) for lx, ly, size, text in box.lines]
-    return Page(width, height, boxes, face, px, ink=rng.randint(0, round(90 * free.size)),
-                paper=255 - rng.randint(0, round(30 * free.size)))
+    return Page(width, height, boxes, face, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
+
+
+def primer_px(width):
+    """Print size in px at which PRIMER_COLUMNS letters of PRIMER_FACE fill a page's width: they advance by 0.602 em."""
+    return round(width / PRIMER_COLUMNS / 0.602)
+
+
+def lay_out_primer(rng, words, width, height):
+    """
+    A page of a curriculum's beginning: large print of one monospaced face that fills a fixed grid, words broken where a row
+    ends. The n-th character always stands in the same place, and reading takes off within a hundred steps; where the place
+    has to be found first it may not in several hundred (FINDINGS.md).
+    """
+    text = " ".join(words)[:PRIMER_COLUMNS * PRIMER_ROWS].rstrip()
+    px, pitch = primer_px(width), height // PRIMER_ROWS
+    rows = [text[k:k + PRIMER_COLUMNS] for k in range(0, len(text), PRIMER_COLUMNS)]
+    box = Box("text_block", text, 0, (0, 0, width, pitch * len(rows)))
+    box.lines = [(0, k * pitch, px, row) for k, row in enumerate(rows)]
+    return Page(width, height, [box], PRIMER_FACE, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
 
 
 # -----------------------------------------------------------------------------
@@ -354,7 +351,9 @@ class SynthDoc(Task):
     image_size    px, one int for a square or (width, height)
     chars         (low, high) of the number of characters, drawn uniformly; or [(low, high, weight), ...], a mixture
     random_share  of the words replaced by random strings; None is RANDOM_SHARE in train and 0 elsewhere
-    ramp          curriculum over the first `ramp` pages, see Freedom; 0 = every page is free from the start
+    ramp          curriculum over the first `ramp` pages: primer pages (large print filling a fixed grid), then layouts
+                  that grow freer in face, size and position page by page. Earlier kinds stay in the mix: a sudden change
+                  first disturbs what was learned
     faces         names from FACES; None is all of them
     titles        share of the pages that open with a title of one to three words in larger print
     """
@@ -385,16 +384,27 @@ class SynthDoc(Task):
     def __len__(self):
         return self.size
 
+    def freedom(self, rng, i):
+        """
+        How free the layout of page i is, 0 to 1. A curriculum begins with primer pages alone (0); then pages are drawn from
+        0 up to a limit that grows to 1, at first evenly, towards the end near the limit.
+        """
+        progress = max(0.0, (i / self.ramp - PRIMER_PART) / (1 - PRIMER_PART)) if self.ramp else 1.0
+        return progress * rng.random() ** (1 - progress) if progress < 1 else 1.0
+
     def blocks(self, i):
         """(rng, freedom, blocks) of page i; a block is (kind, words, scale of the print); rng goes on to the layout."""
         self.check_index(i)
         rng = random.Random(f"synthdoc/{self.split}/{self.seed}/{i}")
         low, high, _ = rng.choices(self.chars, [weight for _, _, weight in self.chars])[0]
-        freedom = Freedom.at(i / self.ramp) if i < self.ramp else FREE
-        n_chars = rng.randint(low, high) if rng.random() < freedom.size else PRIMER_CHARS
+        freedom = self.freedom(rng, i)
+        n_chars = rng.randint(low, high)
+        if freedom < 1:  # towards as many as a primer page holds, and a word more where it must be full
+            full = PRIMER_COLUMNS * PRIMER_ROWS
+            n_chars = full + MIN_CHARS if freedom < PRIMER_FREEDOM else round((1 - freedom) * full + freedom * n_chars)
         words = choose_words(rng, self.split, n_chars, self.random_share)
         blocks = [("text_block", words, 1)]
-        if rng.random() < self.titles and len(words) >= 4 and freedom is FREE:
+        if rng.random() < self.titles and len(words) >= 4 and freedom == 1:
             k = rng.randint(1, 3)
             blocks = [("title", words[:k], TITLE_SCALE), ("text_block", words[k:], 1)]
         return rng, freedom, blocks
@@ -405,7 +415,10 @@ class SynthDoc(Task):
 
     def __getitem__(self, i):
         rng, freedom, blocks = self.blocks(i)
-        page = lay_out(rng, blocks, rng.choice(self.faces), self.width, self.height, freedom)
+        if freedom < PRIMER_FREEDOM:
+            page = lay_out_primer(rng, blocks[0][1], self.width, self.height)
+        else:
+            page = lay_out(rng, blocks, rng.choice(self.faces), self.width, self.height, freedom)
         image = render(page)
         return ocr_conversation(image, page.truth, f"synthdoc/{self.split}/{self.seed}/{i}", chars=len(page.truth),
                                 face=page.face, size_px=page.size_px, split=self.split, page=page)

@@ -33,8 +33,8 @@ def test_a_page_depends_on_arguments_and_index_only():
 
 
 def test_words_are_the_same_on_every_machine():
-    assert SynthDoc("heldout_words", 9).text(0) == "skinless Epidermis liable renovate"
-    assert SynthDoc("random_chars", 9).text(0) == "dj9w 55 wc l9ff 3a8upq96 qiecjx1"
+    assert SynthDoc("heldout_words", 9).text(0) == "condone skinless Epidermis liable renovate"
+    assert SynthDoc("random_chars", 9).text(0) == "sdj9 855pdlds ffi3hpj3 96mxd7x x1e1d8"
 
 
 @pytest.mark.parametrize("image_size, chars, titles", [
