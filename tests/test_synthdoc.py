@@ -88,7 +88,7 @@ def test_ramp_starts_with_primer_pages_and_ends_free():
     assert {c["face"] for c in early} == {"mono"} and len({c["face"] for c in late}) > 4
     starts = {line[:2] for c in early for line in c["page"].boxes[0].lines[:1]}
     assert len(starts) == 1 and len({c["size_px"] for c in early}) == 1  # the n-th letter always stands in the same place
-    assert max(c["chars"] for c in early) <= 21 and max(c["chars"] for c in late) > 80
+    assert max(c["chars"] for c in early) <= 32 and max(c["chars"] for c in late) > 80
     assert sum(c["size_px"] for c in early) > 1.5 * sum(c["size_px"] for c in late)
 
 
