@@ -34,10 +34,8 @@ FACES = {  # all from matplotlib's wheel
     "sans-bold": "DejaVuSans-Bold.ttf",
     "sans-oblique": "DejaVuSans-Oblique.ttf",
     "serif": "DejaVuSerif.ttf",
-    "serif-bold": "DejaVuSerif-Bold.ttf",
     "mono": "DejaVuSansMono.ttf",
     "stix": "STIXGeneral.ttf",
-    "stix-bold": "STIXGeneralBol.ttf",
 }
 ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyz0123456789"
 RANDOM_SHARE = 0.15  # of the training words: with none the model guesses words instead of reading letters
@@ -270,7 +268,7 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
 
 def lay_out(rng, blocks, face, width, height, freedom=1.0):
     """
-    A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.8 to 1), line
+    A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.85 to 1), line
     spacing, position, ink and paper are drawn. No word is split or cut; ValueError if the smallest print does not fit.
     freedom < 1 is for curricula: face, size, spacing and position are drawn nearer to a primer's, and lines may break
     inside words.
@@ -282,9 +280,9 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0):
     if rng.random() >= freedom:  # every letter is a "word"
         blocks, joiner = [(kind, " ".join(words), scale) for kind, words, scale in blocks], ""
     largest = estimate_px(blocks, face, w, h, joiner)
-    px = min(largest, primer_px(width)) ** (1 - freedom) * (largest * rng.uniform(0.8, 1)) ** freedom
+    px = min(largest, primer_px(width)) ** (1 - freedom) * (largest * rng.uniform(0.85, 1)) ** freedom
     px = max(MIN_PX, round(px))
-    spacing = rng.uniform(1, 1 + 0.25 * freedom)
+    spacing = rng.uniform(1, 1 + 0.15 * freedom)
     placed = stack_blocks(blocks, face, px, spacing, w, h, joiner)
     while placed is None and px >= MIN_PX:
         placed = stack_blocks(blocks, face, px, 1, w, h, joiner)
@@ -299,7 +297,7 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0):
         left, top, right, bottom = box.bbox
         box.bbox = (left + x, top + y, right + x, bottom + y)
         box.lines = [(lx + x, ly + y, size, text) for lx, ly, size, text in box.lines]
-    return Page(width, height, boxes, face, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
+    return Page(width, height, boxes, face, px, ink=rng.randint(0, 60), paper=rng.randint(225, 255))
 
 
 def primer_px(width):
@@ -318,7 +316,7 @@ def lay_out_primer(rng, words, width, height):
     rows = [text[k:k + PRIMER_COLUMNS] for k in range(0, len(text), PRIMER_COLUMNS)]
     box = Box("text_block", text, 0, (0, 0, width, pitch * len(rows)))
     box.lines = [(0, k * pitch, px, row) for k, row in enumerate(rows)]
-    return Page(width, height, [box], PRIMER_FACE, px, ink=rng.randint(0, 90), paper=rng.randint(225, 255))
+    return Page(width, height, [box], PRIMER_FACE, px, ink=rng.randint(0, 60), paper=rng.randint(225, 255))
 
 
 # -----------------------------------------------------------------------------
