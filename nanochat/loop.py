@@ -41,7 +41,8 @@ def training_arguments(description, **defaults):
     flag("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
     flag("--mode", default="", help="image mode; empty = the preset's first")
     flag("--chars", help="characters a page, LO-HI or LO-HIxWEIGHT, several with commas")
-    flag("--random-share", float, 0.15, help="share of words replaced by random strings, so that reading beats guessing")
+    flag("--faces", default="sans,sans-bold,sans-oblique,serif,serif-bold,mono", help="faces of the print (tasks/synthdoc.py)")
+    flag("--random-share", float, 0.2, help="share of words replaced by random strings, so that reading beats guessing")
     flag("--ramp", int, 0, help="curriculum: pages grow from large print to the full range over this many samples")
     flag("--max-seq-len", int, 256, help="decoder positions a row may take, image included")
     # Training horizon

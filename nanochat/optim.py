@@ -111,7 +111,7 @@ class Optimizer:
 
 def schedule(kind, step, total, warmup, final=0.0):
     """
-    Multiplier of the learning rates at `step` of `total`. `trapezoid`: constant, then linear over the last 40 % (nanochat);
+    Multiplier of the learning rates at `step` of `total`. `trapezoid`: constant, then linear over the last half;
     `cosine` (stage 1 as published); `step`: x0.316 at 80 % and again at 90 % (stage 2 as published names only "step";
     the points are DeepSeek-LLM's, arXiv 2401.02954 section 3.1). All warm up linearly over `warmup` steps.
     """
@@ -123,5 +123,5 @@ def schedule(kind, step, total, warmup, final=0.0):
     if kind == "step":
         return 1.0 if done < 0.8 else 0.316 if done < 0.9 else 0.1
     if kind == "trapezoid":
-        return 1.0 if done < 0.6 else final + (1 - final) * (1 - done) / 0.4
+        return 1.0 if done < 0.5 else final + (1 - final) * (1 - done) / 0.5
     raise ValueError(f"schedule {kind!r}: must be trapezoid, cosine or step")

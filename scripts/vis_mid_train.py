@@ -17,11 +17,11 @@ from nanochat.tokenizer import Tokenizer
 from tasks.synthchat import SynthChat
 from tasks.training import page_tasks
 
-INHERITED = ("tokenizer", "chars", "random_share", "max_seq_len")  # from stage 1 unless given here
+INHERITED = ("tokenizer", "chars", "faces", "random_share", "max_seq_len")  # from stage 1 unless given here
 
 
 def main(argv=None):
-    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage2", num_iterations=750, ramp=4800, eval_every=150,
+    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage2", num_iterations=900, ramp=4800, eval_every=150,
                                 save_every=150)
     parser.add_argument("--encoder", default="checkpoints/stage1", help="deepencoder_<step> folder, or a stage-1 run folder")
     parser.add_argument("--text-share", type=int, default=10, help="text-only conversations in a hundred samples")

@@ -12,8 +12,10 @@ import json
 import os
 import time
 
+from tqdm import tqdm
+
 from nanochat.checkpoint import load_model, write_json
-from nanochat.common import choose_dtype, compute_init, json_line, print0, run_main
+from nanochat.common import choose_dtype, compute_init, dist_info, json_line, print0, run_main
 from nanochat.engine import Engine
 from nanochat.image_modes import get_mode
 from nanochat.metrics import score_page, summarize
@@ -26,14 +28,15 @@ FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official
 def tasks_of(args, user_config, image_size):
     """-> [(name, task)] for --task, synthetic splits once for each range of --chars."""
     chars = parse_chars(args.chars or user_config["chars"])
+    common = dict(image_size=image_size, faces=user_config["faces"].split(","), seed=args.seed)
     found = []
     for name in args.task.split(","):
         if name in SPLITS:
             if not args.chars:  # as in training: the mixture in one set
-                found.append((name, SynthDoc(name, args.max_problems, image_size=image_size, chars=chars, seed=args.seed)))
+                found.append((name, SynthDoc(name, args.max_problems, chars=chars, **common)))
                 continue
             for low, high, _ in chars:
-                found.append((f"{name}_{low}-{high}", SynthDoc(name, args.max_problems, image_size=image_size, chars=(low, high), seed=args.seed)))
+                found.append((f"{name}_{low}-{high}", SynthDoc(name, args.max_problems, chars=(low, high), **common)))
         elif name == "omnidocbench":
             from tasks.omnidocbench import OmniDocBench
             if not args.path:
@@ -48,7 +51,7 @@ def evaluate(engine, task, pages, batch_size, max_new_tokens, by_character):
     """-> (rows, a dict a page; summary dict)."""
     tokenizer, rows, start, generated = engine.tokenizer, [], time.perf_counter(), 0
     plan_tokens = (engine.mode.size // engine.model.cfg.token_stride) ** 2
-    for first in range(0, pages, batch_size):
+    for first in tqdm(range(0, pages, batch_size), unit="batch", disable=dist_info()[0] != 0):
         conversations = [task[i] for i in range(first, min(first + batch_size, pages))]
         for c, result in zip(conversations, engine.generate(conversations, max_new_tokens)):
             truth = c["messages"][-1]["content"]

@@ -34,8 +34,10 @@ FACES = {  # all from matplotlib's wheel
     "sans-bold": "DejaVuSans-Bold.ttf",
     "sans-oblique": "DejaVuSans-Oblique.ttf",
     "serif": "DejaVuSerif.ttf",
+    "serif-bold": "DejaVuSerif-Bold.ttf",
     "mono": "DejaVuSansMono.ttf",
     "stix": "STIXGeneral.ttf",
+    "stix-bold": "STIXGeneralBol.ttf",
 }
 ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyz0123456789"
 RANDOM_SHARE = 0.15  # of the training words: with none the model guesses words instead of reading letters
@@ -48,8 +50,8 @@ PRIMER_PART = 0.25  # of a curriculum: primer pages alone
 TITLE_SCALE = 1.4  # print size of a title over that of the text
 MIN_PX = 6  # smallest print; below it letters fall together
 MIN_CHARS = 10  # a page must have room for any word of the list (9 letters and a comma)
-MARGIN = 2  # px of paper kept on every side
-OVERHANG = 1 / 6  # of the print size: the most that ink was seen to reach out of a line's width, in any face and size
+MARGIN = 1  # px of paper kept on every side
+OVERHANG, OVERHANG_OBLIQUE = 1 / 10, 1 / 6  # of the print size: how far ink reaches out of a line's width on either side, at most
 
 # -----------------------------------------------------------------------------
 # Words
@@ -211,6 +213,11 @@ def text_width(face, px, text):
 
 
 @lru_cache(None)
+def overhang(face):
+    return OVERHANG_OBLIQUE if "oblique" in face else OVERHANG
+
+
+@lru_cache(None)
 def line_height(face, px):
     return sum(font(face, px).getmetrics())  # ascent + descent
 
@@ -239,7 +246,7 @@ def estimate_px(blocks, face, width, height, joiner):
         px = (low + high) // 2
         tall = 0
         for (_, words, scale), ws in zip(blocks, widths):
-            lines = wrap(words, ws, space, width / (px * scale) - 2 * OVERHANG, joiner)
+            lines = wrap(words, ws, space, width / (px * scale) - 2 * overhang(face), joiner)
             tall += math.inf if lines is None else pitch * px * scale * (len(lines) + (len(blocks) > 1) / 2)
         low, high = (px, high) if tall <= height else (low, px)
     return low
@@ -250,7 +257,7 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
     boxes, right, y = [], 0, 0
     for kind, words, scale in blocks:
         size = round(px * scale)
-        pad = math.ceil(size * OVERHANG)
+        pad = math.ceil(size * overhang(face))
         widths = [text_width(face, size, word) for word in words]
         lines = wrap(words, widths, text_width(face, size, joiner), width - 2 * pad, joiner)
         if lines is None:
@@ -268,7 +275,7 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
 
 def lay_out(rng, blocks, face, width, height, freedom=1.0):
     """
-    A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.85 to 1), line
+    A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.9 to 1), line
     spacing, position, ink and paper are drawn. No word is split or cut; ValueError if the smallest print does not fit.
     freedom < 1 is for curricula: face, size, spacing and position are drawn nearer to a primer's, and lines may break
     inside words.
@@ -280,7 +287,7 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0):
     if rng.random() >= freedom:  # every letter is a "word"
         blocks, joiner = [(kind, " ".join(words), scale) for kind, words, scale in blocks], ""
     largest = estimate_px(blocks, face, w, h, joiner)
-    px = min(largest, primer_px(width)) ** (1 - freedom) * (largest * rng.uniform(0.85, 1)) ** freedom
+    px = min(largest, primer_px(width)) ** (1 - freedom) * (largest * rng.uniform(0.9, 1)) ** freedom
     px = max(MIN_PX, round(px))
     spacing = rng.uniform(1, 1 + 0.15 * freedom)
     placed = stack_blocks(blocks, face, px, spacing, w, h, joiner)

@@ -171,7 +171,7 @@ def test_schedules():
     assert at("cosine", 0, 50, 100) == [1, 0.5, 0]
     assert at("cosine", 50, 100, final=0.1) == [0.55, 0.1]
     assert at("step", 0, 79, 80, 89, 90, 99) == [1, 1, 0.316, 0.316, 0.1, 0.1]
-    assert at("trapezoid", 0, 59, 60, 80, 100) == [1, 1, 1, 0.5, 0]
-    assert at("trapezoid", 80, 100, final=0.2) == [0.6, 0.2]
+    assert at("trapezoid", 0, 49, 50, 75, 100) == [1, 1, 1, 0.5, 0]
+    assert at("trapezoid", 75, 100, final=0.2) == [0.6, 0.2]
     with pytest.raises(ValueError, match="'linear': must be"):
         schedule("linear", 50, 100, 0)
