@@ -18,7 +18,7 @@ from nanochat.checkpoint import read_json
 from nanochat.common import git_commit, json_line, run_main
 
 VARIANTS = ";".join([f"standardize={kind} optimizer=muon" for kind in ("none", "channel", "position")]
-                    + [f"standardize={kind} optimizer=adamw lr=2e-3" for kind in ("none", "position")])
+                    + ["standardize=position optimizer=adamw lr=2e-3"])
 FIGURES = ("val/one_minus_ned", "val/loss_per_char", "vision/gap", "vision/cosine_compressor", "vision/cosine_projector")
 
 
@@ -31,6 +31,7 @@ def main(argv=None):
     parser.add_argument("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
     args = parser.parse_args(argv)
 
+    os.makedirs(args.checkpoints, exist_ok=True)
     table = []
     for variant in args.variants.split(";"):
         runs = []
@@ -40,10 +41,10 @@ def main(argv=None):
             if not os.path.exists(summary):
                 flags = [f"--{flag}" for flag in variant.split()]
                 resume = ["--resume"] if os.path.exists(os.path.join(args.checkpoints, tag, "run.json")) else []
-                with open(os.path.join(os.makedirs(args.checkpoints, exist_ok=True) or args.checkpoints, tag + ".log"), "w") as log:
+                with open(os.path.join(args.checkpoints, tag + ".log"), "w") as log:
                     subprocess.run([sys.executable, "-m", "scripts.vis_tok_train", *flags, f"--seed={seed}", f"--num-iterations={args.steps}",
                                     f"--checkpoints={args.checkpoints}", f"--tokenizer={args.tokenizer}", f"--model-tag={tag}",
-                                    f"--ramp={args.steps * 16}", "--save-every=-1", *resume], check=True, stdout=log)
+                                    "--eval-every=-1", "--save-every=-1", *resume], check=True, stdout=log)
             runs.append(read_json(summary))
         row = {"variant": variant, "runs": len(runs)}
         for figure in FIGURES:
