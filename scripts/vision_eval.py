@@ -2,7 +2,7 @@
 Scores a checkpoint on pages it has never seen: greedy, cached, batched generation; 1-NED first.
 
     python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --task=heldout,heldout_words,random_chars
-    python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --task=heldout --chars=32-32,64-64,128-128   # a curve
+    python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --task=heldout --chars=14-20,31-41,60-68   # a curve
     python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --task=omnidocbench --path=DIR               # real pages
 
 Writes <out>/<task>.jsonl (a line a page) and <out>/summary.json; the last line printed is that summary.
@@ -23,6 +23,18 @@ from tasks.synthdoc import SPLITS, SynthDoc
 from tasks.training import parse_chars
 
 FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official", "repetition_rate")
+
+
+BREAKDOWNS = ("face", "size_px")  # of synthetic pages
+
+
+def breakdown(rows, key):
+    """{value of `key`: [mean 1-NED, pages]}, where the pages have that key."""
+    groups = {}
+    for r in rows:
+        if key in r:
+            groups.setdefault(str(r[key]), []).append(r["one_minus_ned"])
+    return {value: [round(sum(scores) / len(scores), 3), len(scores)] for value, scores in sorted(groups.items())}
 
 
 def tasks_of(args, user_config, image_size):
@@ -58,6 +70,7 @@ def evaluate(engine, task, pages, batch_size, max_new_tokens, by_character):
             generated += result.tokens
             rows.append({"id": c["id"], "truth": truth, "prediction": result.text, "finished": result.finished,
                          "confidence": result.confidence, "text_tokens": len(tokenizer.encode(truth)),
+                         **{key: c[key] for key in BREAKDOWNS if key in c},
                          **score_page(result.text, truth, by_character=by_character)})
     seconds = time.perf_counter() - start
     characters, tokens = (sum(values) / len(rows) for values in ([len(r["truth"]) for r in rows], [r["text_tokens"] for r in rows]))
@@ -112,6 +125,10 @@ def main(argv=None):
         print0(f"{name}: {figures['samples']} pages, {figures['chars_per_vision_token']:.2f} characters per vision token | " +
                " | ".join(f"{k} {figures[k]:.4f}" for k in FIGURES) + f" | {figures['pages_per_sec']:.1f} pages/s, {figures['tokens_per_sec']:.0f} tok/s")
         print0("  (precision counts only what was written: misleading when the output is short)")
+        for key in BREAKDOWNS:
+            if groups := breakdown(rows, key):
+                figures[f"by_{key}"] = groups
+                print0(f"  1-NED by {key}: " + ", ".join(f"{value} {mean:.3f} ({n})" for value, (mean, n) in groups.items()))
         for r in rows[:args.samples]:
             print0(f"  {r['one_minus_ned']:.2f}  truth {r['truth'][:200]!r}\n        reads {r['prediction'][:200]!r}")
     summary = {"checkpoint": args.checkpoint, "step": meta["step"], "mode": mode.name, "seed": args.seed, **summary}
