@@ -29,8 +29,8 @@ class LayerNorm(nn.LayerNorm):
 def attention(q, k, v, scale=None, mask=None, causal=False):
     """
     softmax(q k^T * scale) v over (B, H, T, D); v's D may differ. `mask`: boolean, True = may attend. k, v may have fewer heads.
-    Written out on the CPU: torch's fused CPU kernel takes 2 to 10 times as long, in bf16 with its backward, at the sizes that
-    train there (python -m scripts.bench_attention). Elsewhere it is SDPA.
+    Written out on the CPU up to 512 x 512 positions: torch's fused CPU kernel was several times slower there in bf16 with its
+    backward (torch 2.13, AVX-512 BF16). Elsewhere it is SDPA.
     """
     if q.device.type == "cpu" and q.size(1) == k.size(1) and q.size(2) * k.size(2) <= 512 ** 2:
         scores = (q * (scale or q.size(-1) ** -0.5)) @ k.mT
