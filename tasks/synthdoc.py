@@ -315,8 +315,8 @@ def primer_px(width):
 def lay_out_primer(rng, words, width, height):
     """
     A page of a curriculum's beginning: large print of one monospaced face that fills a fixed grid, words broken where a row
-    ends. The n-th character always stands in the same place, and reading takes off within a hundred steps; where the place
-    has to be found first it may not in several hundred (FINDINGS.md).
+    ends. The n-th character always stands in the same place, which the decoder then need not find first: reading takes off sooner
+    (FINDINGS.md, leads).
     """
     text = " ".join(words)[:PRIMER_COLUMNS * PRIMER_ROWS].rstrip()
     px, pitch = primer_px(width), height // PRIMER_ROWS
