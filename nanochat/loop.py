@@ -42,6 +42,7 @@ def training_arguments(description, **defaults):
     flag("--mode", default="", help="image mode; empty = the preset's first")
     flag("--chars", help="characters a page, LO-HI or LO-HIxWEIGHT, several with commas")
     flag("--faces", default="sans,sans-bold,sans-oblique,serif,serif-bold,mono", help="faces of the print (tasks/synthdoc.py)")
+    flag("--min-px", int, 10, help="smallest print in px, where the text fits")
     flag("--random-share", float, 0.2, help="share of words replaced by random strings, so that reading beats guessing")
     flag("--ramp", int, 0, help="curriculum: pages grow from large print to the full range over this many samples")
     flag("--max-seq-len", int, 256, help="decoder positions a row may take, image included")

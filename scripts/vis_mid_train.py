@@ -17,7 +17,7 @@ from nanochat.tokenizer import Tokenizer
 from tasks.synthchat import SynthChat
 from tasks.training import page_tasks
 
-INHERITED = ("tokenizer", "chars", "faces", "random_share", "max_seq_len")  # from stage 1 unless given here
+INHERITED = ("tokenizer", "chars", "faces", "min_px", "random_share", "max_seq_len")  # from stage 1 unless given here
 
 
 def main(argv=None):

@@ -19,7 +19,7 @@ from nanochat.common import choose_dtype, compute_init, dist_info, json_line, pr
 from nanochat.engine import Engine
 from nanochat.image_modes import get_mode
 from nanochat.metrics import score_page, summarize
-from tasks.synthdoc import SPLITS, SynthDoc
+from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc
 from tasks.training import parse_chars
 
 FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official", "repetition_rate")
@@ -40,7 +40,7 @@ def breakdown(rows, key):
 def tasks_of(args, user_config, image_size):
     """-> [(name, task)] for --task, synthetic splits once for each range of --chars."""
     chars = parse_chars(args.chars or user_config["chars"])
-    common = dict(image_size=image_size, faces=user_config["faces"].split(","), seed=args.seed)
+    common = dict(image_size=image_size, faces=user_config["faces"].split(","), min_px=user_config.get("min_px", MIN_PX), seed=args.seed)
     found = []
     for name in args.task.split(","):
         if name in SPLITS:

@@ -48,7 +48,7 @@ PRIMER_FACE, PRIMER_COLUMNS, PRIMER_ROWS = "mono", 8, 4
 PRIMER_FREEDOM = 0.1  # a page drawn less free than this is a primer page
 PRIMER_PART = 0.25  # of a curriculum: primer pages alone
 TITLE_SCALE = 1.4  # print size of a title over that of the text
-MIN_PX = 6  # smallest print; below it letters fall together
+MIN_PX = 5  # smallest print; below it letters fall together
 MIN_CHARS = 10  # a page must have room for any word of the list (9 letters and a comma)
 MARGIN = 1  # px of paper kept on every side
 OVERHANG, OVERHANG_OBLIQUE = 1 / 10, 1 / 6  # of the print size: how far ink reaches out of a line's width on either side, at most
@@ -162,6 +162,10 @@ def choose_words(rng, split, n_chars, random_share):
 # Layout
 
 
+class PageFull(ValueError):
+    """The words do not fit the page."""
+
+
 @dataclass
 class Box:
     kind: str  # OmniDocBench's category_type: text_block, title
@@ -237,11 +241,11 @@ def wrap(words, widths, space, limit, joiner):
     return [joiner.join(line) for line in lines]
 
 
-def estimate_px(blocks, face, width, height, joiner):
+def estimate_px(blocks, face, width, height, joiner, min_px):
     """About the largest print size in px at which the blocks fit width x height (px): bisection on widths at 64 px."""
     widths = [[text_width(face, 64, word) / 64 for word in words] for _, words, _ in blocks]
     space, pitch = text_width(face, 64, joiner) / 64, line_height(face, 64) / 64
-    low, high = MIN_PX, max(MIN_PX + 1, height)  # low fits or will be found not to, high does not
+    low, high = min_px, max(min_px + 1, height)  # low fits or will be found not to, high does not
     while high - low > 1:
         px = (low + high) // 2
         tall = 0
@@ -273,10 +277,10 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
     return (boxes, right, y) if y <= height else None
 
 
-def lay_out(rng, blocks, face, width, height, freedom=1.0):
+def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX):
     """
     A Page of `blocks`, a list of (kind, words, scale of the print). Size (as large as fits times 0.9 to 1), line
-    spacing, position, ink and paper are drawn. No word is split or cut; ValueError if the smallest print does not fit.
+    spacing, position, ink and paper are drawn. No word is split or cut; PageFull if print of min_px does not fit.
     freedom < 1 is for curricula: face, size, spacing and position are drawn nearer to a primer's, and lines may break
     inside words.
     """
@@ -286,18 +290,18 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0):
         face = PRIMER_FACE
     if rng.random() >= freedom:  # every letter is a "word"
         blocks, joiner = [(kind, " ".join(words), scale) for kind, words, scale in blocks], ""
-    largest = estimate_px(blocks, face, w, h, joiner)
+    largest = estimate_px(blocks, face, w, h, joiner, min_px)
     px = min(largest, primer_px(width)) ** (1 - freedom) * (largest * rng.uniform(0.9, 1)) ** freedom
-    px = max(MIN_PX, round(px))
+    px = max(min_px, round(px))
     spacing = rng.uniform(1, 1 + 0.15 * freedom)
     placed = stack_blocks(blocks, face, px, spacing, w, h, joiner)
-    while placed is None and px >= MIN_PX:
+    while placed is None and px >= min_px:
         placed = stack_blocks(blocks, face, px, 1, w, h, joiner)
         px -= placed is None
     if placed is None:
         n_chars = sum(len(" ".join(words)) for _, words, _ in blocks)
-        raise ValueError(f"{n_chars} characters in {face} do not fit a page of {width}x{height} px at the smallest "
-                         f"print, {MIN_PX} px: raise image_size or lower chars")
+        raise PageFull(f"{n_chars} characters in {face} do not fit a page of {width}x{height} px at the smallest "
+                         f"print, {min_px} px: raise image_size or lower chars")
     boxes, right, bottom = placed
     x, y = (MARGIN + rng.randint(0, int(room * freedom)) for room in (w - right, h - bottom))
     for box in boxes:
@@ -360,11 +364,13 @@ class SynthDoc(Task):
                   that grow freer in face, size and position page by page. Earlier kinds stay in the mix: a sudden change
                   first disturbs what was learned
     faces         names from FACES; None is all of them
+    min_px        smallest print: a text that does not fit in its face at this size is set in another face, and smaller only
+                  if it fits in none
     titles        share of the pages that open with a title of one to three words in larger print
     """
 
     def __init__(self, split, size, image_size=128, chars=(24, 48), random_share=None, seed=0, ramp=0, faces=None,
-                 titles=0.0):
+                 min_px=MIN_PX, titles=0.0):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
         faces = list(FACES) if faces is None else list(faces)
@@ -383,8 +389,11 @@ class SynthDoc(Task):
             raise ValueError(f"random_share {self.random_share} and titles {titles} are shares: give 0 to 1")
         if size < 1 or ramp < 0:
             raise ValueError(f"size {size} and ramp {ramp} count pages: give size >= 1 and ramp >= 0")
+        if not MIN_PX <= min_px <= self.height:
+            raise ValueError(f"min_px {min_px} is no size of print on this page: give {MIN_PX} to {self.height}")
         font_folder()  # so that missing fonts are reported now and not in a worker
         self.split, self.size, self.seed, self.ramp, self.faces, self.titles = split, size, seed, ramp, faces, titles
+        self.min_px = min_px
 
     def __len__(self):
         return self.size
@@ -418,12 +427,22 @@ class SynthDoc(Task):
         """The text of page i, without laying it out."""
         return "\n\n".join(" ".join(words) for _, words, _ in self.blocks(i)[2])
 
+    def lay_out(self, rng, blocks, freedom):
+        faces = rng.sample(self.faces, len(self.faces))
+        tries = [(face, px) for px in (self.min_px, MIN_PX) for face in faces]
+        for face, px in tries:
+            try:
+                return lay_out(rng, blocks, face, self.width, self.height, freedom, px)
+            except PageFull:
+                if (face, px) == tries[-1]:
+                    raise
+
     def __getitem__(self, i):
         rng, freedom, blocks = self.blocks(i)
         if freedom < PRIMER_FREEDOM:
             page = lay_out_primer(rng, blocks[0][1], self.width, self.height)
         else:
-            page = lay_out(rng, blocks, rng.choice(self.faces), self.width, self.height, freedom)
+            page = self.lay_out(rng, blocks, freedom)
         image = render(page)
         return ocr_conversation(image, page.truth, f"synthdoc/{self.split}/{self.seed}/{i}", chars=len(page.truth),
                                 face=page.face, size_px=page.size_px, split=self.split, page=page)
