@@ -31,6 +31,11 @@ def steps_of(run_dir, prefix="model"):
     return sorted(int(m[1]) for name in os.listdir(run_dir) if (m := re.fullmatch(rf"{prefix}_(\d+)", name)))
 
 
+def resuming(args):
+    """Whether this run goes on from a checkpoint of its own (so that published weights need not be fetched again)."""
+    return args.resume and bool(steps_of(os.path.join(args.checkpoints, args.model_tag)))
+
+
 def checkpoint_dir(run_dir, step, prefix="model"):
     return os.path.join(run_dir, f"{prefix}_{step:06d}")
 
@@ -138,8 +143,8 @@ def load_model(path, device):
     cfg = ModelConfig.from_dict(read_json(os.path.join(path, "config.json")))
     model = NanoDeepseekOCR(cfg)
     load_weights(model, read_tensors(os.path.join(path, "model.safetensors")), path)
-    tokenizer = Tokenizer.load(path)
-    return model.to(device).eval(), tokenizer, read_json(os.path.join(path, "meta.json"))
+    model.tokenizer, model.meta = Tokenizer.load(path), read_json(os.path.join(path, "meta.json"))
+    return model.to(device).eval(), model.tokenizer, model.meta
 
 
 def load_encoder(path, model):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.layers import Conv2d, LayerNorm, Linear, attention, trunc_normal_linears
+from nanochat.layers import Conv2d, LayerNorm, Linear, attention, run_blocks, trunc_normal_linears
 
 MIN_BATCH_FOR_STATISTICS = 8  # below this many images, batch statistics are too noisy: running ones are used
 
@@ -121,6 +121,7 @@ class SAM(nn.Module):
             Conv2d(cfg.neck, cfg.neck, 3, padding=1, bias=False), LayerNorm2d(cfg.neck, eps=1e-6))
         self.net_2 = Conv2d(cfg.neck, cfg.net_2, 3, stride=2, padding=1, bias=False)
         self.net_3 = Conv2d(cfg.net_2, cfg.net_3, 3, stride=2, padding=1, bias=False)
+        self.recompute = False
 
     def init_weights(self):
         trunc_normal_linears(self)
@@ -137,14 +138,18 @@ class SAM(nn.Module):
                                   align_corners=False).permute(0, 2, 3, 1)
         return table
 
+    def core(self):
+        """The parameters that published SAM weights fill: all but the compressor's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("net_")]
+
     def forward(self, x, taps=None):
-        x = self.patch_embed(x)
-        x = x + self.positions(x.size(1)).to(x.dtype)
-        for block in self.blocks:
-            x = block(x)
-        if taps is not None:
-            taps["sam"] = x
-        x = self.neck(x.permute(0, 3, 1, 2))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.pos_embed.requires_grad):
+            x = self.patch_embed(x)
+            x = x + self.positions(x.size(1)).to(x.dtype)
+            x = run_blocks(self.blocks, x, recompute=self.recompute)
+            if taps is not None:
+                taps["sam"] = x
+            x = self.neck(x.permute(0, 3, 1, 2))
         x = self.net_3(self.net_2(x))
         if taps is not None:
             taps["compressor"] = x
@@ -307,6 +312,7 @@ class CLIP(nn.Module):
         self.embeddings = CLIPEmbeddings(cfg)
         self.pre_layrnorm = LayerNorm(cfg.width, eps=1e-5)  # the published name, sic
         self.transformer = CLIPTransformer(cfg)
+        self.recompute = False
 
     def init_weights(self):
         trunc_normal_linears(self)
@@ -315,9 +321,7 @@ class CLIP(nn.Module):
 
     def forward(self, x):
         x = self.pre_layrnorm(self.embeddings(x))
-        for layer in self.transformer.layers:
-            x = layer(x)
-        return x[:, 1:]
+        return run_blocks(self.transformer.layers, x, recompute=self.recompute)[:, 1:]
 
 
 # -----------------------------------------------------------------------------
@@ -343,11 +347,15 @@ class DeepEncoder(nn.Module):
         self.sam_model.requires_grad_(False)
         self.standardize.frozen = True
 
+    def freeze_sam_core(self):
+        """For little data: SAM as published stays fixed, the compressor behind it learns."""
+        for p in self.sam_model.core():
+            p.requires_grad_(False)
+
     def forward(self, x, taps=None):
         if x.ndim != 4 or x.size(2) != x.size(3) or x.size(2) % self.stride:
             raise ValueError(f"pixels of shape {tuple(x.shape)}: need (B, 3, S, S) with S a multiple of {self.stride}")
-        frozen = not self.sam_model.patch_embed.proj.weight.requires_grad
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.sam_model.net_3.weight.requires_grad):
             x = self.sam_model(x, taps)
             x = self.standardize(x)
         clip = self.vision_model(x)

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.layers import Linear, attention
+from nanochat.layers import Linear, attention, run_blocks
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
 SOFTCAP = 15.0
@@ -105,6 +105,7 @@ class GPT(nn.Module):
             "wte": nn.Embedding(cfg.vocab_size, cfg.n_embd),
             "h": nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))})
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.recompute = False
         cos, sin = rotary_tables(cfg.sequence_len, cfg.n_embd // cfg.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -139,10 +140,7 @@ class GPT(nn.Module):
         if cache is not None:
             keys = torch.arange(cache.length, device=x.device)
             mask = keys[None, None, None, :] <= positions[:, None, :, None]
-        x = norm(x)
-        for block in self.transformer.h:
-            x = block(x, cos, sin, mask, cache, positions)
-        return norm(x)
+        return norm(run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, recompute=self.recompute))
 
     def logits(self, x):
         """(..., C) -> (..., vocab) in fp32."""

@@ -5,6 +5,7 @@ thereby chosen once, where pixels and embeddings enter the model, and nothing el
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def _to(p, x):
@@ -43,6 +44,14 @@ def attention(q, k, v, scale=None, mask=None, causal=False):
     y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)) if pad else v, attn_mask=mask, is_causal=causal, scale=scale,
                                        enable_gqa=q.size(1) != k.size(1))
     return y[..., :v.size(-1)]
+
+
+def run_blocks(blocks, x, *args, recompute=False):
+    """x through `blocks` in turn. recompute (activation checkpointing): only each block's input is kept for the backward pass."""
+    recompute = recompute and torch.is_grad_enabled()
+    for block in blocks:
+        x = checkpoint(block, x, *args, use_reentrant=False) if recompute else block(x, *args)
+    return x
 
 
 def trunc_normal_linears(module, std=0.02):

@@ -64,6 +64,7 @@ def training_arguments(description, **defaults):
     flag("--model-tag", help="run folder under --checkpoints")
     flag("--checkpoints", default="checkpoints", help="where run folders are written")
     flag("--save-every", int, 100, help="steps between checkpoints; -1 = only at the end")
+    p.add_argument("--recompute", action="store_true", help="activation checkpointing: a third more compute for a fraction of the memory")
     p.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     return p
 
@@ -224,7 +225,8 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     step = start or 0
     batches = loader(sampler, args.device_batch_size, step * accumulate, args.num_iterations * accumulate, rank, world,
                      args.workers, pin_memory=device.type == "cuda")
-    sam_trains = model.encoder.sam_model.patch_embed.proj.weight.requires_grad
+    sam_trains = model.encoder.sam_model.pos_embed.requires_grad
+    model.recompute(args.recompute)
     model.train()
 
     while True:
@@ -253,7 +255,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
             model.encoder.standardize.average_over_ranks()
             ckpt.save_checkpoint(run_dir, step, model, tokenizer, optimizer, dict(meta, loop_state=state))
             if rank == 0:
-                if sam_trains:  # stage 1: the encoder alone as well, for stage 2
+                if stage == "stage 1":  # the encoder alone as well, for stage 2
                     ckpt.save_encoder(run_dir, step, model, meta)
                 keep = {*ckpt.steps_of(run_dir)[-2:], state["best_saved_step"]}
                 ckpt.prune(run_dir, keep)

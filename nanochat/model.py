@@ -5,10 +5,14 @@ token embeddings (`fuse`); from there on the decoder reads one sequence.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.deepencoder import DeepEncoder
 from nanochat.gpt import GPT
 from nanochat.layers import Linear
+
+
+LOSS_CHUNK = 1 << 26  # logits held at a time in the loss: 256 MB in fp32
 
 
 def fuse(embeddings, is_image, features, features_per_row):
@@ -41,6 +45,7 @@ class NanoDeepseekOCR(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.dtype = torch.float32  # compute dtype; parameters are fp32
+        self.tokenizer = self.meta = None  # what came with it (from_pretrained)
         n_embd = cfg.gpt.n_embd
         self.encoder = DeepEncoder(cfg)
         self.projector = Projector(cfg.clip.width + cfg.sam.net_3, n_embd)
@@ -116,8 +121,31 @@ class NanoDeepseekOCR(nn.Module):
         """Summed next-token loss in nats over the batch's supervised positions (targets != -1)."""
         hidden = self.gpt(self.embed(batch))
         supervised = batch.targets != -1
-        logits = self.gpt.logits(hidden[supervised])  # the head and its softmax run where there is something to learn
-        return F.cross_entropy(logits, batch.targets[supervised], reduction="sum")
+        hidden, targets = hidden[supervised], batch.targets[supervised]  # the head and its softmax run where there is something to learn
+        rows = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
+        if len(targets) <= rows:
+            return self.chunk_loss(hidden, targets)
+        return sum(checkpoint(self.chunk_loss, h, t, use_reentrant=False) for h, t in zip(hidden.split(rows), targets.split(rows)))
+
+    def chunk_loss(self, hidden, targets):
+        return F.cross_entropy(self.gpt.logits(hidden), targets, reduction="sum")
+
+    def recompute(self, on=True):
+        """Activation checkpointing in every block: a third more compute, a fraction of the memory."""
+        for part in (self.encoder.sam_model, self.encoder.vision_model, self.gpt):
+            part.recompute = on
+
+    @classmethod
+    def from_pretrained(cls, source, device="cpu"):
+        """A checkpoint, run or saved folder, or a hub name ("owner/name") -> model in eval mode, with its tokenizer and meta."""
+        from nanochat.checkpoint import load_model
+        from nanochat.pretrained import fetch
+        return load_model(fetch(source), device)[0]
+
+    def save_pretrained(self, folder, results=None):
+        """Writes a new folder that from_pretrained reads; `results`, the summary of scripts.vision_eval, goes into its model card."""
+        from nanochat.pretrained import save
+        save(self, folder, results)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

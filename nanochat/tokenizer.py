@@ -12,13 +12,14 @@ import os
 
 import tiktoken
 
+IMAGE_TOKEN = "<|image|>"  # placeholder, one for each vision feature
 SPECIAL_TOKENS = (
     "<|bos|>",  # opens every document
     "<|user_start|>", "<|user_end|>",
     "<|assistant_start|>", "<|assistant_end|>",
     "<|python_start|>", "<|python_end|>",  # the model calls the Python tool
     "<|output_start|>", "<|output_end|>",  # what the tool answered
-    "<|image|>",  # placeholder, one for each vision feature
+    IMAGE_TOKEN,
 )
 
 # GPT-4's way to cut text before merging: a word takes the space or sign before it, digits go by ones and twos, signs
@@ -93,7 +94,7 @@ class Tokenizer:
 
     @property
     def image_token_id(self):
-        return self.special_ids["<|image|>"]
+        return self.special_ids[IMAGE_TOKEN]
 
     def encode_special(self, name):
         if name not in self.special_ids:

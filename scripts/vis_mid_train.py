@@ -9,11 +9,11 @@ pages and text-only chat mixed (paper, section 3.5.2).
 Sizes come from the encoder's checkpoint. Writes checkpoints/<model-tag>/model_<step>/.
 """
 from nanochat import checkpoint as ckpt
+from nanochat import pretrained
 from nanochat.common import compute_cleanup, compute_init, json_line, print0, run_main
 from nanochat.dataloader import Mixture
 from nanochat.loop import samples_per_step, train, training_arguments
 from nanochat.model import NanoDeepseekOCR
-from nanochat.tokenizer import Tokenizer
 from tasks.synthchat import SynthChat
 from tasks.training import page_tasks
 
@@ -24,6 +24,7 @@ def main(argv=None):
     parser = training_arguments(__doc__.split("\n")[1], model_tag="stage2", num_iterations=900, ramp=4800, eval_every=150,
                                 save_every=150)
     parser.add_argument("--encoder", default="checkpoints/stage1", help="deepencoder_<step> folder, or a stage-1 run folder")
+    parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, hub name or folder; empty = random weights")
     parser.add_argument("--text-share", type=int, default=10, help="text-only conversations in a hundred samples")
     inherited_defaults = {name: parser.get_default(name) for name in INHERITED}
     parser.set_defaults(**dict.fromkeys(INHERITED))
@@ -43,12 +44,14 @@ def main(argv=None):
             print0(f"NOTE: --{name.replace('_', '-')}={ours} overrides stage 1's {theirs}")
 
     # tokenizer and model
-    tokenizer = Tokenizer.load(args.tokenizer)
+    tokenizer = pretrained.choose_decoder(cfg, args)
     if tokenizer.fingerprint() != stage1["tokenizer"]:
         print0("NOTE: another tokenizer than stage 1's; the decoder is fresh, so this is allowed")
-    cfg.gpt.vocab_size, cfg.image_token_id = tokenizer.get_vocab_size(), tokenizer.image_token_id
-    model = NanoDeepseekOCR(cfg).init_weights(args.seed + 1).to(device)  # another seed: the decoder is not stage 1's initial one
+    model = NanoDeepseekOCR(cfg).init_weights(args.seed + 1)  # another seed: the decoder is not stage 1's initial one
     ckpt.load_encoder(encoder_dir, model)
+    if args.gpt and not ckpt.resuming(args):
+        pretrained.load_nanochat(model.gpt, args.gpt)
+    model.to(device)
     model.encoder.freeze_sam()
 
     # data

@@ -7,11 +7,12 @@ Stage 1: DeepEncoder, projector and a decoder learn to read together, by next-to
 
 Writes checkpoints/<model-tag>/model_<step>/ and, at the end, deepencoder_<step>/: the encoder that stage 2 starts from.
 """
+from nanochat import checkpoint as ckpt
+from nanochat import pretrained
 from nanochat.common import compute_cleanup, compute_init, json_line, run_main
 from nanochat.config import PRESETS
 from nanochat.loop import samples_per_step, train, training_arguments
 from nanochat.model import NanoDeepseekOCR
-from nanochat.tokenizer import Tokenizer
 from tasks.training import page_tasks
 
 
@@ -21,15 +22,26 @@ def main(argv=None):
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="sizes of the model (nanochat/config.py)")
     parser.add_argument("--standardize", default="", choices=["", "none", "channel", "position"],
                         help="compressor output over the batch; empty = the preset's")
+    for part, example in (("sam", pretrained.SAM), ("clip", pretrained.CLIP), ("encoder", pretrained.DEEPSEEK), ("gpt", "nanochat-students/base-d20")):
+        parser.add_argument(f"--{part}", default="", help=f"published weights to start from, hub name or folder, e.g. {example}; empty = random")
+    parser.add_argument("--freeze-sam-core", action="store_true", help="for little data: keep SAM as published, train the compressor behind it and the rest")
     args = parser.parse_args(argv)
     device = compute_init(args.device_type)
 
     # tokenizer and model
-    tokenizer = Tokenizer.load(args.tokenizer)
     cfg = PRESETS[args.preset]()
     cfg.standardize = args.standardize or cfg.standardize
-    cfg.gpt.vocab_size, cfg.image_token_id = tokenizer.get_vocab_size(), tokenizer.image_token_id
-    model = NanoDeepseekOCR(cfg).init_weights(args.seed).to(device)
+    tokenizer = pretrained.choose_decoder(cfg, args)
+    model = NanoDeepseekOCR(cfg).init_weights(args.seed)
+    if not ckpt.resuming(args):
+        for source, load in ((args.sam, pretrained.load_sam), (args.clip, pretrained.load_clip), (args.encoder, pretrained.load_deepseek)):
+            if source:
+                load(model, source)
+        if args.gpt:
+            pretrained.load_nanochat(model.gpt, args.gpt)
+    if args.freeze_sam_core:
+        model.encoder.freeze_sam_core()
+    model.to(device)
 
     # data
     pages = args.num_iterations * samples_per_step(args)

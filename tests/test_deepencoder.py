@@ -15,6 +15,7 @@ from PIL import Image
 from nanochat.config import CLIPConfig, ModelConfig, SAMConfig
 from nanochat.deepencoder import CLIP, SAM, CLIPEmbeddings, DeepEncoder, SAMAttention, SAMBlock, Standardize
 from nanochat.model import NanoDeepseekOCR
+from scripts.parity import transformers_encoder
 
 # -----------------------------------------------------------------------------
 # SAM's attention
@@ -225,31 +226,11 @@ def test_freeze_sam(encoder):
 @pytest.mark.parametrize("side", [64, 96])  # the tables' size, and one for which they are interpolated
 @torch.no_grad()
 def test_equals_the_port_in_transformers(cfg, side):
-    port = pytest.importorskip("transformers.models.unlimited_ocr", exc_type=ImportError,
-                               reason="transformers with unlimited_ocr is not installed")
-    s, c = cfg.sam, cfg.clip
-    theirs = port.modeling_unlimited_ocr.UnlimitedOcrVisionModel(port.UnlimitedOcrVisionConfig(
-        sam_config=dict(hidden_size=s.width, output_channels=s.neck, num_hidden_layers=s.depth, mlp_dim=4 * s.width,
-                        num_attention_heads=s.n_head, image_size=s.image_size, patch_size=s.patch_size,
-                        window_size=s.window, global_attn_indexes=s.global_blocks, downsample_channels=(s.net_2, s.net_3)),
-        encoder_config=dict(hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.depth,
-                            num_attention_heads=c.n_head, image_size=14 * c.grid, patch_size=14))).eval()
+    pytest.importorskip("transformers.models.unlimited_ocr", exc_type=ImportError, reason="transformers with unlimited_ocr is not installed")
     cfg.standardize = "none"
     ours = DeepEncoder(cfg)
     randomised(ours).float()
-    state = {}
-    for name, t in ours.state_dict().items():
-        for old, new in (("sam_model.", "sam_encoder."), ("vision_model.", "vision_encoder."), (".proj.", ".projection."),
-                         (".attn.projection.", ".attn.proj."), (".blocks.", ".layers."), (".norm", ".layer_norm"),
-                         ("neck.0", "neck.conv1"), ("neck.1", "neck.layer_norm1"), ("neck.2", "neck.conv2"),
-                         ("neck.3", "neck.layer_norm2"), ("net_2", "proj.conv1"), ("net_3", "proj.conv2"),
-                         ("transformer.layers", "encoder.layers")):
-            name = name.replace(old, new)
-        if "qkv_proj" in name:
-            state.update({name.replace("qkv", part): piece for part, piece in zip("qkv", t.chunk(3))})
-        else:
-            state[name] = t
-    theirs.load_state_dict(state)
+    theirs = transformers_encoder(ours, cfg)
     x = torch.rand(2, 3, side, side) * 2 - 1
     expected = theirs(x).last_hidden_state
     assert (ours(x) - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from nanochat.config import GPTConfig
 from nanochat.gpt import EPS, GPT, KVCache
 from nanochat.layers import attention
+from scripts.parity import transformers_gpt
 
 SIZES = dict(sequence_len=32, vocab_size=50, n_layer=2, n_head=4, n_kv_head=4, n_embd=32)
 
@@ -82,21 +83,8 @@ def test_equals_transformers():
     if not hasattr(transformers, "NanoChatForCausalLM"):
         pytest.skip("this transformers has no nanochat")
     gpt = make_gpt(n_kv_head=2)
-    c = gpt.cfg
-    theirs = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.sequence_len,
-        rms_norm_eps=EPS, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})).eval()
-    state = {}
-    for name, t in gpt.state_dict().items():
-        for old, new in (("transformer.wte", "model.embed_tokens"), ("transformer.h", "model.layers"), ("attn.c_proj", "attn.o_proj"),
-                         ("attn.c_", "self_attn."), ("attn.o", "self_attn.o"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
-            name = name.replace(old, new)
-        for part in "qkv":
-            name = name.replace(f"self_attn.{part}.", f"self_attn.{part}_proj.")
-        state[name] = t
-    theirs.load_state_dict(state)
-    ids = torch.randint(c.vocab_size, (2, 16))
+    theirs = transformers_gpt(gpt)
+    ids = torch.randint(gpt.cfg.vocab_size, (2, 16))
     assert (logits_of(gpt, ids) - theirs(ids).logits).abs().max() < 1e-5
 
 
