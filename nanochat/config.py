@@ -48,7 +48,7 @@ class ModelConfig:
     clip: CLIPConfig = field(default_factory=CLIPConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)
     standardize: str = "none"        # compressor output over the batch: none (published weights) | channel | position
-    modes: tuple = ("tiny", "small", "base", "large", "gundam", "gundam-m")  # image modes this model is made for
+    modes: tuple = ("tiny", "small", "base", "large", "gundam", "gundam-m", "gundam-9", "gundam-m-9")  # image modes this model is made for
     image_token_id: int = -1         # set from the tokenizer
 
     def __post_init__(self):

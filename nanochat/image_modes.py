@@ -2,6 +2,7 @@
 Image modes: how a picture becomes square views, and how many vision tokens and LLM positions those take. Geometry is one pure
 function, `plan`, which tokenizer, loader and model all use. Sizes, resize rules and tiling are DeepSeek-OCR's (paper table 1).
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ class Mode:
 MODES = {m.name: m for m in (
     Mode("tiny", 512, stretch=True), Mode("small", 640, stretch=True), Mode("base", 1024), Mode("large", 1280),
     Mode("gundam", 1024, tile=640, max_tiles=6), Mode("gundam-m", 1280, tile=1024, max_tiles=6),
+    Mode("gundam-9", 1024, tile=640, max_tiles=9), Mode("gundam-m-9", 1280, tile=1024, max_tiles=9),
     Mode("nano", 64, stretch=True), Mode("test", 64, stretch=True))}
 
 
@@ -49,6 +51,28 @@ class Plan:
     def positions(self):
         """Positions in the decoder: one newline per row of tokens, one separator at the end."""
         return self.side * (self.side + 1) + 1 + self.rows * self.tile_side * (self.cols * self.tile_side + 1)
+
+
+def auto_mode(supported, width, height):
+    """
+    The mode for a picture of width x height px when none is given: Gundam where the model supports it, whose own rule sends a picture
+    of at most 640 px a side through without tiles; else the smallest mode the picture does not lose pixels in, or the largest there is.
+    """
+    if "gundam" in supported:
+        return MODES["gundam"]
+    single = sorted((MODES[name] for name in supported if not MODES[name].tile), key=lambda m: m.size)
+    return next((m for m in single if m.size >= max(width, height)), single[-1])
+
+
+def valid_tokens(p, width, height):
+    """
+    Vision tokens of plan `p` that show the picture (width x height px) and not grey padding (paper, equation 1): the global view keeps
+    the share min / max of its tokens when it pads; tiles are stretched and always full.
+    """
+    view = p.side ** 2
+    if not p.mode.stretch:
+        view = math.ceil(view * (1 - (max(width, height) - min(width, height)) / max(width, height)))
+    return view + p.tokens - p.side ** 2
 
 
 def best_grid(width, height, tile, max_tiles):

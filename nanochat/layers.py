@@ -27,16 +27,19 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+WRITTEN_OUT_ON = {"cpu"}  # device types where small attention is written out
+
+
 def attention(q, k, v, scale=None, mask=None, causal=False):
     """
     softmax(q k^T * scale) v over (B, H, T, D); v's D may differ. `mask`: boolean, True = may attend. k, v may have fewer heads.
     Written out on the CPU up to 512 x 512 positions: torch's fused CPU kernel was several times slower there in bf16 with its
     backward (torch 2.13, AVX-512 BF16). Elsewhere it is SDPA.
     """
-    if q.device.type == "cpu" and q.size(1) == k.size(1) and q.size(2) * k.size(2) <= 512 ** 2:
+    if q.device.type in WRITTEN_OUT_ON and q.size(1) == k.size(1) and q.size(2) * k.size(2) <= 512 ** 2:
         scores = (q * (scale or q.size(-1) ** -0.5)) @ k.mT
         if causal:
-            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         return scores.softmax(-1) @ v

@@ -109,6 +109,24 @@ def test_text_alone_touches_no_vision_but_leaves_no_gradient_out(model, make_bat
 
 
 @torch.no_grad()
+def test_three_images_in_one_conversation(model, make_batch, pages):
+    """Each takes its own place: the conversation changes with every one of them, and not with a swap undone."""
+    def loss(images):
+        user = [part for _ in images for part in ({"type": "image"}, {"type": "text", "text": " and "})]
+        c = {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": "three"}], "images": images, "id": "x"}
+        return model.eval()(make_batch([c])).item()
+    a, b, c, other = (page["images"][0] for page in pages[:4])
+    plain = loss([a, b, c])
+    assert plain == loss([a, b, c])
+    assert all(abs(plain - loss(images)) > 1e-6 for images in ([other, b, c], [a, other, c], [a, b, other], [b, a, c]))
+
+
+def test_image_only_batch(model, make_batch, pages):
+    """A user who shows a page and says nothing."""
+    c = {**pages[0], "messages": [{"role": "user", "content": [{"type": "image"}]}, pages[0]["messages"][1]]}
+    assert torch.isfinite(model(make_batch([c, c])))
+
+
 def test_a_mixed_batch_is_the_sum_of_its_rows(model, make_batch, pages, chats):
     model.eval()
     rows = [pages[0], chats[0], pages[1], chats[1]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat.image_modes import MODES, Mode, best_grid, get_mode, plan, preprocess
+from nanochat.image_modes import MODES, Mode, auto_mode, best_grid, get_mode, plan, preprocess, valid_tokens
 from tasks.common import ocr_conversation
 
 STRIDE = 64  # px a token covers in the published encoder: patches of 16, four to a side
@@ -36,8 +36,21 @@ def test_published_counts(mode, size, grid, tokens, positions):
 
 
 def test_up_to_nine_tiles():
-    p = plan(replace(MODES["gundam"], max_tiles=9), 1920, 1080, STRIDE)
+    p = plan(MODES["gundam-9"], 1920, 1080, STRIDE)
     assert ((p.cols, p.rows), p.tokens, p.positions) == ((4, 2), 1056, 1093)
+
+
+@pytest.mark.parametrize("supported, size, mode", [
+    (("tiny", "base", "gundam"), (600, 600), "gundam"), (("tiny", "small", "large"), (500, 512), "tiny"),
+    (("tiny", "small", "large"), (500, 513), "small"), (("tiny", "small", "large"), (4000, 10), "large"), (("nano",), (4000, 10), "nano")])
+def test_automatic_mode(supported, size, mode):
+    assert auto_mode(supported, *size).name == mode
+
+
+@pytest.mark.parametrize("mode, size, tokens", [
+    ("base", (1275, 1650), 198), ("large", (1275, 1650), 310), ("base", (800, 800), 256), ("tiny", (1275, 1650), 64), ("gundam", (1275, 1650), 600 + 198)])
+def test_valid_tokens_under_padding(mode, size, tokens):
+    assert valid_tokens(plan(MODES[mode], *size, STRIDE), *size) == tokens
 
 
 def test_best_grid_on_a_tie_takes_more_tiles_only_for_a_large_picture():
