@@ -278,7 +278,8 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
             loss = net(batch) / supervised
             (loss * world).backward()  # DDP averages over ranks; the loss is a mean over the step's supervised tokens
             total += loss.detach().double() if device.type != "mps" else loss.detach()
-            f = forward_flops(model.cfg, {s: len(v) for s, v in batch.views.items()}, batch.ids.size(1), batch.ids.size(0))
+            f = forward_flops(model.cfg, {s: len(v) for s, v in batch.views.items()}, batch.ids.size(1), batch.ids.size(0),
+                              micro[i].supervised())
             flops += 3 * sum(f.values()) - (0 if sam_trains else 2 * f["sam"])  # backward costs two forwards, unless frozen
         train_loss = all_reduce(total, device)
         gnorm = optimizer.clip_grad_norm(args.grad_clip).item()

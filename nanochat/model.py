@@ -151,10 +151,10 @@ class NanoDeepseekOCR(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def forward_flops(cfg, views, text_positions, rows=1):
+def forward_flops(cfg, views, text_positions, rows=1, head_positions=None):
     """
     Multiply-adds x 2 of one forward pass, by part. views: {side in px: count}; text_positions: decoder positions per row,
-    images included. Matrix products and attention only; softmax, norms and gathers are not counted.
+    images included; head_positions: how many go through the head, over all rows (default: all). Matrix products and attention only; softmax, norms and gathers are not counted.
     """
     s, c, g = cfg.sam, cfg.clip, cfg.gpt
     sam = clip = projector = 0
@@ -173,6 +173,6 @@ def forward_flops(cfg, views, text_positions, rows=1):
         projector += n * 2 * (T - 1) * (c.width + s.net_3) * g.n_embd
     T = text_positions
     kv = g.n_embd * g.n_kv_head // g.n_head
-    gpt = rows * (g.n_layer * (2 * T * (2 * g.n_embd ** 2 + 2 * g.n_embd * kv + 8 * g.n_embd ** 2) + 2 * T * T * g.n_embd)
-                  + 2 * T * g.n_embd * g.vocab_size)  # causal attention: half of the square
+    gpt = rows * g.n_layer * (2 * T * (2 * g.n_embd ** 2 + 2 * g.n_embd * kv + 8 * g.n_embd ** 2) + 2 * T * T * g.n_embd)  # causal: half of the square
+    gpt += 2 * (rows * T if head_positions is None else head_positions) * g.n_embd * g.vocab_size
     return {"sam": sam, "clip": clip, "projector": projector, "gpt": gpt}
