@@ -21,7 +21,7 @@ INHERITED = ("tokenizer", "chars", "faces", "min_px", "random_share", "max_seq_l
 
 
 def main(argv=None):
-    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage2", num_iterations=900, ramp=4800, eval_every=150,
+    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage2", num_iterations=950, ramp=4800, eval_every=150,
                                 save_every=150)
     parser.add_argument("--encoder", default="checkpoints/stage1", help="deepencoder_<step> folder, or a stage-1 run folder")
     parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, hub name or folder; empty = random weights")

@@ -17,7 +17,7 @@ from tasks.training import page_tasks
 
 
 def main(argv=None):
-    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage1", num_iterations=1100, chars="31-41", ramp=12800,
+    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage1", num_iterations=1000, chars="31-41x4,16-30x1", ramp=12800,
                                 eval_every=150, save_every=150)
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="sizes of the model (nanochat/config.py)")
     parser.add_argument("--standardize", default="", choices=["", "none", "channel", "position"],
