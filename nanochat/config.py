@@ -1,5 +1,5 @@
 """
-Sizes of the model, and the presets: `nano` (two CPU cores) and `base` (the published DeepEncoder and a nanochat d20).
+Sizes of the model, and the presets: `nano` (two CPU cores), `small` (one GPU) and `base` (the published DeepEncoder and a nanochat d20).
 Every class of the model is built from these dataclasses alone; nothing in the model knows a preset's name.
 """
 from dataclasses import asdict, dataclass, field, fields
@@ -95,6 +95,16 @@ def nano():
         standardize="position", modes=("nano",))
 
 
+def small():
+    """One GPU, minutes: dense pages at the paper's geometry (640 px and 100 vision tokens, 512 px and 64)."""
+    return ModelConfig(
+        sam=SAMConfig(image_size=640, patch_size=16, width=256, depth=6, n_head=4, window=8, global_blocks=(2, 5),
+                      neck=256, net_2=320, net_3=512),
+        clip=CLIPConfig(grid=10, width=512, depth=3, n_head=8, ffn=2048, patch_size=0),
+        gpt=GPTConfig(sequence_len=4096, vocab_size=1024, n_layer=5, n_head=6, n_kv_head=6, n_embd=384),
+        standardize="position", modes=("small", "tiny"))
+
+
 def tiny():
     """For tests: everything the nano preset has, at a size where a step takes milliseconds."""
     return ModelConfig(
@@ -105,4 +115,4 @@ def tiny():
         standardize="position", modes=("test",))
 
 
-PRESETS = {"nano": nano, "base": ModelConfig, "tiny": tiny}
+PRESETS = {"nano": nano, "small": small, "base": ModelConfig, "tiny": tiny}
