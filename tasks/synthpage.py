@@ -6,8 +6,8 @@ has the small pages of words on which the nano model begins.)
 Page i is a function of (the arguments, i) alone, in three steps: content -> blocks, set_page -> FullPage, render -> PIL "L" image.
 The content does not depend on the size of the page: one text can be read at several resolutions. The splits are SynthDoc's.
 Sentences are words of the list in Zipf's odds among function words, numbers and punctuation; between them stand sentences of
-prose, in train any, in heldout each on one page only. Held-out prose is short (19,000 characters in Python 3.11, a little
-different in other versions), so the rest of a held-out page is like English in its letters and lengths, but no English.
+prose, in train any, in heldout each on one of the first hundred pages. Held-out prose is short (19,000 characters in Python
+3.11, a little different in other versions): the rest of a held-out page is like English in its letters and lengths, but none.
 """
 import html
 import json
@@ -17,7 +17,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,9 @@ PARTS = {"paragraph": 10, "heading": 3, "list": 2, "table": 1, "figure": 1}  # o
 COLUMN_PX, FIGURE_PX = 160, 100  # of a page's width for every column; least width of a figure
 TITLE, HEADING, SMALL = 1.6, 1.2, 0.8  # print over that of the text; SMALL are tables, headers and footers
 SLACK = 20  # characters by which a page may stay under its length: a list's marker, the longest word and a blank line
+DEAL = 100  # held-out pages over which the held-out prose is dealt out
 LONGEST_WORD = 30  # letters, in a person's own text
-COLOURS = ((31, 90, 160), (225, 120, 30), (70, 150, 70), (190, 50, 60), (130, 100, 180), (110, 110, 110))
+COLOURS = ((20, 60, 130), (245, 170, 60), (60, 130, 60), (240, 215, 90), (150, 100, 190), (220, 70, 60))
 FOX_PAGES = {600: 7, 700: 28, 800: 28, 900: 14, 1000: 11, 1100: 8, 1200: 4}  # text tokens, of 100 more in a bucket: pages
 CHARS_PER_TOKEN = 4.5  # of English text, about
 
@@ -90,7 +91,8 @@ def read_paragraphs(paths, split, faces):
         part += [" ".join(p.split()) for p in re.split(r"\n\s*\n", text) if p.strip()]
     part = [p for p in dict.fromkeys(part) if split == ("train" if stable_hash(p) % 10 else "heldout")]
     used, missing = set("".join(part)) - {" "}, "\ufffe"  # a face prints what it lacks as it prints this
-    lacking = {c for c in used if any(bytes(font(f, 20).getmask(c)) == bytes(font(f, 20).getmask(missing)) for f in faces)}
+    lacking = {c for c in used if any(bytes(font(f, 20).getmask(c)) == bytes(font(f, 20).getmask(missing))
+                                    for f in {*faces, *(BOLD.get(f, f) for f in faces)})}
     kept = [p.split() for p in part if lacking.isdisjoint(p) and max(map(len, p.split())) <= LONGEST_WORD]
     if not kept:
         raise ValueError(f"text_files {paths} with {len(part)} paragraphs in split {split!r} (train, or heldout: one in ten; blank lines "
@@ -110,7 +112,7 @@ def draw_chart(rng, width, height, split):
     unit, values = rng.choice((0.1, 1, 1, 10)), rng.sample(range(5, 100), n)
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    px = max(MIN_PX, int(min(height / 14, width / n / 6.5) if kind != "pie" else min(height / (n + 4), width / 16)))
+    px = max(MIN_PX, int(min(height / 14, width / n / 6.5) if kind != "pie" else min(height / (n + 4), width / 18)))
 
     def write(x, y, text, anchor):
         draw.text((round(x), round(y)), text, "black", font("sans", px), anchor, stroke_width=px // 9, stroke_fill="white")
@@ -209,7 +211,7 @@ def flow(page, blocks, spacing, ruled, left, top, right, bottom):
     """Fills the page's columns one after the other with the blocks; False if they do not fit the frame."""
     gutter, step = 2 * page.size_px, round(line_height(page.face, page.size_px) * spacing)
     width = (right - left - (page.columns - 1) * gutter) // page.columns
-    column, y = 0, top
+    column, y, first = 0, top, len(page.boxes)
     for block in blocks:
         room, goes_on = right - left if block[2] == TITLE else width, False  # a page's title goes over all columns
         rows = set_block(block, page.face, page.size_px, room, ruled)
@@ -227,30 +229,32 @@ def flow(page, blocks, spacing, ruled, left, top, right, bottom):
                     return False
                 continue
             x, reach = left + column * (width + gutter), gutter // 4  # reach of ink out of its line
-            box = Box(block[0], " ".join(row[3] for row in rows[:n]), k, (x - reach, y, x + room + reach, y + (n - 1) * pitch + height))
+            text, end = " ".join(row[3] for row in rows[:n]), y + (n - 1) * pitch + height
+            box = Box(block[0], text, k - first, (x - reach, y, x + room + reach, end))
             box.lines = [(x + dx, y + j * pitch + dy, *line) for j, row in enumerate(rows[:n]) for dx, dy, *line in row[1]]
             page.rules += [(x + l, y + t, x + r, y + b) for l, t, r, b in rows[0][2]]
             page.relations += [(k - 1, k)] * goes_on
             page.boxes.append(box)
-            rows, goes_on, y = rows[n:], True, box.bbox[3]
+            rows, goes_on, y = rows[n:], True, end
         y += step // 2
         top = y if block[2] == TITLE else top
     return True
 
 
-def set_page(rng, blocks, notes, faces, columns, width, height):
+def set_page(rng, blocks, notes, faces, columns, width, height, min_px):
     """
-    A FullPage of the blocks in the first face in which they fit, in print about as large as fits; PageFull if none does at MIN_PX.
-    `notes`, [(kind, words)], are header, footer and page number: small print over and under the text, left out before it is.
+    A FullPage of the blocks in the first face in which they fit at min_px or else at MIN_PX, in print about as large as fits;
+    PageFull if there is none. `notes`, [(kind, words)], are header, footer and page number in small print, left out in need.
     """
     spacing, ruled, number_on_top, margin = rng.uniform(1, 1.2), rng.randrange(3), rng.random() < 0.3, rng.uniform(0.02, 0.06)
     share, ink, paper = rng.uniform(0.92, 1), rng.randint(0, 60), rng.randint(225, 255)
-    # as many letters as would fill the same room, about; 20 for half a line
-    letters = sum(scale ** 2 * (500 if kind == "figure" else len(" ".join(map(str, content))) + 20) for kind, content, scale, _ in blocks)
-    for face in faces:
+    # about as many letters as would fill the same room; 20 for half a line, and a seventh is lost where lines break
+    counts = (500 if kind == "figure" else scale ** 2 * (len(" ".join(map(str, content))) + 20) for kind, content, scale, _ in blocks)
+    letters = 1.15 * sum(counts)
+    for least, face in product((min_px, MIN_PX), faces):
         area = text_width(face, 64, " ".join(FUNCTION_WORDS)) / len(" ".join(FUNCTION_WORDS)) * line_height(face, 64) / 64 ** 2
         largest = share * min(math.sqrt(width * height * (1 - 2 * margin) ** 2 / letters / area / spacing), width / columns / 8, height / 4)
-        for px, spacing, notes in [(px, spacing, notes) for px in range(int(largest), MIN_PX - 1, -1)] + [(MIN_PX, 1, [])]:
+        for px, spacing, notes in [(px, spacing, notes) for px in range(max(int(largest), least), least - 1, -1)] + [(least, 1, [])]:
             edge = max(math.ceil(margin * max(width, height)), px // 2)
             top, bottom, page = edge, height - edge, FullPage(width, height, [], face, px, ink, paper, columns)
             for kind, words in notes:
@@ -271,11 +275,11 @@ def set_page(rng, blocks, notes, faces, columns, width, height):
 
 @lru_cache(1 << 15)
 def glyph(face, px, char):
-    """(advance, x, y, (h, w) uint8 ink) of a letter: pasting it costs a fifth of having the font draw it again."""
+    """(advance, left, top, right, bottom, uint8 ink) of a letter: pasting it costs a fifth of having the font draw it again."""
     left, top, right, bottom = font(face, px).getbbox(char)
     image = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(image).text((-left, -top), char, 255, font(face, px))
-    return int(advance(face, px, char)), left, top, np.asarray(image)
+    return int(advance(face, px, char)), left, top, right, bottom, np.asarray(image)
 
 
 def render(page):
@@ -290,9 +294,9 @@ def render(page):
                 mask[y:box.bbox[3], x:x + px] = 255 - np.asarray(chart.convert("L"))
                 continue
             for char in text:
-                step, dx, dy, ink = glyph(face, px, char)
+                step, left, top, right, bottom, ink = glyph(face, px, char)
                 if char != " ":
-                    there = mask[y + dy:y + dy + ink.shape[0], x + dx:x + dx + ink.shape[1]]
+                    there = mask[y + top:y + bottom, x + left:x + right]
                     np.maximum(there, ink, out=there)
                 x += step
     image = Image.fromarray(mask)
@@ -318,11 +322,12 @@ class SynthPage(Task):
                   may have seven rows, which small pages have no room for
     kinds         of boxes in the truth, as in tasks/omnidocbench.py: "text" and "table"; headers, footers and numbers never count
     damage        0 to 1 or {kind: 0 to 1}, see tasks/damage.py; the truth stays
+    min_px        smallest print: a text that does not fit at it is set in another face, and smaller, to MIN_PX, if it fits in none
     text_files    a person's own UTF-8 files instead of the built-in words; left_out counts paragraphs that could not be printed
     """
 
     def __init__(self, split, size, image_size=1024, chars=(500, 2500), columns=(1, 2, 3), parts=PARTS, kinds=("text", "table"), damage=0,
-                 faces=tuple(BOLD), text_files=None, seed=0):
+                 faces=tuple(BOLD), min_px=7, text_files=None, seed=0):
         self.width, self.height = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.chars = [(*chars, f"{chars[0]}-{chars[1]}")] if isinstance(chars[0], int) else chars
         self.columns = [n for n in (1, 2, 3) if n in columns and n * COLUMN_PX <= max(self.width, COLUMN_PX)]
@@ -338,7 +343,8 @@ class SynthPage(Task):
                 raise ValueError(message)
         font_folder()  # so that missing fonts are reported now and not in a worker
         self.split, self.size, self.seed, self.parts, self.faces, self.kinds = split, size, seed, parts, faces, tuple(kinds)
-        self.damage, (self.own, self.left_out) = parse_damage(damage), read_paragraphs(text_files, split, faces) if text_files else ([], 0)
+        self.min_px, self.damage = min_px, parse_damage(damage)
+        self.own, self.left_out = read_paragraphs(text_files, split, faces) if text_files else ([], 0)
         self.own_words = [word for paragraph in self.own for word in paragraph]
         if self.own and sum(map(len, self.own_words)) < max(high for _, high, _ in self.chars):
             raise ValueError(f"text_files hold {sum(map(len, self.own_words))} characters of the split {split}, too few for one page of "
@@ -349,7 +355,7 @@ class SynthPage(Task):
 
     def paragraphs(self, rng, i):
         """Endless lists of words."""
-        k, dealt = rng.randrange(len(self.own) or 1), prose_sentences(True)[i::self.size] if self.split == "heldout" else []
+        k, dealt = rng.randrange(len(self.own) or 1), prose_sentences(True)[i::DEAL] if self.split == "heldout" and i < DEAL else []
         while self.own:
             yield self.own[k % len(self.own)]
             k += 1
@@ -406,7 +412,7 @@ class SynthPage(Task):
         (blocks, notes, bucket), id = self.content(i), f"synthpage/{self.split}/{self.seed}/{i}"
         rng = random.Random(f"{id}/layout")
         faces, columns = rng.sample(self.faces, len(self.faces)), rng.choice(self.columns)
-        page = set_page(rng, blocks, notes, faces, columns, self.width, self.height)
+        page = set_page(rng, blocks, notes, faces, columns, self.width, self.height, self.min_px)
         image, page.kinds, page.damaged = render(page), self.kinds, any(self.damage.values())
         image, page.skew = damage_image(image, self.damage, stable_hash(id), page.size_px)
         return ocr_conversation(image, page.truth, id, chars=len(page.truth), bucket=bucket, face=page.face, size_px=page.size_px,

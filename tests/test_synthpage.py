@@ -38,7 +38,7 @@ def mixed():
 
 @pytest.mark.parametrize("make", [
     lambda size, seed: SynthPage("train", size, 320, (100, 600), seed=seed),
-    lambda size, seed: SynthPage("train", size, (300, 200), (100, 300), damage=0.7, seed=seed),
+    lambda size, seed: SynthPage("heldout", size, (300, 200), (100, 300), damage=0.7, seed=seed),
     lambda size, seed: SynthChart("train", size, 200, seed),
 ], ids=["clean", "damaged", "charts"])
 def test_a_page_depends_on_arguments_and_index_only(make):
@@ -189,6 +189,8 @@ def test_charts_answer_their_question():
         for c in SynthChart("heldout", 40, image_size):
             (user, answer), image = c["messages"], c["images"][0]
             question = user["content"][1]["text"]
+            edge = np.asarray(image).min(2)
+            assert set(np.unique(np.concatenate([edge[0], edge[-1], edge[:, 0], edge[:, -1]]))) <= {200, 255}  # gridlines at most
             assert image.mode == "RGB" and question.startswith("\n") and question.endswith("?") and 0 < len(answer["content"]) < 12
             numeric = re.match(r"\n(What|How many)", question)
             assert bool(re.fullmatch(r"\d+(\.\d)?", answer["content"])) == bool(numeric) or answer["content"].isdigit()  # or a year
