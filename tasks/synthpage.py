@@ -90,9 +90,8 @@ def read_paragraphs(paths, split, faces):
             raise ValueError(f"text file {path} is empty: leave it out")
         part += [" ".join(p.split()) for p in re.split(r"\n\s*\n", text) if p.strip()]
     part = [p for p in dict.fromkeys(part) if split == ("train" if stable_hash(p) % 10 else "heldout")]
-    used, missing = set("".join(part)) - {" "}, "\ufffe"  # a face prints what it lacks as it prints this
-    lacking = {c for c in used if any(bytes(font(f, 20).getmask(c)) == bytes(font(f, 20).getmask(missing))
-                                    for f in {*faces, *(BOLD.get(f, f) for f in faces)})}
+    lacking = {c for f in {*faces, *(BOLD.get(f, f) for f in faces)} for c in set("".join(part)) - {" "}
+               if not any(ink := bytes(font(f, 20).getmask(c))) or ink == bytes(font(f, 20).getmask("\ufffe"))}  # which no face has
     kept = [p.split() for p in part if lacking.isdisjoint(p) and max(map(len, p.split())) <= LONGEST_WORD]
     if not kept:
         raise ValueError(f"text_files {paths} with {len(part)} paragraphs in split {split!r} (train, or heldout: one in ten; blank lines "
@@ -225,7 +224,7 @@ def flow(page, blocks, spacing, ruled, left, top, right, bottom):
                 n -= 1
             if not n:
                 column, y = column + 1, top
-                if column == page.columns:
+                if column == page.columns or room > width:
                     return False
                 continue
             x, reach = left + column * (width + gutter), gutter // 4  # reach of ink out of its line
@@ -254,10 +253,10 @@ def set_page(rng, blocks, notes, faces, columns, width, height, min_px):
     for least, face in product((min_px, MIN_PX), faces):
         area = text_width(face, 64, " ".join(FUNCTION_WORDS)) / len(" ".join(FUNCTION_WORDS)) * line_height(face, 64) / 64 ** 2
         largest = share * min(math.sqrt(width * height * (1 - 2 * margin) ** 2 / letters / area / spacing), width / columns / 8, height / 4)
-        for px, spacing, notes in [(px, spacing, notes) for px in range(max(int(largest), least), least - 1, -1)] + [(least, 1, [])]:
+        for px, pitch, around in [(px, spacing, notes) for px in range(max(int(largest), least), least - 1, -1)] + [(least, 1, [])]:
             edge = max(math.ceil(margin * max(width, height)), px // 2)
             top, bottom, page = edge, height - edge, FullPage(width, height, [], face, px, ink, paper, columns)
-            for kind, words in notes:
+            for kind, words in around:
                 rows = set_block((kind, words, SMALL, ""), face, px, int(0.7 * (width - 2 * edge)))
                 if not rows:
                     continue
@@ -266,7 +265,7 @@ def set_page(rng, blocks, notes, faces, columns, width, height, min_px):
                 x, y = width - edge - wide if kind == "page_number" else edge, edge if over else height - edge - tall
                 top, bottom = edge + 3 * tall // 2 if over else top, bottom if over else height - edge - 3 * tall // 2
                 page.boxes.append(Box(kind, text, None, (x - small // 2, y, x + wide + small // 2, y + tall), [(x, y, face, small, text)]))
-            if flow(page, blocks, spacing, ruled, edge, top, width - edge, bottom):
+            if flow(page, blocks, pitch, ruled, edge, top, width - edge, bottom):
                 return page
     raise PageFull(f"{sum(len(word) + 1 for block in blocks if block[0] in ('title', 'text_block') for word in block[1])} characters in "
                    f"{columns} columns do not fit a page of {width}x{height} px at the smallest print, {MIN_PX} px: raise image_size, or "
@@ -338,6 +337,7 @@ class SynthPage(Task):
                 (all(SLACK <= low <= high for low, high, _ in self.chars), f"chars {chars}: give {SLACK} <= low <= high"),
                 (set(parts) <= set(PARTS) and parts.get("paragraph"), f"parts {parts}: give odds of {', '.join(PARTS)}, the first over 0"),
                 (kinds and set(kinds) <= {"text", "table"}, f"kinds {kinds}: give text, table or both"),
+                (MIN_PX <= min_px, f"min_px {min_px}: give {MIN_PX} or more"),
                 (faces and set(faces) <= set(FACES), f"faces {faces}: give some of {', '.join(FACES)}")):
             if not good:
                 raise ValueError(message)
@@ -436,6 +436,7 @@ def fox_like(size_px=1024, damage=0):
     """
     100 dense held-out pages, fixed by seed, in the buckets of the paper's study of compression on Fox's English pages: 600-700 to
     1200-1300 text tokens, at 4.5 characters a token 2,700-3,149 to 5,400-5,849 characters. One or two columns, no tables.
+    A twentieth of the text is prose, the rest is sentence-like (see the top of this file).
     """
     chars = [(int(n * CHARS_PER_TOKEN), int((n + 100) * CHARS_PER_TOKEN) - 1, f"{n}-{n + 100}") for n, pages in FOX_PAGES.items()
              for _ in range(pages)]

@@ -217,14 +217,14 @@ def test_chart_values_are_those_drawn(monkeypatch):
 
 def test_a_persons_own_text(tmp_path):
     paragraphs = [f"Paragraf {k}: Größe <b> & Maß, {'wort ' * (k % 7)}zu drei- und vierstöckigen Häusern." for k in range(600)]
-    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs + ["漢字 gibt es nicht.", "x" * 80]), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs + ["漢字 gibt es nicht.", "Kein\u200bRaum.", "x" * 80]), encoding="utf-8")
     kinds, said = {"paragraph": 5, "table": 1, "list": 1}, {}
     for split in ("train", "heldout"):
         task = SynthPage(split, 50, 500, (300, 900), text_files=[tmp_path / "a.txt"], parts=kinds)
         said[split] = {k for c in task for k in re.findall(r"Paragraf (\d+):", c["messages"][1]["content"])}
         left_out = task.left_out
     assert not said["train"] & said["heldout"] and len(said["train"]) > 100 and len(said["heldout"]) > 10
-    assert left_out + SynthPage("train", 1, 500, (300, 900), text_files=tmp_path / "a.txt").left_out == 2
+    assert left_out + SynthPage("train", 1, 500, (300, 900), text_files=tmp_path / "a.txt").left_out == 3
     for c in SynthPage("train", 40, 400, (300, 900), columns=(2,), text_files=[tmp_path / "a.txt"]):
         whole = c["messages"][1]["content"]
         assert "drei-und" not in whole
@@ -264,6 +264,7 @@ def test_own_text_that_cannot_be_used(tmp_path):
     ({"damage": 2}, "damage 2"),
     ({"damage": {"rain": 0.5}}, "rain"),
     ({"kinds": ("poem",)}, "poem"),
+    ({"min_px": 2}, "min_px 2"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
