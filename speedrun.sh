@@ -2,43 +2,90 @@
 # The main job: from nothing to a model that reads pages it has never seen.
 #
 #   bash speedrun.sh           nano: two CPU cores, no GPU, no hub, about 20 minutes (the default everywhere)
+#   bash speedrun.sh small     dense pages at the paper's geometry: one CUDA GPU, no hub, 16 minutes of training
 #   bash speedrun.sh full      the published sizes, with the hub's weights and data sets, on a GPU node
 #
 # Every stage that is done is skipped and a stage that was cut short goes on where it was: run it again after any interruption.
 # PYTHON=... uses an environment that stands; TORCH_INDEX_URL=... chooses torch's build; WANDB_RUN=name logs to W&B;
-# CHECKPOINTS=... writes elsewhere than ./checkpoints.
+# CHECKPOINTS=... writes elsewhere than ./checkpoints; GPUS=... of a node (full; default all); FLAGS=... goes to both stages.
 set -euo pipefail
 cd "$(dirname "$0")"
 STARTED=$(date +%s)
 KIND=${1:-nano}
 RUN=${WANDB_RUN:-dummy}
-OUT=${CHECKPOINTS:-checkpoints}
-
+require() {  # says at once what is missing for small and full, before anything is installed
+    nvidia-smi -L >/dev/null 2>&1 ||
+        { echo "error: speedrun.sh $KIND needs a CUDA GPU and nvidia-smi finds none. On a CPU: bash speedrun.sh nano" >&2; exit 1; }
+    [ "$KIND" = small ] || "${PYTHON:-python3}" -c 'from nanochat.hub import online; raise SystemExit(not online())' ||
+        { echo "error: speedrun.sh full needs the Hugging Face hub (published weights and data sets), which does not answer. Without it:" \
+               "bash speedrun.sh nano (a CPU) or small (a GPU)" >&2; exit 1; }
+}
 case "$KIND" in
-nano) ;;
-full)
-    echo "error: speedrun.sh full needs a CUDA GPU and the Hugging Face hub (published weights and data sets); its recipe is not" \
-         "in this version yet. Use: bash speedrun.sh nano" >&2
-    exit 1 ;;
-*)  echo "error: unknown kind '$KIND': use nano or full" >&2
-    exit 1 ;;
+small|full) require ;;
 esac
-
-. ./setup_env.sh
+case "$KIND" in
+nano)  OUT=${CHECKPOINTS:-checkpoints}; . ./setup_env.sh ;;
+small) OUT=${CHECKPOINTS:-checkpoints/small}; . ./setup_env.sh ;;
+full)  OUT=${CHECKPOINTS:-checkpoints/full}; . ./setup_env.sh datasets huggingface_hub ;;
+*)     echo "error: unknown kind '$KIND': use nano, small or full" >&2; exit 1 ;;
+esac
 
 resume() {  # --resume when the run folder $1 is there
     if [ -e "$OUT/$1/run.json" ]; then echo --resume; fi
 }
+tokenizer() {  # one of $1 tokens, unless it is there
+    [ -e "$OUT/tokenizer/tokenizer.json" ] || "$PYTHON" -m scripts.tok_train --out "$OUT/tokenizer" --vocab-size "$1"
+}
+stage() {  # stage NAME FLAGS...: a training script, alone or on every GPU of the node
+    local name=$1; shift
+    local launch=("$PYTHON")
+    if [ "$KIND" = full ]; then
+        launch+=(-m torch.distributed.run --standalone --nproc_per_node "${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}")
+    fi
+    # shellcheck disable=SC2046,SC2086
+    "${launch[@]}" -m "scripts.$name" --checkpoints "$OUT" --run "$RUN" "$@" ${FLAGS:-}
+}
 
-echo "== tokenizer"
-[ -e "$OUT/tokenizer/tokenizer.json" ] || "$PYTHON" -m scripts.tok_train --out "$OUT/tokenizer"
-
-echo "== stage 1: the encoder learns to read"
-"$PYTHON" -m scripts.vis_tok_train --checkpoints "$OUT" --tokenizer "$OUT/tokenizer" --run "$RUN" $(resume stage1)
-
-echo "== stage 2: a fresh decoder on the frozen SAM"
-"$PYTHON" -m scripts.vis_mid_train --checkpoints "$OUT" --encoder "$OUT/stage1" --run "$RUN" $(resume stage2)
-
-echo "== evaluation"
-"$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout,heldout_words,random_chars --out "$OUT/stage2/eval"
-"$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED"
+case "$KIND" in
+nano)
+    echo "== tokenizer"
+    tokenizer 270
+    echo "== stage 1: the encoder learns to read"
+    stage vis_tok_train --tokenizer "$OUT/tokenizer" $(resume stage1)
+    echo "== stage 2: a fresh decoder on the frozen SAM"
+    stage vis_mid_train --encoder "$OUT/stage1" $(resume stage2)
+    echo "== evaluation"
+    "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout,heldout_words,random_chars --chars 31-41 --out "$OUT/stage2/eval"
+    "$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED"
+    ;;
+small)
+    # Pages grow from a few large words to 1,300 characters; whichever of the two limits comes first ends a stage.
+    echo "== tokenizer"
+    tokenizer 1024
+    COMMON=(--workers 12 --max-seq-len 1536 --device-batch-size 64 --random-share 0.1 --save-every 1000 --eval-every 500)
+    echo "== stage 1"
+    stage vis_tok_train --preset small --tokenizer "$OUT/tokenizer" --data synthdoc=1,synthpage=1 --chars 40-1300 --ramp 200000 --max-minutes 10 \
+        --num-iterations 20000 "${COMMON[@]}" $(resume stage1)
+    echo "== stage 2"
+    stage vis_mid_train --encoder "$OUT/stage1" --data synthdoc=1,synthpage=1 --ramp 20000 --max-minutes 6 --num-iterations 20000 "${COMMON[@]}" $(resume stage2)
+    echo "== evaluation"
+    "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task fox_like,omnidocbench_like --max-new-tokens 2400 --out "$OUT/stage2/eval"
+    "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout --chars 190-210,390-410,590-610,790-810,990-1010,1190-1210 \
+        --max-new-tokens 1000 --out "$OUT/stage2/curve"
+    ;;
+full)
+    # The paper's two stages (section 3.5) on FineVision's document sets, from the published SAM, CLIP and nanochat weights.
+    GPT=${GPT:-nanochat-students/base-d20}
+    COMMON=(--optimizer adamw --mode base --recompute --too-long clip --bad-data skip --workers 8 --eval-every 500 --save-every 1000)
+    echo "== stage 1"
+    stage vis_tok_train --preset base --standardize channel --sam facebook/sam-vit-base --clip openai/clip-vit-large-patch14 --gpt "$GPT" \
+        --data finevision:olmOCR-mix-0225-documents=9,finevision:olmOCR-mix-0225-books=1 --lr 5e-5 --schedule cosine --max-seq-len 4096 \
+        --device-batch-size 10 --num-iterations 5000 "${COMMON[@]}" $(resume stage1)
+    echo "== stage 2"
+    stage vis_mid_train --encoder "$OUT/stage1" --gpt "$GPT" --text-share 0 \
+        --data finevision:olmOCR-mix-0225-documents=7,chartqa=2,smoltalk=1 --lr 3e-5 --schedule step --max-seq-len 8192 --pack 8192 \
+        --device-batch-size 4 --num-iterations 5000 "${COMMON[@]}" $(resume stage2)
+    echo "== evaluation"
+    "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task fox,omnidocbench,chartqa-test --max-new-tokens 4096 --out "$OUT/stage2/eval"
+    ;;
+esac
