@@ -41,14 +41,14 @@ class KVCache:
             raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; shorten prompt or max_new_tokens")
         shape = (cfg.n_layer, rows, cfg.n_kv_head, length, cfg.n_embd // cfg.n_head)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = length
+        self.used = 0  # no position from here on is filled yet in any row
 
     def update(self, layer, k, v, positions):
-        """Writes k, v (B, H, T, D) at `positions` (B, T); returns all keys and values."""
+        """Writes k, v (B, H, T, D) at `positions` (B, T); returns the keys and values of all positions in use."""
         at = positions[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))
         self.k[layer].scatter_(2, at, k)
         self.v[layer].scatter_(2, at, v)
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
 
     def keep_rows(self, index):
         """Only these rows go on (finished ones leave the batch)."""
@@ -137,7 +137,8 @@ class GPT(nn.Module):
         else:
             cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         if cache is not None:
-            keys = torch.arange(cache.length, device=x.device)
+            cache.used += T  # every row has had at most this many
+            keys = torch.arange(cache.used, device=x.device)
             mask = keys[None, None, None, :] <= positions[:, None, :, None]
         x = norm(x)
         for block in self.transformer.h:
