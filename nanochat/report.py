@@ -73,13 +73,17 @@ def verdict(rows, controls):
 
 
 def breakdown(rows, key):
-    """{value of attribute `key`: [mean 1-NED, pages]}, over the pages that have it; one with several values counts in each."""
+    """
+    {value of attribute `key`: [mean 1-NED, pages]} over the pages that have it, {} if they all have the same. A page with several
+    values counts in each.
+    """
     groups = defaultdict(list)
     for row in rows:
         values = row["attributes"].get(key)
         for value in values if isinstance(values, list) else [] if values is None else [values]:
             groups[str(value)].append(row["one_minus_ned"])
-    return {value: [round(float(np.mean(scores)), 3), len(scores)] for value, scores in sorted(groups.items())}
+    in_order = sorted(groups, key=lambda value: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", value)])
+    return {value: [round(float(np.mean(groups[value])), 3), len(groups[value])] for value in in_order} if len(groups) > 1 else {}
 
 
 def step_of(values):

@@ -238,7 +238,7 @@ def main(argv=None):
     except ImportError:
         by_character = True
         print0("jieba is not installed: Chinese pages are scored by character in f1 and precision")
-    tasks = tasks_of(args, meta["user_config"], engine.model.cfg.sam.image_size)
+    tasks = tasks_of(args, meta["user_config"], getattr(engine.mode, "size", engine.model.cfg.sam.image_size))
     out = args.out or os.path.join(args.checkpoint, "eval_" + args.task.replace(",", "_"))
     same_settings(args, out, meta)
 
