@@ -106,7 +106,7 @@ class Engine:
     def generate_each(self, conversations, max_new_tokens, temperature=0.0):
         """As `generate`, but a conversation that is refused (too long) gets its ValueError, and the others their Result."""
         try:
-            return self.generate(conversations, max_new_tokens, temperature)
+            return self.generate(conversations, max_new_tokens, temperature) if conversations else []
         except ValueError as error:
             if len(conversations) == 1:
                 return [error]

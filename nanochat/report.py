@@ -6,7 +6,6 @@ import base64
 import difflib
 import html
 import io
-import json
 import re
 from collections import Counter, defaultdict
 
@@ -94,21 +93,19 @@ def step_of(values):
 
 def curve(rows, key="text_tokens"):
     """
-    The paper's table: rows by series (task), mode and bucket of `key` (text_tokens or tokens_per_vision_token). Vision tokens are
-    counted as the paper does and as positions in the decoder. Pages of unknown length, which failed to load, are in no bucket.
+    The paper's table: rows by task (its ranges of --chars together), mode and bucket of `key` (text_tokens or tokens_per_vision_token).
+    Vision tokens are counted as in the paper and as positions in the decoder. Pages that failed to load have no length and no bucket.
     """
     known = [{**r, "tokens_per_vision_token": r["text_tokens"] / r["vision_tokens"], "tokens_per_position": r["text_tokens"] / r["positions"]}
              for r in rows if r["vision_tokens"]]
-    if not known:
-        return []
-    groups, width = defaultdict(list), step_of([r[key] for r in known])
+    groups, width = defaultdict(list), step_of([r[key] for r in known] or [1])
     for r in known:
-        groups[r["series"], r["mode"], int(r[key] // width)].append(r)
-    return [{"series": series, "mode": mode, key: f"{n * width:g}-{(n + 1) * width:g}", "pages": len(group),
-             **{k: round(mean(group, k), 4) for k in ("vision_tokens", "positions", "tokens_per_vision_token", "tokens_per_position",
-                                                      "precision", "precision_official", "one_minus_ned")},
+        groups[re.sub(r"_\d+-\d+$", "", r["task"]), r["mode"], int(r[key] // width)].append(r)
+    return [{"task": task, "mode": mode, "bucket": f"{n * width:g}-{(n + 1) * width:g}", "pages": len(group),
+             **{k: round(mean(group, k), 4) for k in ("text_tokens", "vision_tokens", "positions", "tokens_per_vision_token",
+                                                      "tokens_per_position", "precision", "precision_official", "one_minus_ned")},
              "ci95": [round(v, 4) for v in bootstrap_ci([r["one_minus_ned"] for r in group])]}
-            for (series, mode, n), group in sorted(groups.items())]
+            for (task, mode, n), group in sorted(groups.items())]
 
 
 def plot_curve(path, table):
@@ -116,22 +113,22 @@ def plot_curve(path, table):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
-    for axis, figure_name in zip(axes, ("precision_official", "one_minus_ned")):
-        for series, mode in dict.fromkeys((row["series"], row["mode"]) for row in table):
-            group = [row for row in table if (row["series"], row["mode"]) == (series, mode)]
-            x, y = [r["tokens_per_vision_token"] for r in group], [r[figure_name] for r in group]
-            low, high = zip(*(r["ci95"] for r in group))
-            line, = axis.plot(x, y, "o-", label=f"{series}, {mode}, {group[0]['vision_tokens']:g} tokens")
-            if figure_name == "one_minus_ned":
-                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
-            for r, a, b in zip(group, x, y):
-                axis.annotate(str(r["pages"]), (a, b), textcoords="offset points", xytext=(3, 4), fontsize=7)
-        for name, points in PUBLISHED.items() if figure_name == "precision_official" else ():
-            axis.plot(*zip(*points), "s--", color="0.6" if "64" in name else "0.3", markersize=4, label=f"{name} (their tokenizer)")
-        axis.set(xlabel="text tokens per vision token", title=figure_name, ylim=(-0.02, 1.04))
+    for axis, name in zip(axes, ("precision_official", "one_minus_ned")):
+        for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in table):
+            group = [row for row in table if (row["task"], row["mode"]) == (task, mode)]
+            x, y = [r["tokens_per_vision_token"] for r in group], [r[name] for r in group]
+            line, = axis.plot(x, y, "o-", label=f"{task}, {mode}, {group[0]['vision_tokens']:g} tokens")
+            if name == "one_minus_ned":
+                axis.fill_between(x, *zip(*(r["ci95"] for r in group)), color=line.get_color(), alpha=0.15)
+            for r, *point in zip(group, x, y):
+                axis.annotate(str(r["pages"]), point, textcoords="offset points", xytext=(3, 4), fontsize=7)
+        for label, points in PUBLISHED.items() if name == "precision_official" else ():
+            axis.plot(*zip(*points), "s--", color="0.6" if "64" in label else "0.3", markersize=4, label=f"{label} (their tokenizer)")
+        axis.set(xlabel="text tokens per vision token", title=name, ylim=(-0.02, 1.04))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.suptitle("Small numbers: pages. DeepSeek-OCR's precision is not defined in its paper; the public script's is precision_official", fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.suptitle("Small numbers: pages. The paper does not define its precision; Fox's public script prints precision_official", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -140,11 +137,10 @@ def plot_curve(path, table):
 # -----------------------------------------------------------------------------
 # HTML
 
-STYLE = """body{font:14px sans-serif;margin:2em;max-width:1500px} table{border-collapse:collapse;margin:.5em 0} td,th{border:1px solid #ccc;
-padding:2px 8px;text-align:right} .page{display:flex;gap:1em;border-top:1px solid #999;padding:.7em 0} .page img{width:300px;align-self:
-flex-start;image-rendering:pixelated} pre{flex:1;white-space:pre-wrap;overflow-wrap:anywhere;background:#f7f7f7;padding:.5em;margin:0}
-del{background:#fbb;text-decoration:none} ins{background:#bdf;text-decoration:none} .flag{background:#e33;color:#fff;padding:0 .4em;
-margin-left:.5em} .verdict{font-size:1.3em;font-weight:bold}"""
+STYLE = """body{font:14px sans-serif;margin:2em} table{border-collapse:collapse;margin:.5em 0} td,th{border:1px solid #ccc;padding:2px 8px}
+.page{display:flex;gap:1em;padding:.7em 0} .page img{width:300px;align-self:flex-start;image-rendering:pixelated} .page pre{flex:1;
+white-space:pre-wrap;overflow-wrap:anywhere;background:#f7f7f7;padding:.5em;margin:0} del{background:#fbb} ins{background:#bdf}
+del,ins{text-decoration:none} .flag{background:#e33;color:#fff;margin-left:.5em} .verdict{font-size:1.3em;font-weight:bold}"""
 
 
 def coloured(truth, prediction):
@@ -169,45 +165,38 @@ def data_uri(image):
 
 def html_table(rows):
     """Dicts with the same keys -> <table>."""
-    def cell(v):
-        return html.escape(f"{v:.4g}" if isinstance(v, float) else json.dumps(v, ensure_ascii=False) if not isinstance(v, str) else v)
-    if not rows:
-        return ""
-    return "<table><tr>" + "".join(f"<th>{html.escape(k)}</th>" for k in rows[0]) + "</tr>" + "".join(
-        "<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows) + "</table>"
+    def line(tag, values):
+        values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
+        return "<tr>" + "".join(f"<{tag}>{html.escape(v)}</{tag}>" for v in values) + "</tr>"
+    return "<table>" + line("th", rows[0]) + "".join(line("td", row.values()) for row in rows) + "</table>" if rows else ""
 
 
 def page_html(row, task):
     left, right = coloured(row["truth"] or "", row["prediction"])
     picture = "" if row["failed"] else f'<img alt="page" src="{data_uri(task[row["index"]]["images"][0])}">'
-    flags = "".join(f'<span class="flag">{html.escape(flag)}</span>' for flag in row["flags"])
-    facts = "" if row["failed"] else f", confidence {row['confidence']:.2f} nats/token"
-    return (f'<div><b>{html.escape(row["id"])}</b>: 1-NED {row["one_minus_ned"]:.3f}{facts}{flags}'
-            f'<div class="page">{picture}<pre>{left}</pre><pre>{right}</pre></div></div>')
+    flags = "".join(f'<span class="flag">{flag}</span>' for flag in row["flags"])
+    confidence = "" if row["failed"] else f", confidence {row['confidence']:.2f} nats/token"
+    return (f'<hr><b>{html.escape(row["id"])}</b>: 1-NED {row["one_minus_ned"]:.3f}{confidence}{flags}'
+            f'<div class="page">{picture}<pre>{left}</pre><pre>{right}</pre></div>')
 
 
-def write_html(path, title, summary, sections, curves, curve_png, limit):
-    """sections: [(name, task, rows)]; summary: {name: figures}; curves: the two tables of `curve`; `limit`: pages shown of a task."""
+def write_html(path, title, summary, sections, curves, png, limit):
+    """sections: [(name, task, rows)]; summary: {name: figures}; curves: tables of `curve`; png: path of its picture; limit: pages a task."""
+    names, title = [name for name, _, _ in sections], html.escape(title)
+    controls = [{"task": name, "control": kind, "what": CONTROLS[kind], **v} for name in names for kind, v in summary[name]["controls"].items()]
+    with open(png, "rb") as f:
+        picture = base64.b64encode(f.read()).decode()
     with open(path, "w", encoding="utf-8") as f:
-        f.write(f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-                f"<h1>{html.escape(title)}</h1>")
-        for name, _, _ in sections:
-            f.write(f"<p class='verdict'>{html.escape(name)}: {html.escape(summary[name]['verdict'])}</p>")
-        f.write(html_table([{"task": name, **{k: summary[name][k] for k in ("samples", "failed", *MEANS, "repetition_rate", "ci95")}}
-                            for name, _, _ in sections]))
-        f.write("<h2>Controls</h2>" + (html_table(
-            [{"task": name, "control": control, "what": CONTROLS[control], **figures} for name, _, _ in sections
-             for control, figures in summary[name]["controls"].items()]) or "<p>Not run (--controls).</p>"))
-        with open(curve_png, "rb") as png:
-            f.write(f"<h2>Compression</h2><img alt='curve' src='data:image/png;base64,{base64.b64encode(png.read()).decode()}'>")
-        f.write("".join(map(html_table, curves)))
+        f.write(f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>")
+        f.write("".join(f"<p class='verdict'>{html.escape(name)}: {html.escape(summary[name]['verdict'])}</p>" for name in names))
+        f.write(html_table([{k: summary[name][k] for k in ("task", "samples", "failed", *MEANS, "repetition_rate", "ci95")} for name in names]))
+        f.write("<h2>Controls</h2>" + (html_table(controls) or "<p>Not run (--controls).</p>"))
+        f.write(f"<h2>Compression</h2><img alt='curve' src='data:image/png;base64,{picture}'>" + "".join(map(html_table, curves)))
         for name, task, rows in sections:
             f.write(f"<h2>{html.escape(name)}</h2>")
-            for key in summary[name]:
-                if key.startswith("by_"):
-                    f.write(html_table([{key: value, "1-NED": score, "pages": n} for value, (score, n) in summary[name][key].items()]))
+            for key in (key for key in summary[name] if key.startswith("by_")):
+                f.write(html_table([{key: value, "1-NED": score, "pages": n} for value, (score, n) in summary[name][key].items()]))
             shown = sorted(rows, key=lambda row: row["one_minus_ned"])[:limit]
             f.write(f"<p>{len(shown)} of {len(rows)} pages, worst first: picture, truth (<del>missed</del>), prediction (<ins>wrong</ins>).</p>")
-            for row in shown:
-                f.write(page_html(row, task))
+            f.writelines(page_html(row, task) for row in shown)
         f.write("</body></html>")

@@ -132,7 +132,7 @@ def read(engine, batch, args):
             return [say(engine, conversations[0], args)]
         except ValueError as error:  # too long
             return [error]
-    results = iter(engine.generate_each(conversations, args.max_new_tokens, args.temperature) if conversations else ())
+    results = iter(engine.generate_each(conversations, args.max_new_tokens, args.temperature))
     return [image if isinstance(image, Exception) else next(results) for _, _, image in batch]
 
 

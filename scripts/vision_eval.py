@@ -45,37 +45,30 @@ def task_of(name, args):
 
 
 def tasks_of(args, user_config, image_size):
-    """-> [(name, series in the curve, task)] for --task, synthetic splits once for each range of --chars."""
+    """-> [(name, task)] for --task, synthetic splits once for each range of --chars."""
     chars = parse_chars(args.chars or user_config["chars"])
     common = dict(image_size=image_size, faces=user_config["faces"].split(","), min_px=user_config.get("min_px", MIN_PX), seed=args.seed)
     found = []
     for name in args.task.split(","):
         if name not in SPLITS:
-            found.append((name, name, task_of(name, args)))
+            found.append((name, task_of(name, args)))
         elif not args.chars:  # as in training: the mixture in one set
-            found.append((name, name, SynthDoc(name, args.max_problems, chars=chars, **common)))
+            found.append((name, SynthDoc(name, args.max_problems, chars=chars, **common)))
         else:
-            found += [(f"{name}_{low}-{high}", name, SynthDoc(name, args.max_problems, chars=(low, high), **common)) for low, high, _ in chars]
+            found += [(f"{name}_{low}-{high}", SynthDoc(name, args.max_problems, chars=(low, high), **common)) for low, high, _ in chars]
     return found
 
 
 class Control:
-    """`task` with the picture of every conversation replaced: by a blank one, or by the next page's whose text is another."""
+    """`task` with the picture of every conversation replaced, by a blank one or by the next page's."""
     def __init__(self, task, kind):
         self.task, self.kind = task, kind
 
-    def __len__(self):
-        return len(self.task)
-
     def __getitem__(self, i):
-        c, n = self.task[i], len(self.task)
-        if self.kind == "blank":
-            return {**c, "images": [Image.new("RGB", image.size, "white") for image in c["images"]]}
-        others = (self.task[(i + k) % n] for k in range(1, n))
-        other = next((o for o in others if o["messages"][-1]["content"] != c["messages"][-1]["content"]), None)
-        if other is None:
-            raise ValueError(f"{c['id']}: no other page with another text, which the control \"another\" needs")
-        return {**c, "images": other["images"]}
+        c = self.task[i]
+        if self.kind == "another":
+            return {**c, "images": self.task[(i + 1) % len(self.task)]["images"]}
+        return {**c, "images": [Image.new("RGB", image.size, "white") for image in c["images"]]}
 
 
 def reworded(task, kind):
@@ -94,9 +87,9 @@ def reworded(task, kind):
 
 
 def controls_of(task):
-    """{control: task}; words can be changed only where pages are drawn from them."""
-    return {kind: Control(task, kind) if kind in ("blank", "another") else reworded(task, kind) for kind in CONTROLS
-            if kind in ("blank", "another") or hasattr(task, "blocks")}
+    """{control: task}; words can be changed only where pages are drawn from them, and a single page has no other."""
+    there = {"blank": True, "another": len(task) > 1, "random_chars": hasattr(task, "blocks"), "shuffled": hasattr(task, "blocks")}
+    return {kind: (Control if kind in ("blank", "another") else reworded)(task, kind) for kind in CONTROLS if there[kind]}
 
 
 # -----------------------------------------------------------------------------
@@ -121,91 +114,98 @@ def gather(path):
         return {row["index"]: row for row in map(json.loads, f)}
 
 
-def page_row(engine, name, series, i, conversation, result, by_character):
-    """The row of page i: `result` is a Result, or the error by which the page failed; then it counts as wrong."""
-    failed = isinstance(result, Exception)
-    c = conversation or {}
-    truth = c["messages"][-1]["content"] if c else None
-    plans = engine.plans(c) if c else []
-    row = {"index": i, "id": c.get("id", f"{name}/{i}"), "task": name, "series": series, "failed": failed, "truth": truth,
-           "prediction": "" if failed else result.text, "text_tokens": len(engine.tokenizer.encode(truth)) if c else None,
+def page_row(engine, name, task, i, c, result, by_character):
+    """The row of page i: conversation c, None if it could not be loaded; `result`, or the error by which the page failed and is wrong."""
+    failed, plans = isinstance(result, Exception), engine.plans(c) if c else []
+    truth = c["messages"][-1]["content"] if c else task.truths[i] if hasattr(task, "truths") else None
+    row = {"index": i, "id": c["id"] if c else f"{name}/{i}", "task": name, "failed": failed, "truth": truth,
+           "prediction": "" if failed else result.text, "text_tokens": len(engine.tokenizer.encode(truth or "")),
            "vision_tokens": sum(p.tokens for p in plans), "positions": sum(p.positions for p in plans),
-           "mode": "+".join(dict.fromkeys(p.mode.name for p in plans)), **{k: c[k] for k in ("image_name", "face", "size_px") if k in c}}
-    row["attributes"] = {**{k: c[k] for k in ("face", "size_px") if k in c}, **c.get("attributes", {}), **({"mode": row["mode"]} if c else {})}
+           "mode": "+".join(dict.fromkeys(p.mode.name for p in plans))}
+    row["attributes"] = {**{k: c[k] for k in ("face", "size_px") if k in c}, **c.get("attributes", {}), "mode": row["mode"]} if c else {}
+    if hasattr(task, "image_names"):
+        row["image_name"] = task.image_names[i]
     if failed:
-        return {**row, **FAILED, "error": str(result), "flags": ["failed"], "tokens": 0, "pred_chars": 0, "truth_chars": len(truth or "")}
+        return {**row, **FAILED, "error": str(result), "flags": ["failed"], "tokens": 0, "truth_chars": len(truth or "")}
     row |= {"finished": result.finished, "confidence": result.confidence, "flags": result.flags, "tokens": result.tokens}
     if name in ANSWERS:
         row["relaxed_accuracy"] = relaxed_accuracy(result.text, truth)
     return {**row, **score_page(result.text, truth, by_character=by_character)}
 
 
-def evaluate(engine, name, series, task, pages, args, out, by_character):
+def evaluate(engine, name, task, pages, args, out, by_character):
     """Rows of pages 0..pages-1 in order. Each rank reads its share of those not yet in <out>/<name>.jsonl, and appends row by row."""
-    rank, _, world = dist_info()
-    path = os.path.join(out, f"{name}.jsonl")
+    (rank, _, world), size, path = dist_info(), args.batch_size, os.path.join(out, f"{name}.jsonl")
     done = gather(path)
     todo = [i for i in range(pages) if i not in done][rank::world]
     with open(f"{path}.rank{rank}", "a", encoding="utf-8") as f, tqdm(total=len(todo), unit="page", desc=name, disable=rank != 0) as bar:
-        def write(pages_read, seconds):
-            for i, c, result in pages_read:
-                row = page_row(engine, name, series, i, c, result, by_character)
-                if row["failed"] and not c:  # its name and truth, where the task knows them without the picture
-                    row |= {key: getattr(task, keys)[i] for key, keys in (("image_name", "image_names"), ("truth", "truths")) if hasattr(task, keys)}
-                f.write(json.dumps({**row, "seconds": seconds / len(pages_read)}, ensure_ascii=False) + "\n")
-            f.flush()
-            bar.update(len(pages_read))
-        size, start = args.batch_size, time.perf_counter()
+        start = time.perf_counter()
         for first in range(0, len(todo), WINDOW * size):
-            loaded, broken = [], []
+            loaded, read = [], []
             for i in todo[first:first + WINDOW * size]:
                 try:
                     loaded.append((i, task[i]))
                 except (OSError, ValueError) as error:
-                    broken.append((i, None, error))
-            write(broken, 0.0)
+                    read.append((i, None, error))
             loaded.sort(key=lambda page: len(page[1]["messages"][-1]["content"]))  # rows of a batch then end at about the same time
-            for k in range(0, len(loaded), size):
-                indices, conversations = zip(*loaded[k:k + size])
-                results = engine.generate_each(conversations, args.max_new_tokens)
-                write(list(zip(indices, conversations, results)), (time.perf_counter() - start) / world)
-                start = time.perf_counter()
+            for k in range(0, max(len(loaded), 1), size):
+                indices, conversations = [i for i, _ in loaded[k:k + size]], [c for _, c in loaded[k:k + size]]
+                read += zip(indices, conversations, engine.generate_each(conversations, args.max_new_tokens))
+                seconds, start = (time.perf_counter() - start) / world / len(read), time.perf_counter()
+                rows = (page_row(engine, name, task, *page, by_character) for page in read)
+                f.writelines(json.dumps({**row, "seconds": seconds}, ensure_ascii=False) + "\n" for row in rows)
+                f.flush()
+                bar.update(len(read))
+                read = []
     rows = gather(path)
     return [rows[i] for i in range(pages)]
 
 
 def figures_of(name, rows, controls):
     """Everything that is said of one task, from its rows and {control: rows}."""
-    read = [r for r in rows if r["vision_tokens"]]
-    tokens, text, characters = (mean(read, key) if read else 0.0 for key in ("vision_tokens", "text_tokens", "truth_chars"))
-    seconds, finished = sum(r["seconds"] for r in rows) or float("inf"), [r for r in rows if not r["failed"]]
-    width = step_of([r["text_tokens"] for r in read]) if read else 1
-    for r in read:
-        r["attributes"]["text_tokens"] = f"{r['text_tokens'] // width * width:g}-{(r['text_tokens'] // width + 1) * width:g}"
+    loaded, finished = [r for r in rows if r["vision_tokens"]], [r for r in rows if not r["failed"]]
+    tokens, positions, text, characters = (mean(loaded, k) if loaded else 0.0 for k in ("vision_tokens", "positions", "text_tokens", "truth_chars"))
+    width, seconds = step_of([r["text_tokens"] for r in rows]), sum(r["seconds"] for r in rows)
+    for r in loaded:
+        r["attributes"]["text_tokens"] = f"{(low := r['text_tokens'] // width * width):g}-{low + width:g}"
     return {"task": name, "verdict": verdict(rows, controls), **summarize(rows),
             "chars_per_vision_token": characters / max(tokens, 1), "text_tokens_per_vision_token": text / max(tokens, 1),
-            "vision_tokens": int(tokens) if tokens == int(tokens) else tokens, "positions": mean(read, "positions") if read else 0.0,
+            "vision_tokens": int(tokens) if tokens == int(tokens) else tokens, "positions": positions,
             "confidence": mean(finished, "confidence") if finished else None, "unfinished": sum(not r["finished"] for r in finished),
             "pages_per_sec": len(rows) / seconds, "tokens_per_sec": sum(r["tokens"] for r in rows) / seconds,
-            "controls": {kind: {k: v for k, v in summarize(r).items() if k in ("samples", "failed", "repetition_rate", "ci95", *FIGURES)}
-                         for kind, r in controls.items()},
+            "controls": {kind: {k: v for k, v in summarize(r).items() if k in ("samples", "failed", "ci95", *FIGURES)} for kind, r in controls.items()},
             **{f"by_{key}": groups for key in dict.fromkeys(k for r in rows for k in r["attributes"]) if (groups := breakdown(rows, key))}}
 
 
-def same_settings(args, out, meta):
-    """Rows of other settings must not mix: ValueError if <out> was begun under others (batch size and number of pages may change)."""
-    weights = os.path.join(resolve(args.checkpoint), "model.safetensors")
-    with open(weights, "rb") as f:
-        ours = {"step": meta["step"], "weights": hashlib.file_digest(f, "sha256").hexdigest(), **{key: getattr(args, key) for key in SETTINGS}}
+def check_settings(args, out, meta):
+    """Rows of different settings must not mix: ValueError if <out> was begun under others. Batch size and number of pages may change."""
     path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
-        theirs = read_json(path)
-        if changed := [f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]:
-            raise ValueError(f"{out} holds an evaluation under other settings ({'; '.join(changed)}): give another --out, or delete it")
+    with open(os.path.join(resolve(args.checkpoint), "model.safetensors"), "rb") as f:
+        ours = {"step": meta["step"], "weights": hashlib.file_digest(f, "sha256").hexdigest(), **{key: getattr(args, key) for key in SETTINGS}}
+    theirs = read_json(path) if os.path.exists(path) else ours
+    if theirs != ours:
+        changed = "; ".join(f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key])
+        raise ValueError(f"{out} holds an evaluation under other settings ({changed}): give another --out, or delete it")
     barrier()
     if dist_info()[0] == 0:
         os.makedirs(out, exist_ok=True)
         write_json(path, ours)
+
+
+def log_wandb(run, args, summary, sections, png):
+    """Every figure, the table of pictures and the curve."""
+    wandb_run = init_wandb(run, vars(args))
+    if run == "dummy":
+        return
+    import wandb
+    table = wandb.Table(columns=["task", "page", "truth", "prediction", "1-NED", "flags"])
+    for name, task, rows in sections:
+        wandb_run.log({f"{name}/{k}": v for k, v in summary[name].items() if isinstance(v, (int, float))})
+        for r in sorted(rows, key=lambda r: r["one_minus_ned"])[:args.report_pages]:
+            picture = None if r["failed"] else wandb.Image(task[r["index"]]["images"][0])
+            table.add_data(name, picture, r["truth"], r["prediction"], r["one_minus_ned"], ", ".join(r["flags"]))
+    wandb_run.log({"pages": table, "curve": wandb.Image(png)})
+    wandb_run.finish()
 
 
 def main(argv=None):
@@ -240,12 +240,13 @@ def main(argv=None):
         print0("jieba is not installed: Chinese pages are scored by character in f1 and precision")
     tasks = tasks_of(args, meta["user_config"], getattr(engine.mode, "size", engine.model.cfg.sam.image_size))
     out = args.out or os.path.join(args.checkpoint, "eval_" + args.task.replace(",", "_"))
-    same_settings(args, out, meta)
+    check_settings(args, out, meta)
 
-    summary, sections = {}, []
-    for name, series, task in tasks:
-        rows = evaluate(engine, name, series, task, min(args.max_problems, len(task)), args, out, by_character)
-        controls = {kind: evaluate(engine, f"{name}.{kind}", series, other, min(args.controls, len(rows)), args, out, by_character)
+    summary = {"checkpoint": args.checkpoint, "step": meta["step"], "mode": args.mode or meta["mode"], "seed": args.seed}
+    sections = []
+    for name, task in tasks:
+        rows = evaluate(engine, name, task, min(args.max_problems, len(task)), args, out, by_character)
+        controls = {kind: evaluate(engine, f"{name}.{kind}", other, min(args.controls, len(rows)), args, out, by_character)
                     for kind, other in controls_of(task).items() if args.controls}
         figures = summary[name] = figures_of(name, rows, controls)
         sections.append((name, task, rows))
@@ -255,40 +256,28 @@ def main(argv=None):
         print0("  (precision counts only what was written: misleading when the output is short)")
         for kind, of_control in figures["controls"].items():
             print0(f"  control {kind} ({CONTROLS[kind]}): 1-NED {of_control['one_minus_ned']:.4f} on {of_control['samples']} pages")
-        for key in (k for k in figures if k.startswith("by_")):
-            print0(f"  1-NED {key.replace('_', ' ', 1)}: " + ", ".join(f"{value} {score:.3f} ({n})" for value, (score, n) in figures[key].items()))
+        for key in (key for key in figures if key.startswith("by_")):
+            print0(f"  1-NED by {key[3:]}: " + ", ".join(f"{value} {score:.3f} ({n})" for value, (score, n) in figures[key].items()))
         for r in rows[:args.samples]:
             print0(f"  {r['one_minus_ned']:.2f}  truth {(r['truth'] or '')[:200]!r}\n        reads {r['prediction'][:200]!r}")
         if figures["failed"]:
             banner(f"{figures['failed']} of {len(rows)} pages failed and count as wrong; the first: {next(r['error'] for r in rows if r['failed'])}")
-    summary = {"checkpoint": args.checkpoint, "step": meta["step"], "mode": args.mode or meta["mode"], "seed": args.seed, **summary}
     if len(tasks) == 1:
-        summary |= {k: v for k, v in summary[name].items() if not isinstance(v, dict)}
+        summary |= {k: v for k, v in figures.items() if not isinstance(v, dict)}
 
     if dist_info()[0] == 0:
-        all_rows = [row for _, _, rows in sections for row in rows]
-        curves, png = [curve(all_rows, key) for key in ("text_tokens", "tokens_per_vision_token")], os.path.join(out, "curve.png")
-        plot_curve(png, curves[0])
+        all_rows, png = [row for _, _, rows in sections for row in rows], os.path.join(out, "curve.png")
+        curves = [curve(all_rows, key) for key in ("text_tokens", "tokens_per_vision_token")]
         summary["curve"] = curves[0]
-        write_html(os.path.join(out, "report.html"), f"{args.checkpoint}, step {meta['step']}, mode {summary['mode']}", summary, sections, curves,
-                   png, args.report_pages)
-        for row in all_rows:
-            if "image_name" in row:  # also of failed pages: the official evaluator leaves out a page without a file
-                os.makedirs(os.path.join(out, "md"), exist_ok=True)
-                with open(os.path.join(out, "md", os.path.splitext(os.path.basename(row["image_name"]))[0] + ".md"), "w", encoding="utf-8") as f:
-                    f.write(row["prediction"])
+        plot_curve(png, curves[0])
+        title = f"{args.checkpoint}, step {meta['step']}, mode {summary['mode']}"
+        write_html(os.path.join(out, "report.html"), title, summary, sections, curves, png, args.report_pages)
+        os.makedirs(os.path.join(out, "md"), exist_ok=True)
+        for row in (row for row in all_rows if "image_name" in row):  # failed pages too: the official evaluator leaves out what has no file
+            with open(os.path.join(out, "md", os.path.splitext(os.path.basename(row["image_name"]))[0] + ".md"), "w", encoding="utf-8") as f:
+                f.write(row["prediction"])
         write_json(os.path.join(out, "summary.json"), summary)
-        wandb_run = init_wandb(args.run, vars(args))
-        if args.run != "dummy":
-            import wandb
-            wandb_run.log({f"{name}/{k}": v for name, _, _ in sections for k, v in summary[name].items() if isinstance(v, (int, float))})
-            table = wandb.Table(columns=["task", "page", "truth", "prediction", "1-NED", "flags"])
-            for name, task, rows in sections:
-                for r in sorted(rows, key=lambda r: r["one_minus_ned"])[:args.report_pages]:
-                    picture = None if r["failed"] else wandb.Image(task[r["index"]]["images"][0])
-                    table.add_data(name, picture, r["truth"], r["prediction"], r["one_minus_ned"], ", ".join(r["flags"]))
-            wandb_run.log({"pages": table, "curve": wandb.Image(png)})
-        wandb_run.finish()
+        log_wandb(args.run, args, summary, sections, png)
     json_line(summary)
     compute_cleanup()
 
