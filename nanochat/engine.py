@@ -4,6 +4,7 @@ one token per row and step, until the row ends or its budget is spent. Finished 
 """
 import codecs
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +53,9 @@ class NoRepeat:
     @classmethod
     def parse(cls, text, tokenizer):
         """"30,90" -> NoRepeat whose whitelist is the tokens of <td> and </td>; "" -> None."""
-        if not text:
-            return None
-        try:
-            n, window = map(int, text.split(","))
-        except ValueError:
-            raise ValueError(f"--no-repeat={text}: give N,WINDOW in tokens, e.g. 30,90") from None
-        return cls(n, window, frozenset(tokenizer.encode("<td>") + tokenizer.encode("</td>")))
+        if text and not re.fullmatch(r"\d+,\d+", text):
+            raise ValueError(f"--no-repeat={text}: give N,WINDOW in tokens, e.g. 30,90")
+        return cls(*map(int, text.split(",")), frozenset(tokenizer.encode("<td>") + tokenizer.encode("</td>"))) if text else None
 
     def banned(self, ids):
         """Tokens that must not follow `ids`, the tokens of one row so far."""
@@ -184,8 +181,7 @@ def load_engine(args, device):
     """-> (Engine, meta) for the flags of `add_arguments`."""
     model, tokenizer, meta = load_model(args.checkpoint, device)  # the one place that turns --checkpoint into a model
     if not 1 <= args.max_new_tokens < model.cfg.gpt.sequence_len:
-        raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {model.cfg.gpt.sequence_len - 1}, the decoder's positions "
-                         "less a prompt")
+        raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {model.cfg.gpt.sequence_len - 1}, the decoder's positions")
     model.dtype = choose_dtype(device, args.dtype)
     for p in model.gpt.parameters():  # cast once: they would be at each step, to the same numbers
         p.data = p.data.to(model.dtype)

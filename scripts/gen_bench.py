@@ -8,7 +8,9 @@ Stopping is off, so that every row says --max-new-tokens tokens; images are enco
 per second, their ratios, and whether the greedy texts are the same.
 """
 import argparse
+import re
 import time
+from functools import partial
 
 import torch
 
@@ -21,9 +23,7 @@ from tasks.synthdoc import SynthDoc
 @torch.inference_mode()
 def uncached(engine, conversations, n):
     """Texts by plain decoding: the whole sequence anew for each token. Prompts must be of one length."""
-    model, gpt, (batch, lengths) = engine.model, engine.model.gpt, engine.prompt_batch(conversations)
-    assert len(set(lengths)) == 1
-    x, said = model.embed(batch), []
+    gpt, x, said = engine.model.gpt, engine.model.embed(engine.prompt_batch(conversations)[0]), []
     for _ in range(n):
         logits = gpt.logits(gpt(x)[:, -1])
         logits[:, engine.banned] = float("-inf")
@@ -35,17 +35,14 @@ def uncached(engine, conversations, n):
 def transformers_twin(gpt, dtype):
     """transformers' NanoChatForCausalLM with the weights of our decoder. Its default epsilon is not nanochat's."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
-    c = gpt.cfg
+    c, weights = gpt.cfg, {}
     twin = NanoChatForCausalLM(NanoChatConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.sequence_len, rms_norm_eps=EPS,
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer, rms_norm_eps=EPS,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.sequence_len,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
-    names = {"transformer.wte": "model.embed_tokens", "transformer.h": "model.layers", "attn.c_proj": "self_attn.o_proj", "attn.c_": "self_attn.",
-             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "self_attn.q.": "self_attn.q_proj.", "self_attn.k.": "self_attn.k_proj.",
-             "self_attn.v.": "self_attn.v_proj."}
-    weights = {}
     for name, tensor in gpt.state_dict().items():
-        for ours, theirs in names.items():
+        name = re.sub(r"attn\.c_(q|k|v)\.", r"self_attn.\1_proj.", name.replace("attn.c_proj", "self_attn.o_proj"))
+        for ours, theirs in (("transformer.wte", "model.embed_tokens"), ("transformer.h", "model.layers"), ("c_fc", "fc1"), ("c_proj", "fc2")):
             name = name.replace(ours, theirs)
         weights[name] = tensor
     twin.load_state_dict(weights)
@@ -65,22 +62,22 @@ def main(argv=None):
     add_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="rows of the large batch")
     parser.add_argument("--transformers", action="store_true", help="compare with transformers' generate (pip install transformers)")
-    parser.set_defaults(dtype="float32", max_new_tokens=256)
+    parser.set_defaults(dtype="float32", max_new_tokens=512)
     args = parser.parse_args(argv)
-    n, args.max_new_tokens = args.max_new_tokens, 1  # the decoder's context is made long enough below
-    device = compute_init(args.device_type)
-    engine, meta = load_engine(args, device)
-    gpt, size = engine.model.gpt, engine.model.cfg.sam.image_size
-    engine.banned.append(engine.end)
-    pages = list(SynthDoc("heldout", args.batch_size, image_size=size, chars=(24, 32), seed=2))
-    gpt.cfg.sequence_len = engine.prompt_batch(pages[:1])[1][0] + n
+    n, args.max_new_tokens, device = args.max_new_tokens, 1, compute_init(args.device_type)
+    engine, _ = load_engine(args, device)
+    gpt = engine.model.gpt
+    pages = list(SynthDoc("heldout", args.batch_size, image_size=engine.model.cfg.sam.image_size, chars=(24, 32), seed=2))
+    engine.banned.append(engine.end)  # stopping off
+    gpt.cfg.sequence_len = engine.prompt_batch(pages[:1])[1][0] + n  # a nano decoder has 512 positions
     gpt.cos, gpt.sin = (table.to(device) for table in rotary_tables(gpt.cfg.sequence_len, gpt.cfg.n_embd // gpt.cfg.n_head))
-    twin = transformers_twin(gpt, engine.model.dtype) if args.transformers else None
 
-    cases = {"cached": (lambda c, k: [r.text for r in engine.generate(c, k)], pages), "cached_one_row": (lambda c, k: [engine.generate(c, k)[0].text], pages[:1]),
-             "uncached": (lambda c, k: uncached(engine, c, k), pages), "uncached_one_row": (lambda c, k: uncached(engine, c, k), pages[:1])}
-    if twin:
-        cases["transformers"] = (lambda c, k: by_transformers(engine, twin, c, k), pages)
+    def cached(pages, n):
+        return [result.text for result in engine.generate(pages, n)]
+    cases = {"cached": (cached, pages), "cached_one_row": (cached, pages[:1]),
+             "uncached": (partial(uncached, engine), pages), "uncached_one_row": (partial(uncached, engine), pages[:1])}
+    if args.transformers:
+        cases["transformers"] = (partial(by_transformers, engine, transformers_twin(gpt, engine.model.dtype)), pages)
     rate, texts = {}, {}
     for name, (read, rows) in cases.items():
         read(rows, 4)  # warm
@@ -90,11 +87,11 @@ def main(argv=None):
         synchronize(device)
         rate[name] = len(rows) * n / (time.perf_counter() - start)
         print0(f"{name}: {len(rows)} x {n} tokens, {rate[name]:.0f} tokens/s")
+    ratios = {"batched_over_one_row": ("cached", "cached_one_row"), "cached_over_uncached": ("cached", "uncached"),
+              "cached_over_uncached_one_row": ("cached_one_row", "uncached_one_row"), "over_transformers": ("cached", "transformers")}
     json_line({"bench": "generation", "params": engine.model.num_params(), "dtype": str(engine.model.dtype), "threads": torch.get_num_threads(),
                "new_tokens": n, "batch_size": args.batch_size, "tokens_per_sec": rate,
-               "batched_over_one_row": rate["cached"] / rate["cached_one_row"], "cached_over_uncached": rate["cached"] / rate["uncached"],
-               "cached_over_uncached_one_row": rate["cached_one_row"] / rate["uncached_one_row"],
-               **({"over_transformers": rate["cached"] / rate["transformers"]} if twin else {}),
+               **{name: rate[a] / rate[b] for name, (a, b) in ratios.items() if b in rate},
                "same_text": all(texts[name] == texts["cached"][:len(texts[name])] for name in cases)})
 
 

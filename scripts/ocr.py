@@ -18,6 +18,7 @@ import os
 import struct
 import sys
 import warnings
+from itertools import islice
 
 from PIL import Image
 from tqdm import tqdm
@@ -67,10 +68,9 @@ def pages_of(path, dpi):
 def pdf_pages(source, dpi):
     try:
         import pypdfium2
+        document = pypdfium2.PdfDocument(source)
     except ImportError:
         raise ValueError("PDFs need pypdfium2: pip install pypdfium2") from None
-    try:
-        document = pypdfium2.PdfDocument(source)
     except pypdfium2.PdfiumError as error:
         raise ValueError(f"not a PDF that can be opened, encrypted or broken ({error})") from error
     with contextlib.closing(document):
@@ -86,25 +86,13 @@ def pdf_pages(source, dpi):
                 yield k + 1, error
 
 
-def pages(arguments, dpi):
+def pages(files, dpi):
     """Yields (file, page number or None, image or exception) over all files, none held longer than its turn."""
-    for path in files_of(arguments):
+    for path in files:
         try:
-            for number, image in pages_of(path, dpi):
-                yield path, number, image
+            yield from ((path, number, image) for number, image in pages_of(path, dpi))
         except BROKEN as error:
             yield path, None, error
-
-
-def batches(items, size):
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def say(engine, conversation, args):
@@ -157,15 +145,15 @@ def main(argv=None):
     if not args.files:
         return chat(engine, args)
 
-    # Files, pages, batches, lines
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
     files, failed, bar = list(files_of(args.files)), 0, tqdm(unit="page", disable=None)
-    for batch in batches(pages(files, args.dpi), 1 if args.stream else args.batch_size):
+    source = pages(files, args.dpi)
+    while batch := list(islice(source, 1 if args.stream else args.batch_size)):
         names = [path if number is None else f"{path} page {number}" for path, number, _ in batch]
-        headed = not args.jsonl and (len(files) > 1 or batch[0][1] is not None)
-        if args.stream and headed:
-            print(f"== {names[0]}")
-        for (path, number, _), name, result in zip(batch, names, read(engine, batch, args)):
+        headings = [f"== {name}\n" if len(files) > 1 or number is not None else "" for name, (_, number, _) in zip(names, batch)]
+        if args.stream:
+            print(headings[0], end="")
+        for (path, number, _), name, heading, result in zip(batch, names, headings, read(engine, batch, args)):
             if isinstance(result, Exception):
                 failed += 1
                 print(f"error: {name}: {result}", file=sys.stderr)
@@ -177,7 +165,7 @@ def main(argv=None):
             if args.jsonl:
                 print(json.dumps({"file": path, "page": number, **record}, ensure_ascii=False), flush=True)
             elif not args.stream and "text" in record:
-                print((f"== {name}\n" if headed else "") + result.text, flush=True)
+                print(heading + result.text, flush=True)
         bar.update(len(batch))
     bar.close()
     if failed:

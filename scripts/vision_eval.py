@@ -12,6 +12,7 @@ import argparse
 import copy
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -36,10 +37,10 @@ WINDOW = 4  # batches' worth of pages are loaded and sorted by length before the
 
 def task_of(name, args):
     """Task for a --task name that is no synthetic split."""
-    if name in ("omnidocbench",) and not args.path:
-        raise ValueError(f"--task={name} needs --path=DIR, for omnidocbench a folder with OmniDocBench.json and images/")
     if name == "omnidocbench":
         from tasks.omnidocbench import OmniDocBench
+        if not args.path:
+            raise ValueError("--task=omnidocbench needs --path=DIR, a folder with OmniDocBench.json and images/")
         return OmniDocBench(args.path)
     raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS)}, omnidocbench")
 
@@ -60,7 +61,7 @@ def tasks_of(args, user_config, image_size):
 
 
 class Control:
-    """`task` with the picture of every conversation replaced, by a blank one or by the next page's."""
+    """A task with the picture of every conversation replaced, by a blank one or by the next page's."""
     def __init__(self, task, kind):
         self.task, self.kind = task, kind
 
@@ -72,24 +73,24 @@ class Control:
 
 
 def reworded(task, kind):
-    """The same synthetic pages, layout included, with their words replaced by random strings of their length or shuffled."""
+    """A synthetic task, layouts included, with its words replaced by random strings of their length or shuffled, truth too."""
     def blocks(i):
         rng, freedom, blocks = task.blocks(i)
         own = random.Random(f"{kind}/{i}")
-        if kind == "shuffled":
-            return rng, freedom, [(box, own.sample(words, len(words)), scale) for box, words, scale in blocks]
-        def string(n):
-            return "".join(random_string(own) for _ in range(n))[:n]
-        return rng, freedom, [(box, [string(len(word)) for word in words], scale) for box, words, scale in blocks]
-    other = copy.copy(task)
-    other.blocks = blocks
-    return other
+        def other(words):
+            letters = ("".join(random_string(own) for _ in word)[:len(word)] for word in words)
+            return own.sample(words, len(words)) if kind == "shuffled" else list(letters)
+        return rng, freedom, [(box, other(words), scale) for box, words, scale in blocks]
+    task_with_others = copy.copy(task)
+    task_with_others.blocks = blocks
+    return task_with_others
 
 
 def controls_of(task):
-    """{control: task}; words can be changed only where pages are drawn from them, and a single page has no other."""
-    there = {"blank": True, "another": len(task) > 1, "random_chars": hasattr(task, "blocks"), "shuffled": hasattr(task, "blocks")}
-    return {kind: (Control if kind in ("blank", "another") else reworded)(task, kind) for kind in CONTROLS if there[kind]}
+    """{control: task}; a single page has no other, and words can be changed only where pages are drawn from them."""
+    pictures = [Control(task, kind) for kind in ("blank", "another")[:len(task)]]
+    return {control.kind: control for control in pictures} | \
+        ({kind: reworded(task, kind) for kind in ("random_chars", "shuffled")} if hasattr(task, "blocks") else {})
 
 
 # -----------------------------------------------------------------------------
@@ -211,16 +212,13 @@ def log_wandb(run, args, summary, sections, png):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_arguments(parser)
-    # What
     parser.add_argument("--task", default="heldout,heldout_words,random_chars", help=f"with commas: {', '.join(SPLITS)}, omnidocbench")
     parser.add_argument("--path", default="", help="folder of pages, e.g. in OmniDocBench's format")
     parser.add_argument("--chars", default="", help="synthetic pages: LO-HI characters, several ranges with commas, each its own set; empty = as trained")
     parser.add_argument("--max-problems", type=int, default=256, help="pages per task")
     parser.add_argument("--controls", type=int, nargs="?", const=64, default=0, help="pages per control: blank, another page, other words")
     parser.add_argument("--seed", type=int, default=2, help="seed of the synthetic pages (0 trains, 1 validates)")
-    # How
     parser.add_argument("--batch-size", type=int, default=64, help="pages generated together")
-    # Where
     parser.add_argument("--run", default="dummy", help="W&B run name; dummy = no W&B")
     parser.add_argument("--samples", type=int, default=3, help="pages printed per task, truth and prediction")
     parser.add_argument("--report-pages", type=int, default=256, help="pages per task in report.html, the worst ones")
@@ -231,12 +229,8 @@ def main(argv=None):
 
     device = compute_init(args.device_type)
     engine, meta = load_engine(args, device)
-    # Chinese is cut into words by jieba as in Fox's script; without it, by character, and said
-    try:
-        import jieba  # noqa: F401
-        by_character = False
-    except ImportError:
-        by_character = True
+    by_character = importlib.util.find_spec("jieba") is None  # it cuts Chinese into words in Fox's script
+    if by_character:
         print0("jieba is not installed: Chinese pages are scored by character in f1 and precision")
     tasks = tasks_of(args, meta["user_config"], getattr(engine.mode, "size", engine.model.cfg.sam.image_size))
     out = args.out or os.path.join(args.checkpoint, "eval_" + args.task.replace(",", "_"))
