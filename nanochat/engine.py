@@ -6,10 +6,12 @@ import codecs
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import ImageOps
 
+from nanochat import image_modes
 from nanochat.checkpoint import load_model
 from nanochat.common import choose_dtype
 from nanochat.dataloader import collate
@@ -168,9 +170,14 @@ class Engine:
 # The same few flags and steps in every script that reads with a trained model
 
 
+def choose_mode(name, supported):
+    """The Mode of a name; for "auto" a function (width, height) -> Mode."""
+    return partial(image_modes.auto_mode, supported) if name == "auto" else get_mode(name, supported)
+
+
 def add_arguments(parser):
     parser.add_argument("--checkpoint", default="checkpoints/stage2", help="model_<step> folder, or a run folder (then its last)")
-    parser.add_argument("--mode", default="", help="image mode; empty = the one the model was trained in")
+    parser.add_argument("--mode", default="", help="image mode, or auto; empty = the one the model was trained in")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
     parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens a page may take")
@@ -185,5 +192,5 @@ def load_engine(args, device):
     model.dtype = choose_dtype(device, args.dtype)
     for p in model.gpt.parameters():  # cast once: they would be at each step, to the same numbers
         p.data = p.data.to(model.dtype)
-    mode = get_mode(args.mode or meta["mode"], model.cfg.modes)
+    mode = choose_mode(args.mode or meta["mode"], model.cfg.modes)
     return Engine(model, tokenizer, mode, NoRepeat.parse(args.no_repeat, tokenizer)), meta

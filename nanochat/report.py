@@ -30,10 +30,13 @@ def mean(rows, key):
 
 
 def nearest_other(rows):
-    """For each row 1-NED of its prediction to the truth, of all other rows' truths, that shares most words with it."""
+    """
+    For each row 1-NED of its prediction to the truth, of all other rows' truths, that shares most words with it. Truths under 6
+    characters are left out: a wrong "yes" is not another page's answer.
+    """
     pages_with, scores = defaultdict(set), []
     for i, row in enumerate(rows):
-        for word in set(row["truth"].split()):
+        for word in set(row["truth"].split()) if len(row["truth"]) >= 6 else ():
             pages_with[word].add(i)
     for row in rows:
         shared = Counter(i for word in set(row["prediction"].split()) for i in pages_with[word] if rows[i]["truth"] != row["truth"])

@@ -31,7 +31,7 @@ from tasks.training import parse_chars
 
 FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official", "repetition_rate", "relaxed_accuracy")
 ANSWERS = ("chartqa",)  # tasks of questions with a short answer, scored by relaxed accuracy too
-SETTINGS = ("mode", "dtype", "max_new_tokens", "no_repeat", "path", "chars", "seed")  # flags that change a prediction
+SETTINGS = ("dtype", "max_new_tokens", "no_repeat", "path", "chars", "seed")  # flags that change a prediction
 WINDOW = 4  # batches' worth of pages are loaded and sorted by length before they are cut into batches
 
 
@@ -178,11 +178,12 @@ def figures_of(name, rows, controls):
             **{f"by_{key}": groups for key in dict.fromkeys(k for r in rows for k in r["attributes"]) if (groups := breakdown(rows, key))}}
 
 
-def check_settings(args, out, meta):
+def check_settings(args, out, meta, by_character):
     """Rows of different settings must not mix: ValueError if <out> was begun under others. Batch size and number of pages may change."""
     path = os.path.join(out, "settings.json")
     with open(os.path.join(resolve(args.checkpoint), "model.safetensors"), "rb") as f:
-        ours = {"step": meta["step"], "weights": hashlib.file_digest(f, "sha256").hexdigest(), **{key: getattr(args, key) for key in SETTINGS}}
+        ours = {"weights": hashlib.file_digest(f, "sha256").hexdigest(), "by_character": by_character, "mode": args.mode or meta["mode"],
+                **{key: getattr(args, key) for key in SETTINGS}}
     theirs = read_json(path) if os.path.exists(path) else ours
     if theirs != ours:
         changed = "; ".join(f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key])
@@ -193,20 +194,17 @@ def check_settings(args, out, meta):
         write_json(path, ours)
 
 
-def log_wandb(run, args, summary, sections, png):
+def log_wandb(args, summary, sections, png):
     """Every figure, the table of pictures and the curve."""
-    wandb_run = init_wandb(run, vars(args))
-    if run == "dummy":
-        return
     import wandb
-    table = wandb.Table(columns=["task", "page", "truth", "prediction", "1-NED", "flags"])
+    run, table = init_wandb(args.run, vars(args)), wandb.Table(columns=["task", "page", "truth", "prediction", "1-NED", "flags"])
     for name, task, rows in sections:
-        wandb_run.log({f"{name}/{k}": v for k, v in summary[name].items() if isinstance(v, (int, float))})
+        run.log({f"{name}/{k}": v for k, v in summary[name].items() if isinstance(v, (int, float))})
         for r in sorted(rows, key=lambda r: r["one_minus_ned"])[:args.report_pages]:
             picture = None if r["failed"] else wandb.Image(task[r["index"]]["images"][0])
             table.add_data(name, picture, r["truth"], r["prediction"], r["one_minus_ned"], ", ".join(r["flags"]))
-    wandb_run.log({"pages": table, "curve": wandb.Image(png)})
-    wandb_run.finish()
+    run.log({"pages": table, "curve": wandb.Image(png)})
+    run.finish()
 
 
 def main(argv=None):
@@ -234,7 +232,7 @@ def main(argv=None):
         print0("jieba is not installed: Chinese pages are scored by character in f1 and precision")
     tasks = tasks_of(args, meta["user_config"], getattr(engine.mode, "size", engine.model.cfg.sam.image_size))
     out = args.out or os.path.join(args.checkpoint, "eval_" + args.task.replace(",", "_"))
-    check_settings(args, out, meta)
+    check_settings(args, out, meta, by_character)
 
     summary = {"checkpoint": args.checkpoint, "step": meta["step"], "mode": args.mode or meta["mode"], "seed": args.seed}
     sections = []
@@ -271,7 +269,8 @@ def main(argv=None):
             with open(os.path.join(out, "md", os.path.splitext(os.path.basename(row["image_name"]))[0] + ".md"), "w", encoding="utf-8") as f:
                 f.write(row["prediction"])
         write_json(os.path.join(out, "summary.json"), summary)
-        log_wandb(args.run, args, summary, sections, png)
+        if args.run != "dummy":
+            log_wandb(args, summary, sections, png)
     json_line(summary)
     compute_cleanup()
 

@@ -9,7 +9,8 @@ python -m pytest tests/test_engine.py
 import pytest
 import torch
 
-from nanochat.engine import Engine, NoRepeat
+from nanochat import image_modes
+from nanochat.engine import Engine, NoRepeat, choose_mode
 from nanochat.image_modes import MODES, Mode
 from nanochat.tokenizer import SPECIAL_TOKENS
 from tasks.common import ocr_conversation
@@ -191,6 +192,13 @@ def test_the_function_gets_upright_sides(engine, pages):
     engine.mode = lambda *size: sides.append(size) or MODES["test"]
     engine.plans({"images": [image]})
     assert sides == [(40, 80)]
+
+
+@pytest.mark.skipif(not hasattr(image_modes, "auto_mode"), reason="image_modes has no automatic choice in this version")
+def test_automatic_mode(engine, pages):
+    assert choose_mode("auto", ["base", "tiny"])(300, 500) == MODES["tiny"]
+    engine.mode = choose_mode("auto", ["test"])
+    assert engine.plans(pages[0])[0].mode == MODES["test"]
 
 
 def test_images_are_encoded_once(engine, pages, monkeypatch):
