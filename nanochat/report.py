@@ -66,8 +66,7 @@ def verdict(rows, controls):
     without = {row["index"]: row["one_minus_ned"] for row in controls["another"]}
     gains = [row["one_minus_ned"] - without[row["index"]] for row in rows if row["index"] in without]
     gain, low = float(np.mean(gains)), bootstrap_ci(gains)[0]
-    return (f"{'reads' if gain >= 0.1 and low > 0 else 'ignores the page'}: 1-NED is {gain:.3f} higher with its own page "
-            f"than with another page in its place")
+    return f"{'reads' if gain >= 0.1 and low > 0 else 'ignores the page'}: 1-NED {gain:+.3f} with its own page against another in its place"
 
 
 # -----------------------------------------------------------------------------
