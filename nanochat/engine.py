@@ -181,7 +181,7 @@ def add_arguments(parser):
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
     parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens a page may take")
-    parser.add_argument("--no-repeat", default="", help="N,WINDOW: no n-gram of N tokens twice within WINDOW tokens, e.g. 30,90; empty = off")
+    parser.add_argument("--no-repeat", default="", help="N,WINDOW: no N tokens twice in a row within WINDOW, e.g. 30,90; empty = off")
 
 
 def load_engine(args, device):

@@ -98,8 +98,8 @@ def curve(rows, key="text_tokens"):
     The paper's table: rows by task (its ranges of --chars together), mode and bucket of `key` (text_tokens or tokens_per_vision_token).
     Vision tokens are counted as in the paper and as positions in the decoder. Pages that failed to load have no length and no bucket.
     """
-    known = [{**r, "tokens_per_vision_token": r["text_tokens"] / r["vision_tokens"], "tokens_per_position": r["text_tokens"] / r["positions"]}
-             for r in rows if r["vision_tokens"]]
+    known = [{**r, "tokens_per_vision_token": r["text_tokens"] / r["vision_tokens"],
+              "tokens_per_position": r["text_tokens"] / r["positions"]} for r in rows if r["vision_tokens"]]
     groups, width = defaultdict(list), step_of([r[key] for r in known] or [1])
     for r in known:
         groups[re.sub(r"_\d+-\d+$", "", r["task"]), r["mode"], int(r[key] // width)].append(r)
@@ -130,7 +130,7 @@ def plot_curve(path, table):
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=7)
-    figure.suptitle("Small numbers: pages. The paper does not define its precision; Fox's public script prints precision_official", fontsize=8)
+    figure.suptitle("Small numbers: pages. The paper does not define its precision; Fox's script prints precision_official", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -183,15 +183,18 @@ def page_html(row, task):
 
 
 def write_html(path, title, summary, sections, curves, png, limit):
-    """sections: [(name, task, rows)]; summary: {name: figures}; curves: tables of `curve`; png: path of its picture; limit: pages a task."""
+    """sections: [(name, task, rows)]; summary: {name: figures}; curves: tables of `curve`; png: its picture; limit: pages a task."""
     names, title = [name for name, _, _ in sections], html.escape(title)
-    controls = [{"task": name, "control": kind, "what": CONTROLS[kind], **v} for name in names for kind, v in summary[name]["controls"].items()]
+    controls = [{"task": name, "control": kind, "what": CONTROLS[kind], **v}
+                for name in names for kind, v in summary[name]["controls"].items()]
     with open(png, "rb") as f:
         picture = base64.b64encode(f.read()).decode()
     with open(path, "w", encoding="utf-8") as f:
-        f.write(f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>")
+        f.write(f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style></head><body>")
+        f.write(f"<h1>{title}</h1>")
         f.write("".join(f"<p class='verdict'>{html.escape(name)}: {html.escape(summary[name]['verdict'])}</p>" for name in names))
-        f.write(html_table([{k: summary[name][k] for k in ("task", "samples", "failed", *MEANS, "repetition_rate", "ci95")} for name in names]))
+        keys = ("task", "samples", "failed", *MEANS, "repetition_rate", "ci95")
+        f.write(html_table([{k: summary[name][k] for k in keys} for name in names]))
         f.write("<h2>Controls</h2>" + (html_table(controls) or "<p>Not run (--controls).</p>"))
         f.write(f"<h2>Compression</h2><img alt='curve' src='data:image/png;base64,{picture}'>" + "".join(map(html_table, curves)))
         for name, task, rows in sections:
@@ -199,6 +202,6 @@ def write_html(path, title, summary, sections, curves, png, limit):
             for key in (key for key in summary[name] if key.startswith("by_")):
                 f.write(html_table([{key: value, "1-NED": score, "pages": n} for value, (score, n) in summary[name][key].items()]))
             shown = sorted(rows, key=lambda row: row["one_minus_ned"])[:limit]
-            f.write(f"<p>{len(shown)} of {len(rows)} pages, worst first: picture, truth (<del>missed</del>), prediction (<ins>wrong</ins>).</p>")
+            f.write(f"<p>{len(shown)} of {len(rows)} pages, worst first: page, truth (<del>missed</del>), reading (<ins>wrong</ins>)</p>")
             f.writelines(page_html(row, task) for row in shown)
         f.write("</body></html>")

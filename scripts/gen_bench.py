@@ -42,7 +42,8 @@ def transformers_twin(gpt, dtype):
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
     for name, tensor in gpt.state_dict().items():
         name = re.sub(r"attn\.c_(q|k|v)\.", r"self_attn.\1_proj.", name.replace("attn.c_proj", "self_attn.o_proj"))
-        for ours, theirs in (("transformer.wte", "model.embed_tokens"), ("transformer.h", "model.layers"), ("c_fc", "fc1"), ("c_proj", "fc2")):
+        for ours, theirs in (("transformer.wte", "model.embed_tokens"), ("transformer.h", "model.layers"), ("c_fc", "fc1"),
+                             ("c_proj", "fc2")):
             name = name.replace(ours, theirs)
         weights[name] = tensor
     twin.load_state_dict(weights)
@@ -52,8 +53,8 @@ def transformers_twin(gpt, dtype):
 @torch.inference_mode()
 def by_transformers(engine, twin, conversations, n):
     batch, _ = engine.prompt_batch(conversations)
-    ids = twin.generate(inputs_embeds=engine.model.embed(batch), attention_mask=torch.ones_like(batch.ids), max_new_tokens=n, min_new_tokens=n,
-                        do_sample=False, suppress_tokens=engine.banned, eos_token_id=None)
+    ids = twin.generate(inputs_embeds=engine.model.embed(batch), attention_mask=torch.ones_like(batch.ids), max_new_tokens=n,
+                        min_new_tokens=n, do_sample=False, suppress_tokens=engine.banned, eos_token_id=None)
     return [engine.tokenizer.decode(row) for row in ids.tolist()]
 
 
@@ -89,8 +90,8 @@ def main(argv=None):
         print0(f"{name}: {len(rows)} x {n} tokens, {rate[name]:.0f} tokens/s")
     ratios = {"batched_over_one_row": ("cached", "cached_one_row"), "cached_over_uncached": ("cached", "uncached"),
               "cached_over_uncached_one_row": ("cached_one_row", "uncached_one_row"), "over_transformers": ("cached", "transformers")}
-    json_line({"bench": "generation", "params": engine.model.num_params(), "dtype": str(engine.model.dtype), "threads": torch.get_num_threads(),
-               "new_tokens": n, "batch_size": args.batch_size, "tokens_per_sec": rate,
+    json_line({"bench": "generation", "params": engine.model.num_params(), "dtype": str(engine.model.dtype),
+               "threads": torch.get_num_threads(), "new_tokens": n, "batch_size": args.batch_size, "tokens_per_sec": rate,
                **{name: rate[a] / rate[b] for name, (a, b) in ratios.items() if b in rate},
                "same_text": all(texts[name] == texts["cached"][:len(texts[name])] for name in cases)})
 

@@ -79,7 +79,7 @@ def pdf_pages(source, dpi):
                 with contextlib.closing(document[k]) as page:
                     width, height = (side * dpi / 72 for side in page.get_size())
                     if width * height > Image.MAX_IMAGE_PIXELS:
-                        raise ValueError(f"{width:.0f} x {height:.0f} px at {dpi} dpi, the limit is {Image.MAX_IMAGE_PIXELS} px: lower --dpi")
+                        raise ValueError(f"{width:.0f} x {height:.0f} px at {dpi} dpi, over {Image.MAX_IMAGE_PIXELS} px: lower --dpi")
                     with contextlib.closing(page.render(scale=dpi / 72)) as bitmap:
                         yield k + 1, bitmap.to_pil().convert("RGB")
             except (ValueError, pypdfium2.PdfiumError) as error:
@@ -129,7 +129,7 @@ def main(argv=None):
     parser.add_argument("files", nargs="*", help="pictures, PDFs, folders, patterns; - is standard input")
     add_arguments(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    parser.add_argument("--prompt", default="", help="a question about each page, in place of reading it; without files, to the model alone")
+    parser.add_argument("--prompt", default="", help="a question about each page, in place of reading it; or without one")
     parser.add_argument("--chat", action="store_true", help="talk: a line of standard input, an answer, and so on")
     parser.add_argument("--batch-size", type=int, default=16, help="pages generated together")
     parser.add_argument("--dpi", type=int, default=144, help="resolution at which PDF pages are drawn")

@@ -165,7 +165,8 @@ def evaluate(engine, name, task, pages, args, out, by_character):
 def figures_of(name, rows, controls):
     """Everything that is said of one task, from its rows and {control: rows}."""
     loaded, finished = [r for r in rows if r["vision_tokens"]], [r for r in rows if not r["failed"]]
-    tokens, positions, text, characters = (mean(loaded, k) if loaded else 0.0 for k in ("vision_tokens", "positions", "text_tokens", "truth_chars"))
+    tokens, positions, text, characters = (mean(loaded, key) if loaded else 0.0
+                                           for key in ("vision_tokens", "positions", "text_tokens", "truth_chars"))
     width, seconds = step_of([r["text_tokens"] for r in rows]), sum(r["seconds"] for r in rows)
     for r in loaded:
         r["attributes"]["text_tokens"] = f"{(low := r['text_tokens'] // width * width):g}-{low + width:g}"
@@ -174,7 +175,8 @@ def figures_of(name, rows, controls):
             "vision_tokens": int(tokens) if tokens == int(tokens) else tokens, "positions": positions,
             "confidence": mean(finished, "confidence") if finished else None, "unfinished": sum(not r["finished"] for r in finished),
             "pages_per_sec": len(rows) / seconds, "tokens_per_sec": sum(r["tokens"] for r in rows) / seconds,
-            "controls": {kind: {k: v for k, v in summarize(r).items() if k in ("samples", "failed", "ci95", *FIGURES)} for kind, r in controls.items()},
+            "controls": {kind: {k: v for k, v in summarize(r).items() if k in ("samples", "failed", "ci95", *FIGURES)}
+                         for kind, r in controls.items()},
             **{f"by_{key}": groups for key in dict.fromkeys(k for r in rows for k in r["attributes"]) if (groups := breakdown(rows, key))}}
 
 
@@ -212,7 +214,7 @@ def main(argv=None):
     add_arguments(parser)
     parser.add_argument("--task", default="heldout,heldout_words,random_chars", help=f"with commas: {', '.join(SPLITS)}, omnidocbench")
     parser.add_argument("--path", default="", help="folder of pages, e.g. in OmniDocBench's format")
-    parser.add_argument("--chars", default="", help="synthetic pages: LO-HI characters, several ranges with commas, each its own set; empty = as trained")
+    parser.add_argument("--chars", default="", help="synthetic pages: LO-HI characters, or several, each its own set; empty = as trained")
     parser.add_argument("--max-problems", type=int, default=256, help="pages per task")
     parser.add_argument("--controls", type=int, nargs="?", const=64, default=0, help="pages per control: blank, another page, other words")
     parser.add_argument("--seed", type=int, default=2, help="seed of the synthetic pages (0 trains, 1 validates)")
@@ -242,8 +244,8 @@ def main(argv=None):
                     for kind, other in controls_of(task).items() if args.controls}
         figures = summary[name] = figures_of(name, rows, controls)
         sections.append((name, task, rows))
-        print0(f"{name}: {figures['verdict']}\n  {figures['samples']} pages, {figures['chars_per_vision_token']:.2f} characters per vision token | " +
-               " | ".join(f"{k} {figures[k]:.4f}" for k in FIGURES if k in figures) +
+        print0(f"{name}: {figures['verdict']}\n  {figures['samples']} pages, {figures['chars_per_vision_token']:.2f} characters per vision "
+               "token | " + " | ".join(f"{k} {figures[k]:.4f}" for k in FIGURES if k in figures) +
                f" | {figures['pages_per_sec']:.1f} pages/s, {figures['tokens_per_sec']:.0f} tok/s")
         print0("  (precision counts only what was written: misleading when the output is short)")
         for kind, of_control in figures["controls"].items():
@@ -253,7 +255,8 @@ def main(argv=None):
         for r in rows[:args.samples]:
             print0(f"  {r['one_minus_ned']:.2f}  truth {(r['truth'] or '')[:200]!r}\n        reads {r['prediction'][:200]!r}")
         if figures["failed"]:
-            banner(f"{figures['failed']} of {len(rows)} pages failed and count as wrong; the first: {next(r['error'] for r in rows if r['failed'])}")
+            first = next(r["error"] for r in rows if r["failed"])
+            banner(f"{figures['failed']} of {len(rows)} pages failed and count as wrong; the first: {first}")
     if len(tasks) == 1:
         summary |= {k: v for k, v in figures.items() if not isinstance(v, dict)}
 
@@ -265,8 +268,9 @@ def main(argv=None):
         title = f"{args.checkpoint}, step {meta['step']}, mode {summary['mode']}"
         write_html(os.path.join(out, "report.html"), title, summary, sections, curves, png, args.report_pages)
         os.makedirs(os.path.join(out, "md"), exist_ok=True)
-        for row in (row for row in all_rows if "image_name" in row):  # failed pages too: the official evaluator leaves out what has no file
-            with open(os.path.join(out, "md", os.path.splitext(os.path.basename(row["image_name"]))[0] + ".md"), "w", encoding="utf-8") as f:
+        for row in (row for row in all_rows if "image_name" in row):  # failed ones too: the official evaluator skips pages without a file
+            name = os.path.splitext(os.path.basename(row["image_name"]))[0]
+            with open(os.path.join(out, "md", name + ".md"), "w", encoding="utf-8") as f:
                 f.write(row["prediction"])
         write_json(os.path.join(out, "summary.json"), summary)
         if args.run != "dummy":

@@ -218,7 +218,7 @@ def test_stream_is_generate_in_pieces(engine, mixed):
 
 def test_characters_stream_whole(engine, pages, monkeypatch):
     """Chinese takes three byte tokens a character here; the last one is cut by the limit."""
-    ids = [token for char in "\u4f60\u597d!" for byte in char.encode() for token in [engine.tokenizer.enc.encode_single_token(bytes([byte]))]]
+    ids = [engine.tokenizer.enc.encode_single_token(bytes([byte])) for byte in "\u4f60\u597d!".encode()]
     monkeypatch.setattr(engine, "decode", lambda *args: ([(0, token, -1.0)] for token in ids + ids[:2]))
     pieces = [piece for piece, _ in engine.stream(pages[0], 9)]
     assert pieces == ["", "", "\u4f60", "", "", "\u597d", "!", "", "", "\ufffd"]

@@ -83,7 +83,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(run, tmp_path):
     good = picture(tmp_path / "good.png", 8)
     noise = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(noise, "PNG")
-    broken = {"empty.png": b"", "cut.png": noise.getvalue()[:2000], "text.jpg": b"hello", "broken.pdf": b"%PDF-1.4\nnothing", "gone.png": None}
+    broken = {"empty.png": b"", "cut.png": noise.getvalue()[:2000], "text.jpg": b"hello", "broken.pdf": b"%PDF-1.4\nnothing",
+              "gone.png": None}
     for name, content in broken.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -119,7 +120,7 @@ def test_pages_of_pdf_and_tiff(run, engine, tmp_path, monkeypatch):
 def test_an_encrypted_pdf(run, tmp_path):
     pytest.importorskip("pypdfium2")
     content = pdf(tmp_path / "a.pdf", [1]).read_bytes()
-    lock = b"trailer\n<< /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <" + b"41" * 32 + b"> /U <" + b"42" * 32 + b"> >> /ID [<00> <00>] "
+    lock = b"trailer\n<< /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <" + b"41" * 32 + b"> /U <" + b"42" * 32 + b"> >> /ID [<0> <0>] "
     (tmp_path / "a.pdf").write_bytes(content.replace(b"trailer\n<<", lock))
     lines, err, status = run(tmp_path / "a.pdf")
     assert (lines, status) == ([], 1) and "encrypted or broken" in err
@@ -183,7 +184,8 @@ def test_model_read(model, tokenizer):
         model.read(image)
     model.tokenizer = tokenizer
     text = model.read(image, max_new_tokens=20)
-    assert isinstance(text, str) and text == model.read(image, "test", max_new_tokens=20) == model.read(image, lambda w, h: MODES["test"], max_new_tokens=20)
+    assert isinstance(text, str) and text == model.read(image, "test", max_new_tokens=20)
+    assert text == model.read(image, lambda w, h: MODES["test"], max_new_tokens=20)
     assert model.read(image, prompt="What?", max_new_tokens=20) != text
     assert len(model.read(image)) > len(text)  # up to the decoder's last position
     assert model.read(image, no_repeat=NoRepeat(2, 50)) != model.read(image)
