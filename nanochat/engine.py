@@ -2,14 +2,25 @@
 Generation: a batch of conversations with images in, texts out. Images are encoded once; the prompt fills the KV cache; then
 one token per row and step, until the row ends or its budget is spent. Finished rows leave the batch.
 """
+import codecs
+import math
+import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from PIL import ImageOps
 
-from nanochat.dataloader import Batch, collate
+from nanochat import image_modes
+from nanochat.checkpoint import load_model
+from nanochat.common import choose_dtype
+from nanochat.dataloader import collate
 from nanochat.gpt import KVCache
-from nanochat.image_modes import preprocess
+from nanochat.image_modes import get_mode, plan, preprocess
+from nanochat.metrics import repetition
 from nanochat.tokenizer import SPECIAL_TOKENS
+
+LOW_CONFIDENCE = math.log(2 / 3)  # nats per token, mean of the tokens chosen; pages below it scored 0.6 1-NED or less with a nano model
 
 
 @dataclass
@@ -19,65 +30,167 @@ class Result:
     finished: bool        # ended by itself, not by the limit
     confidence: float     # mean log-probability (nats) of the generated tokens
 
+    @property
+    def flags(self):
+        """Reasons to look at this page: "loops", "low confidence", "cut" (by the limit)."""
+        found = {"loops": repetition(self.text), "low confidence": self.confidence < LOW_CONFIDENCE, "cut": not self.finished}
+        return [name for name, is_so in found.items() if is_so]
+
+
+@dataclass(frozen=True)
+class NoRepeat:
+    """
+    No n-gram of generated tokens again while its first stands within the last `window` of them; tokens of the whitelist (table
+    tags) are always allowed. DeepSeek-OCR's rule; its settings are 30,90 for pictures and 20,50 for PDFs. Only loops with a
+    period of at most window - n + 1 tokens are broken. The prompt is not scanned, hence no image placeholder either.
+    """
+    n: int
+    window: int
+    whitelist: frozenset = frozenset()
+
+    def __post_init__(self):
+        if not 2 <= self.n <= self.window:
+            raise ValueError(f"no-repeat n-gram {self.n},{self.window}: needs 2 <= n <= window, e.g. 30,90")
+
+    @classmethod
+    def parse(cls, text, tokenizer):
+        """"30,90" -> NoRepeat whose whitelist is the tokens of <td> and </td>; "" -> None."""
+        if text and not re.fullmatch(r"\d+,\d+", text):
+            raise ValueError(f"--no-repeat={text}: give N,WINDOW in tokens, e.g. 30,90")
+        return cls(*map(int, text.split(",")), frozenset(tokenizer.encode("<td>") + tokenizer.encode("</td>"))) if text else None
+
+    def banned(self, ids):
+        """Tokens that must not follow `ids`, the tokens of one row so far."""
+        k, last = self.n - 1, ids[-1:]
+        return [ids[i + k] for i in range(max(0, len(ids) - self.window), len(ids) - k)
+                if ids[i + k - 1:i + k] == last and ids[i:i + k] == ids[-k:] and ids[i + k] not in self.whitelist]
+
 
 class Engine:
-    def __init__(self, model, tokenizer, mode):
-        self.model, self.tokenizer, self.mode = model, tokenizer, mode
+    """mode: a Mode, or a function (width, height) in px of the upright picture -> Mode; a conversation's own key "mode" overrides it."""
+    def __init__(self, model, tokenizer, mode, no_repeat=None):
+        self.model, self.tokenizer, self.mode, self.no_repeat = model, tokenizer, mode, no_repeat
         self.end = tokenizer.encode_special("<|assistant_end|>")
         # never generated: placeholders and every special token but the end
         self.banned = [i for i in map(tokenizer.encode_special, SPECIAL_TOKENS) if i != self.end]
+
+    def plans(self, conversation):
+        """One image_modes.Plan per image of the conversation."""
+        mode = conversation.get("mode", self.mode)
+        sizes = [ImageOps.exif_transpose(image).size for image in conversation["images"]]
+        return [plan(mode(*size) if callable(mode) else mode, *size, self.model.cfg.token_stride) for size in sizes]
 
     def prompt_batch(self, conversations):
         """-> (Batch on the model's device, prompt length of each row)."""
         samples = []
         for c in conversations:
-            images = [preprocess(image, self.mode, self.model.cfg.token_stride) for image in c["images"]]
+            images = [preprocess(image, p.mode, self.model.cfg.token_stride) for image, p in zip(c["images"], self.plans(c))]
             ids = self.tokenizer.render_for_completion(c, [p.positions for p, _, _ in images])
             samples.append((ids + [0], [0] * (len(ids) + 1), images, 0))  # collate shifts by one; nothing is supervised
         return collate(samples).to(self.model.device), [len(s[0]) - 1 for s in samples]
 
-    @torch.inference_mode()
     def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
-        """-> one Result per conversation. temperature 0 = greedy."""
-        if self.model.training:
-            raise ValueError("the model is in training mode: call model.eval() first")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-        batch, lengths = self.prompt_batch(conversations)
-        return self.decode(batch, lengths, max_new_tokens, temperature, seed)
+        """-> one Result per conversation. temperature 0 = greedy; max_new_tokens None = up to the decoder's last position."""
+        tokens, logprobs = [[] for _ in conversations], [0.0] * len(conversations)
+        for step in self.decode(conversations, max_new_tokens, temperature, seed):
+            for row, token, logprob in step:
+                tokens[row].append(token)
+                logprobs[row] += logprob
+        results = []
+        for ids, logprob in zip(tokens, logprobs):
+            finished = ids[-1] == self.end
+            results.append(Result(self.tokenizer.decode(ids[:-1] if finished else ids), len(ids), finished, logprob / len(ids)))
+        return results
 
-    def decode(self, batch: Batch, lengths, max_new_tokens, temperature, seed):
+    def generate_each(self, conversations, max_new_tokens, temperature=0.0):
+        """As `generate`, but a conversation that is refused (too long) gets its ValueError, and the others their Result."""
+        try:
+            return self.generate(conversations, max_new_tokens, temperature) if conversations else []
+        except ValueError as error:
+            if len(conversations) == 1:
+                return [error]
+            return [result for c in conversations for result in self.generate_each([c], max_new_tokens, temperature)]
+
+    def stream(self, conversation, max_new_tokens, temperature=0.0, seed=0):
+        """Yields (new piece of text, Result so far) as tokens come; a character cut by a token boundary waits for its rest."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text, total = "", 0.0
+        for n, [(_, token, logprob)] in enumerate(self.decode([conversation], max_new_tokens, temperature, seed), 1):
+            finished = token == self.end
+            piece = decoder.decode(b"" if finished else self.tokenizer.decode_bytes([token]), final=finished)
+            text, total = text + piece, total + logprob
+            yield piece, Result(text, n, finished, total / n)
+        if rest := decoder.decode(b"", final=True):
+            yield rest, Result(text + rest, n, finished, total / n)
+
+    @torch.inference_mode()
+    def decode(self, conversations, max_new_tokens, temperature, seed):
+        """Yields for each step [(row, its new token, log-probability in nats), ...] of the rows that still go on."""
         model, gpt, device = self.model, self.model.gpt, self.model.device
+        if model.training:
+            raise ValueError("the model is in training mode: call model.eval() first")
+        batch, lengths = self.prompt_batch(conversations)
+        if max_new_tokens is None:
+            max_new_tokens = gpt.cfg.sequence_len - max(lengths)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1, beside a prompt of {max(lengths)} positions")
         B = len(lengths)
         rng = torch.Generator(device).manual_seed(seed) if temperature > 0 else None
         cache = KVCache(gpt.cfg, B, max(lengths) + max_new_tokens, device, model.dtype)
         hidden = gpt(model.embed(batch), cache=cache)
         position = torch.tensor(lengths, device=device)  # where each row's next token goes
         hidden = hidden[torch.arange(B, device=device), position - 1]
-        rows = torch.arange(B, device=device)            # which conversation each live row is
-        tokens, logprobs = [[] for _ in range(B)], [0.0] * B
+        rows = list(range(B))                            # which conversation each live row is
+        said, banned = [[] for _ in rows], torch.tensor(self.banned, device=device)
         for step in range(max_new_tokens):
-            logits = gpt.logits(hidden)
-            logits[:, self.banned] = float("-inf")
+            logits = gpt.logits(hidden).index_fill_(1, banned, float("-inf"))
+            if self.no_repeat:
+                for live, row in enumerate(rows):
+                    logits[live, self.no_repeat.banned(said[row])] = float("-inf")
             choice = logits.argmax(-1) if rng is None else \
                 torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
-            chosen = logits.log_softmax(-1).gather(1, choice[:, None])[:, 0]
-            for row, token, lp in zip(rows.tolist(), choice.tolist(), chosen.tolist()):
-                tokens[row].append(token)
-                logprobs[row] += lp
-            alive = choice != self.end
-            if not alive.all():
-                rows, position, choice = rows[alive], position[alive], choice[alive]
-                if not len(rows):
-                    break
-                cache.keep_rows(alive)
-            if step + 1 < max_new_tokens:
-                x = gpt.transformer.wte(choice)[:, None].to(model.dtype)
-                hidden = gpt(x, cache=cache, positions=position[:, None])[:, 0]
-                position = position + 1
-        results = []
-        for ids, lp in zip(tokens, logprobs):
-            finished = ids[-1] == self.end
-            text = self.tokenizer.decode(ids[:-1] if finished else ids)
-            results.append(Result(text, len(ids), finished, lp / len(ids)))
-        return results
+            logprob = logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(-1)
+            news = list(zip(rows, choice.tolist(), logprob.tolist()))
+            yield news
+            for row, token, _ in news:
+                said[row].append(token)
+            alive = [live for live, (_, token, _) in enumerate(news) if token != self.end]
+            if not alive or step + 1 == max_new_tokens:
+                return
+            if len(alive) < len(rows):
+                rows, keep = [rows[live] for live in alive], torch.tensor(alive, device=device)
+                position, choice = position[keep], choice[keep]
+                cache.keep_rows(keep)
+            x = gpt.transformer.wte(choice)[:, None].to(model.dtype)
+            hidden = gpt(x, cache=cache, positions=position[:, None])[:, 0]
+            position = position + 1
+
+
+# -----------------------------------------------------------------------------
+# The same few flags and steps in every script that reads with a trained model
+
+
+def choose_mode(name, supported):
+    """The Mode of a name; for "auto" a function (width, height) -> Mode."""
+    return partial(image_modes.auto_mode, supported) if name == "auto" else get_mode(name, supported)
+
+
+def add_arguments(parser):
+    parser.add_argument("--checkpoint", default="checkpoints/stage2", help="model_<step> folder, or a run folder (then its last)")
+    parser.add_argument("--mode", default="", help="image mode, or auto; empty = the one the model was trained in")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
+    parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens a page may take")
+    parser.add_argument("--no-repeat", default="", help="N,WINDOW: no N tokens twice in a row within WINDOW, e.g. 30,90; empty = off")
+
+
+def load_engine(args, device):
+    """-> (Engine, meta) for the flags of `add_arguments`."""
+    model, tokenizer, meta = load_model(args.checkpoint, device)  # the one place that turns --checkpoint into a model
+    if not 1 <= args.max_new_tokens < model.cfg.gpt.sequence_len:
+        raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {model.cfg.gpt.sequence_len - 1}, the decoder's positions")
+    model.dtype = choose_dtype(device, args.dtype)
+    for p in model.gpt.parameters():  # cast once: they would be at each step, to the same numbers
+        p.data = p.data.to(model.dtype)
+    mode = choose_mode(args.mode or meta["mode"], model.cfg.modes)
+    return Engine(model, tokenizer, mode, NoRepeat.parse(args.no_repeat, tokenizer)), meta

@@ -190,7 +190,8 @@ def summarize(rows):
     """
     Means over pages (each page weighs the same) of rows as score_page gives them. A row with "failed": true needs no
     figures and counts as wrong (1-NED 0, NED/CER/WER 1, words 0), never as absent. ci95 is [low, high] of
-    one_minus_ned. Raises ValueError without rows: a mean of nothing is no result.
+    one_minus_ned. relaxed_accuracy is there when any row has it (short answers). Raises ValueError without rows: a mean
+    of nothing is no result.
     """
     if not rows:
         raise ValueError("summarize got 0 rows, it needs at least 1: were any pages scored?")
@@ -198,5 +199,7 @@ def summarize(rows):
     summary = {"samples": len(rows), "failed": sum(bool(row.get("failed")) for row in rows)}
     summary |= {key: float(np.mean([row[key] for row in scored])) for key in MEANS}
     summary["repetition_rate"] = float(np.mean([row["repetition"] for row in scored]))
+    if any("relaxed_accuracy" in row for row in rows):
+        summary["relaxed_accuracy"] = float(np.mean([not row.get("failed") and row["relaxed_accuracy"] for row in rows]))
     summary["ci95"] = list(bootstrap_ci([row["one_minus_ned"] for row in scored]))
     return summary

@@ -117,6 +117,20 @@ class NanoDeepseekOCR(nn.Module):
             x = x + 0.0 * (blank.sum() + self.view_seperator.sum()).to(x.dtype)
         return x
 
+    def read(self, image, mode=None, prompt=None, max_new_tokens=None, no_repeat=None):
+        """
+        Text of a PIL image, greedily. mode: name, "auto" or Mode, default the one trained in; prompt: a question in place of reading
+        the page; max_new_tokens: default as many as the decoder has positions left; no_repeat: an engine.NoRepeat.
+        """
+        from nanochat.engine import Engine, choose_mode  # on top of this file
+        from tasks.common import OCR_PROMPT, ocr_conversation
+        if getattr(self, "tokenizer", None) is None:
+            raise ValueError("this model has no tokenizer to read with: load it by NanoDeepseekOCR.from_pretrained, or set model.tokenizer")
+        mode = mode or (getattr(self, "meta", None) or {}).get("mode", self.cfg.modes[0])
+        engine = Engine(self, self.tokenizer, choose_mode(mode, self.cfg.modes) if isinstance(mode, str) else mode, no_repeat)
+        conversation = ocr_conversation(image, "", "image", "\n" + prompt if prompt else OCR_PROMPT)
+        return engine.generate([conversation], max_new_tokens)[0].text
+
     def forward(self, batch):
         """Summed next-token loss in nats over the batch's supervised positions (targets != -1)."""
         hidden = self.gpt(self.embed(batch))

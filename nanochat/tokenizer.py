@@ -108,6 +108,10 @@ class Tokenizer:
     def decode(self, ids):
         return self.enc.decode(ids)
 
+    def decode_bytes(self, ids):
+        """As `decode`, before UTF-8: a token may hold a part of a character."""
+        return self.enc.decode_bytes(ids)
+
     # --- conversations
 
     def render_conversation(self, conversation, image_positions=(), max_tokens=None):

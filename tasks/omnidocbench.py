@@ -81,7 +81,7 @@ class OmniDocBench(Task):
     special_issue) and `image_name`, which is also the id.
 
     Pages whose truth is empty are kept, since a model should write nothing there; `empty_pages` counts them.
-    `truths` are the texts by row, without opening a picture.
+    `truths` and `image_names` are the texts and names by row, without opening a picture.
     Raises FileNotFoundError or ValueError, with the path and row, for a missing or broken JSON or picture.
     """
 
@@ -124,6 +124,10 @@ class OmniDocBench(Task):
     @property
     def empty_pages(self):
         return sum(not truth for truth in self.truths)
+
+    @property
+    def image_names(self):
+        return [page["page_info"]["image_path"] for page in self.pages]
 
     def _image(self, i):
         """The page upright and in RGB. Width and height in the JSON are not used: some pages have them swapped."""

@@ -1,6 +1,7 @@
 """
-Proves that batched, cached generation says token for token what plain decoding says without batch and cache, in any company;
-that rows end by themselves or by the limit; and that no special token is ever generated.
+Proves that batched, cached generation says token for token what plain decoding says without batch and cache, in any company and
+in mixed modes; that rows end by themselves or by the limit; that no special token and, on request, no n-gram twice is ever
+generated; and that text streams in whole characters.
 
 python -m pytest tests/test_engine.py
 """
@@ -8,8 +9,9 @@ python -m pytest tests/test_engine.py
 import pytest
 import torch
 
-from nanochat.engine import Engine
-from nanochat.image_modes import MODES
+from nanochat import image_modes
+from nanochat.engine import Engine, NoRepeat, choose_mode
+from nanochat.image_modes import MODES, Mode
 from nanochat.tokenizer import SPECIAL_TOKENS
 from tasks.common import ocr_conversation
 
@@ -33,7 +35,7 @@ def plain(engine, conversation, n):
     said = []
     while len(said) < n and (not said or said[-1] != engine.end):
         logits = model.gpt.logits(model.gpt(model.embed(batch))[0, -1])
-        logits[engine.banned] = float("-inf")
+        logits[engine.banned + (engine.no_repeat.banned(said) if engine.no_repeat else [])] = float("-inf")
         said.append(int(logits.argmax()))
         batch.ids = torch.cat([batch.ids, torch.tensor([[said[-1]]])], 1)
     return said
@@ -122,3 +124,125 @@ def test_what_is_refused(engine, pages):
     engine.model.train()
     with pytest.raises(ValueError, match="call model.eval"):
         engine.generate(pages, 5)
+
+
+# -----------------------------------------------------------------------------
+# No-repeat n-gram
+
+
+def naive_banned(ids, n, window, whitelist):
+    """Every token with which the last n tokens would equal n tokens that begin within the last `window`."""
+    return {t for t in range(max(ids, default=0) + 1) for start in range(max(0, len(ids) - window), len(ids) - n + 1)
+            if (ids + [t])[-n:] == ids[start:start + n] and t not in whitelist}
+
+
+def test_no_repeat_by_hand():
+    rule = NoRepeat(3, 6)
+    assert rule.banned([1, 2, 3, 1, 2]) == [3]
+    assert rule.banned([1, 2]) == rule.banned([]) == [] and rule.banned([1, 2, 3, 4, 5, 6, 1, 2]) == []  # 1 2 3 began 8 tokens ago
+    assert NoRepeat(3, 8).banned([1, 2, 3, 4, 5, 6, 1, 2]) == [3]
+    assert NoRepeat(3, 6, frozenset([3])).banned([1, 2, 3, 1, 2]) == []
+    generator = torch.Generator().manual_seed(0)
+    for n, window in ((2, 2), (2, 7), (3, 5), (4, 30)):
+        for _ in range(60):
+            ids = torch.randint(0, 3, (int(torch.randint(0, 25, (1,), generator=generator)),), generator=generator).tolist()
+            assert set(NoRepeat(n, window, frozenset([2])).banned(ids)) == naive_banned(ids, n, window, [2])
+    with pytest.raises(ValueError, match="no-repeat n-gram 30,20: needs 2 <= n <= window"):
+        NoRepeat(30, 20)
+
+
+def test_no_repeat_parses_and_lets_table_tags_pass(tokenizer):
+    rule = NoRepeat.parse("30,90", tokenizer)
+    assert (rule.n, rule.window) == (30, 90) and set(tokenizer.encode("</td>")) <= rule.whitelist and NoRepeat.parse("", tokenizer) is None
+    with pytest.raises(ValueError, match="--no-repeat=30: give N,WINDOW"):
+        NoRepeat.parse("30", tokenizer)
+
+
+def test_no_ngram_twice(engine, mixed):
+    endless, _ = tokens_of(engine, mixed, 60)
+    def grams(ids):
+        return [tuple(ids[i:i + 2]) for i in range(len(ids) - 1)]
+    assert any(len(set(grams(ids))) < len(grams(ids)) for ids in endless)
+    engine.no_repeat = NoRepeat(2, 200)
+    said, _ = tokens_of(engine, mixed, 60)
+    assert all(len(set(grams(ids))) == len(grams(ids)) for ids in said)
+    assert [ids[:20] for ids in said] == [plain(engine, c, 20) for c in mixed]  # each row by its own text alone
+
+
+# -----------------------------------------------------------------------------
+# Modes and streaming
+
+TILED = Mode("tiled", 64, tile=64, max_tiles=4)
+
+
+def test_a_mode_per_conversation(engine, pages):
+    wide = ocr_conversation(pages[1]["images"][0].resize((200, 100)), "", "wide")
+    mixed = [pages[0], {**wide, "mode": TILED}, wide, pages[3]]
+    assert [[(p.mode.name, p.tokens, p.positions) for p in engine.plans(c)] for c in mixed] == \
+        [[("test", 4, 7)], [("tiled", 12, 17)], [("test", 4, 7)], [("test", 4, 7)]]
+    said, _ = tokens_of(engine, mixed, 20)
+    assert said == [plain(engine, c, 20) for c in mixed] and said[1] != said[2]
+    engine.mode = lambda width, height: TILED if width > height else MODES["test"]
+    assert tokens_of(engine, [pages[0], wide], 20)[0] == [said[0], said[1]]
+
+
+def test_the_function_gets_upright_sides(engine, pages):
+    image, sides = pages[0]["images"][0].resize((80, 40)), []
+    image.getexif()[0x0112] = 6  # to be turned by a quarter
+    engine.mode = lambda *size: sides.append(size) or MODES["test"]
+    engine.plans({"images": [image]})
+    assert sides == [(40, 80)]
+
+
+@pytest.mark.skipif(not hasattr(image_modes, "auto_mode"), reason="image_modes has no automatic choice in this version")
+def test_automatic_mode(engine, pages):
+    assert choose_mode("auto", ["base", "tiny"])(300, 500) == MODES["tiny"]
+    engine.mode = choose_mode("auto", ["test"])
+    assert engine.plans(pages[0])[0].mode == MODES["test"]
+
+
+def test_images_are_encoded_once(engine, pages, monkeypatch):
+    seen, project = [], engine.model.project
+    monkeypatch.setattr(engine.model, "project", lambda pixels, *args: seen.append(len(pixels)) or project(pixels, *args))
+    engine.generate(pages[:3], 10)
+    assert seen == [3]
+
+
+def test_stream_is_generate_in_pieces(engine, mixed):
+    for c in mixed:
+        pieces = list(engine.stream(c, 25))
+        result, = engine.generate([c], 25)
+        assert "".join(piece for piece, _ in pieces) == result.text == pieces[-1][1].text and pieces[-1][1].tokens == result.tokens
+        assert pieces[-1][1].confidence == pytest.approx(result.confidence) and pieces[-1][1].finished == result.finished
+
+
+def test_characters_stream_whole(engine, pages, monkeypatch):
+    """Chinese takes three byte tokens a character here; the last one is cut by the limit."""
+    ids = [engine.tokenizer.enc.encode_single_token(bytes([byte])) for byte in "\u4f60\u597d!".encode()]
+    monkeypatch.setattr(engine, "decode", lambda *args: ([(0, token, -1.0)] for token in ids + ids[:2]))
+    pieces = [piece for piece, _ in engine.stream(pages[0], 9)]
+    assert pieces == ["", "", "\u4f60", "", "", "\u597d", "!", "", "", "\ufffd"]
+    assert "".join(pieces) == engine.tokenizer.decode(ids + ids[:2])
+
+
+def test_one_that_is_refused_leaves_the_others(engine, pages):
+    long = ocr_conversation(pages[0]["images"][0], "", "long", "word " * 300)
+    error, result = engine.generate_each([long, pages[0]], 10)
+    assert "the decoder has 256" in str(error) and result == engine.generate([pages[0]], 10)[0]
+    assert engine.generate_each([], 10) == []
+
+
+def test_flags(engine, pages):
+    result, = engine.generate([pages[0]], 5)
+    result.text, result.confidence, result.finished = "0.6." * 20, -1.0, False
+    assert result.flags == ["loops", "low confidence", "cut"]
+    result.text, result.confidence, result.finished = "plain", -0.1, True
+    assert result.flags == []
+
+
+def test_casting_the_decoder_once_changes_nothing(engine, mixed):
+    engine.model.dtype = torch.bfloat16
+    before = engine.generate(mixed, 12)
+    for p in engine.model.gpt.parameters():
+        p.data = p.data.to(torch.bfloat16)
+    assert engine.generate(mixed, 12) == before

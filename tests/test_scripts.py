@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from nanochat import loop
 from nanochat.common import run_main
-from scripts import tok_train, vis_mid_train, vis_tok_train, vision_eval, vision_sample
+from scripts import gen_bench, ocr, tok_train, vis_mid_train, vis_tok_train, vision_eval
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["--dtype=float32", "--device-type=cpu", "--num-iterations=6", "--device-batch-size=8", "--warmup-steps=2",
@@ -150,12 +150,28 @@ def test_eval_of_real_pages(runs, tmp_path):
     assert json.loads(lines[-1])["omnidocbench"]["samples"] == 1
 
 
-def test_sample(runs, tmp_path):
+def test_eval_over_two_processes(runs, tmp_path):
+    flags = [f"--checkpoint={runs.folder / 'stage2'}", "--max-problems=7", "--task=heldout", "--batch-size=2", "--controls=3", *READ]
+    lines = torchrun("scripts.vision_eval", f"--out={tmp_path / 'two'}", *flags)
+    call(vision_eval.main, f"--out={tmp_path / 'one'}", *flags)
+    two, one = ([{k: v for k, v in json.loads(line).items() if k not in ("seconds", "confidence")}
+                 for line in (tmp_path / name / "heldout.jsonl").read_text().splitlines()] for name in ("two", "one"))
+    assert two == one and [row["index"] for row in two] == list(range(7)) and json.loads(lines[-1])["samples"] == 7
+    assert not list((tmp_path / "two").glob("*.rank*")) and (tmp_path / "two/report.html").exists()
+
+
+def test_ocr(runs, tmp_path, capsys):
     Image.new("RGB", (90, 120), "white").save(tmp_path / "empty.png")  # nothing on it is no mistake
     Image.new("L", (30, 30)).save(tmp_path / "small.jpg")
-    lines = call(vision_sample.main, tmp_path / "empty.png", tmp_path / "small.jpg", f"--checkpoint={runs.folder / 'stage2'}", *READ)
-    assert lines[0].startswith(f"{tmp_path / 'empty.png'} (confidence -")
-    assert any(line.startswith(f"{tmp_path / 'small.jpg'} (confidence -") for line in lines)
+    lines = call(ocr.main, tmp_path / "empty.png", tmp_path / "small.jpg", "--jsonl", f"--checkpoint={runs.folder / 'stage2'}", *READ)
+    assert [json.loads(line)["file"] for line in lines] == [str(tmp_path / name) for name in ("empty.png", "small.jpg")]
+    assert "empty.png: " in capsys.readouterr().err  # a model that has not learned is not sure of anything
+
+
+def test_gen_bench(runs):
+    lines = call(gen_bench.main, f"--checkpoint={runs.folder / 'stage2'}", "--device-type=cpu", "--max-new-tokens=20", "--batch-size=3")
+    record = json.loads(lines[-1])
+    assert record["same_text"] and record["batched_over_one_row"] > 0 and record["new_tokens"] == 20
 
 
 # -----------------------------------------------------------------------------
@@ -288,10 +304,10 @@ def error_of(capsys, main, *flags):
     return err.splitlines()[0]
 
 
-@pytest.mark.parametrize("script", [tok_train, vis_tok_train, vis_mid_train, vision_eval, vision_sample], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("script", [tok_train, vis_tok_train, vis_mid_train, vision_eval, ocr, gen_bench], ids=lambda m: m.__name__)
 def test_unknown_flag(script, capsys):
     with pytest.raises(SystemExit) as e:
-        script.main((["page.png"] if script is vision_sample else []) + ["--bogus=1"])
+        script.main(["--bogus=1"])
     assert e.value.code == 2 and "unrecognized arguments: --bogus=1" in capsys.readouterr().err
 
 
@@ -337,21 +353,11 @@ def test_no_encoder(tmp_path, capsys):
     assert "no deepencoder_<step> checkpoint" in error_of(capsys, vis_mid_train.main, *stage2_flags(tmp_path, tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "broken", "no picture"])
-def test_a_picture_that_cannot_be_read(runs, tmp_path, capsys, kind):
-    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
-    Image.effect_noise((64, 64), 50).save(good)
-    content = {"empty": b"", "broken": good.read_bytes()[:2000], "no picture": b"hello"}
-    if kind != "missing":
-        bad.write_bytes(content[kind])
-    line = error_of(capsys, vision_sample.main, good, bad, f"--checkpoint={runs.folder / 'stage2'}", *READ)
-    assert str(bad) in line
-
-
 def test_exit_status_of_the_command(runs):
-    """As above, from the shell's side."""
-    process = subprocess.run([sys.executable, "-m", "scripts.vision_sample", "no/such.png"], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 1 and process.stdout == "" and "no/such.png" in process.stderr.splitlines()[0]
+    """A picture that is not there, from the shell's side."""
+    process = subprocess.run([sys.executable, "-m", "scripts.ocr", "no/such.png", f"--checkpoint={runs.folder / 'stage2'}"], cwd=ROOT,
+                             capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == "" and "error: no/such.png: " in process.stderr
     assert "Traceback" not in process.stderr
 
 
