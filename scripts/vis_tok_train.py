@@ -12,7 +12,7 @@ from nanochat.config import PRESETS
 from nanochat.loop import samples_per_step, train, training_arguments
 from nanochat.model import NanoDeepseekOCR
 from nanochat.tokenizer import Tokenizer
-from tasks.training import page_tasks
+from tasks.training import training_sets
 
 
 def main(argv=None):
@@ -33,7 +33,7 @@ def main(argv=None):
 
     # data
     pages = args.num_iterations * samples_per_step(args)
-    task, val_task, statistics_task = page_tasks(args, cfg.sam.image_size, pages, args.ramp)
+    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, pages, args.ramp)
 
     # run
     summary = train(args, "stage 1", model, tokenizer, task, val_task, statistics_task, device)

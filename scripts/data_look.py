@@ -1,0 +1,100 @@
+"""
+What a data set is and what the model gets of it: counts, lengths, and a sheet of pixels after preprocessing beside the supervised text.
+
+    python -m scripts.data_look synthdoc
+    python -m scripts.data_look folder:DIR --mode=base --preset=base --out=sheet.png
+    python -m scripts.data_look synthdoc --faces=stix --titles=1 --samples=200 --write=DIR     # and keep the pages as a folder
+
+Names of data sets: tasks/training.py. A sample that cannot be used is counted, and its reason printed.
+"""
+import argparse
+import os
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from nanochat.common import json_line, run_main
+from nanochat.config import PRESETS
+from nanochat.dataloader import IGNORE, Sampler, collate
+from nanochat.image_modes import get_mode
+from nanochat.tokenizer import Tokenizer
+from tasks.synthdoc import FACES, font
+from tasks.training import BENCHMARKS, open_set, parse_data
+
+VIEW, TEXT = 256, 480  # px: side of a view on the sheet, width of the text beside it
+
+
+def histogram(name, values):
+    """Prints a histogram of ten bins; -> {min, median, p90, max}."""
+    counts, edges = np.histogram(values, bins=10)
+    print(f"{name}:")
+    for n, low, high in zip(counts, edges, edges[1:]):
+        print(f"  {low:8.0f} - {high:8.0f} {n:7d} {'#' * round(50 * n / counts.max())}")
+    return dict(zip(("min", "median", "p90", "max"), np.percentile(values, (0, 50, 90, 100)).tolist()))
+
+
+def draw(samples, path):
+    """samples: [(views, text), ...]; one row each: every view the model gets, tiles before the global view, then what it learns to say."""
+    widest = max(len(views) for views, _ in samples)
+    sheet = Image.new("RGB", (widest * (VIEW + 4) + TEXT, len(samples) * (VIEW + 4)), "white")
+    for k, (views, text) in enumerate(samples):
+        for j, view in enumerate(views):
+            sheet.paste(Image.fromarray(view.transpose(1, 2, 0)).resize((VIEW, VIEW)), (j * (VIEW + 4), k * (VIEW + 4)))
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, TEXT // 8) or [""]]
+        ImageDraw.Draw(sheet).text((widest * (VIEW + 4), k * (VIEW + 4)), "\n".join(lines[:VIEW // 16]), "black", font("mono", 12))
+    sheet.save(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("task", help="NAME[:ARG] as in --data of the training scripts, or a benchmark")
+    parser.add_argument("--split", default="train", choices=["train", "val"], help="part of a set that has parts")
+    parser.add_argument("--samples", type=int, default=256, help="samples looked at, the first ones")
+    parser.add_argument("--show", type=int, default=8, help="of these on the sheet")
+    parser.add_argument("--out", default="data_look.png", help="the sheet")
+    parser.add_argument("--write", default="", help="also write the pages as a folder of pictures with texts (tasks/folder.py)")
+    parser.add_argument("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train, or a checkpoint")
+    parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="model the pixels are for")
+    parser.add_argument("--mode", default="", help="image mode; empty = the preset's first")
+    parser.add_argument("--chars", default="31-41", help="synthetic pages, as the next ones: characters a page")
+    parser.add_argument("--faces", default=",".join(FACES), help="faces of the print")
+    parser.add_argument("--titles", type=float, default=0.0, help="share of pages that open with a title")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pages")
+    parser.set_defaults(min_px=10, random_share=0.0, val_share=0.1)
+    args = parser.parse_args(argv)
+    (name, arg, _), cfg, tokenizer = parse_data(args.task)[0], PRESETS[args.preset](), Tokenizer.load(args.tokenizer)
+    task = open_set(name, arg, args.split, args, cfg.sam.image_size, args.samples)
+    sampler = Sampler(task, tokenizer, get_mode(args.mode or cfg.modes[0], cfg.modes), cfg.token_stride, max_tokens=10 ** 9)
+    if args.write:
+        os.makedirs(args.write)
+
+    lengths, bad, text_only, shown = [], [], 0, []
+    for i in range(min(args.samples, len(task))):
+        try:
+            batch = collate([sampler[i]])
+        except (ValueError, OSError) as e:
+            bad.append(str(e))
+            continue
+        said = batch.targets[0][batch.targets[0] != IGNORE].tolist()
+        lengths.append((batch.characters, batch.ids.size(1) - sum(batch.features_per_row), sum(batch.features_per_row)))
+        text_only += not batch.images
+        if len(shown) < args.show:
+            shown.append(([view.numpy() for views in batch.views.values() for view in views], tokenizer.decode(said)))
+        if args.write:
+            conversation = task[i]
+            conversation["images"][0].save(os.path.join(args.write, f"{i:06d}.png"))
+            with open(os.path.join(args.write, f"{i:06d}.txt"), "w", encoding="utf-8") as f:
+                f.write(conversation["messages"][-1]["content"])
+    print(f"{args.task}: {len(task)} conversations; of {len(lengths) + len(bad)} looked at, {text_only} are text only and {len(bad)} cannot be used")
+    print("".join(f"  bad: {reason}\n" for reason in bad[:5]), end="")
+    if not lengths:
+        raise ValueError(f"{args.task}: not one sample can be used")
+    draw(shown, args.out)
+    figures = {name: histogram(name, values) for name, values in zip(("characters", "text_tokens", "image_positions"), zip(*lengths))}
+    json_line({"task": args.task, "conversations": len(task), "looked_at": len(lengths) + len(bad), "text_only": text_only, "bad": len(bad), **figures,
+               "sheet": args.out})
+
+
+if __name__ == "__main__":
+    run_main(main)
