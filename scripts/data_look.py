@@ -1,9 +1,9 @@
 """
 What a data set is and what the model gets of it: counts, lengths, and a sheet of pixels after preprocessing beside the supervised text.
 
-    python -m scripts.data_look synthdoc
-    python -m scripts.data_look folder:DIR --mode=base --preset=base --out=sheet.png
-    python -m scripts.data_look synthdoc --faces=stix --titles=1 --samples=200 --write=DIR     # and keep the pages as a folder
+    python -m scripts.data_look folder:DIR
+    python -m scripts.data_look chartqa --preset=base --mode=gundam --out=sheet.png
+    python -m scripts.data_look synthdoc --faces=stix --titles=1 --samples=200 --write=DIR     # keep the pages as a folder
 
 Names of data sets: tasks/training.py. A sample that cannot be used is counted, and its reason printed.
 """
@@ -20,29 +20,27 @@ from nanochat.dataloader import IGNORE, Sampler, collate
 from nanochat.image_modes import get_mode
 from nanochat.tokenizer import Tokenizer
 from tasks.synthdoc import FACES, font
-from tasks.training import BENCHMARKS, open_set, parse_data
+from tasks.training import open_set, parse_data
 
-VIEW, TEXT = 256, 480  # px: side of a view on the sheet, width of the text beside it
+SHOWN, VIEW, TEXT = 8, 256, 480  # samples on the sheet; px: side of a view there, width of the text beside it
 
 
 def histogram(name, values):
-    """Prints a histogram of ten bins; -> {min, median, p90, max}."""
-    counts, edges = np.histogram(values, bins=10)
-    print(f"{name}:")
-    for n, low, high in zip(counts, edges, edges[1:]):
-        print(f"  {low:8.0f} - {high:8.0f} {n:7d} {'#' * round(50 * n / counts.max())}")
+    """Prints a histogram of whole numbers in at most ten bins; -> {min, median, p90, max}."""
+    counts, edges = np.histogram(values, bins=min(10, max(values) - min(values) + 1), range=(min(values), max(values) + 1))
+    print(f"{name}:\n" + "\n".join(f"  from {low:7.0f} {n:7d} {'#' * round(50 * n / max(counts))}" for n, low in zip(counts, edges)))
     return dict(zip(("min", "median", "p90", "max"), np.percentile(values, (0, 50, 90, 100)).tolist()))
 
 
 def draw(samples, path):
-    """samples: [(views, text), ...]; one row each: every view the model gets, tiles before the global view, then what it learns to say."""
-    widest = max(len(views) for views, _ in samples)
-    sheet = Image.new("RGB", (widest * (VIEW + 4) + TEXT, len(samples) * (VIEW + 4)), "white")
+    """samples: [(views, text), ...], a row each: every view the model gets, tiles before the global one, then what it learns to say."""
+    step, widest = VIEW + 4, max(len(views) for views, _ in samples)
+    sheet = Image.new("RGB", (widest * step + TEXT, len(samples) * step), "white")
     for k, (views, text) in enumerate(samples):
         for j, view in enumerate(views):
-            sheet.paste(Image.fromarray(view.transpose(1, 2, 0)).resize((VIEW, VIEW)), (j * (VIEW + 4), k * (VIEW + 4)))
+            sheet.paste(Image.fromarray(view.transpose(1, 2, 0)).resize((VIEW, VIEW)), (j * step, k * step))
         lines = [part for line in text.splitlines() for part in textwrap.wrap(line, TEXT // 8) or [""]]
-        ImageDraw.Draw(sheet).text((widest * (VIEW + 4), k * (VIEW + 4)), "\n".join(lines[:VIEW // 16]), "black", font("mono", 12))
+        ImageDraw.Draw(sheet).text((len(views) * step, k * step), "\n".join(lines[:VIEW // 16]), "black", font("mono", 12))
     sheet.save(path)
 
 
@@ -51,16 +49,15 @@ def main(argv=None):
     parser.add_argument("task", help="NAME[:ARG] as in --data of the training scripts, or a benchmark")
     parser.add_argument("--split", default="train", choices=["train", "val"], help="part of a set that has parts")
     parser.add_argument("--samples", type=int, default=256, help="samples looked at, the first ones")
-    parser.add_argument("--show", type=int, default=8, help="of these on the sheet")
-    parser.add_argument("--out", default="data_look.png", help="the sheet")
-    parser.add_argument("--write", default="", help="also write the pages as a folder of pictures with texts (tasks/folder.py)")
+    parser.add_argument("--out", default="data_look.png", help=f"the sheet, of the first {SHOWN}")
+    parser.add_argument("--write", default="", help="also write single pages to this folder, pictures with texts beside them")
     parser.add_argument("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train, or a checkpoint")
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="model the pixels are for")
     parser.add_argument("--mode", default="", help="image mode; empty = the preset's first")
-    parser.add_argument("--chars", default="31-41", help="synthetic pages, as the next ones: characters a page")
-    parser.add_argument("--faces", default=",".join(FACES), help="faces of the print")
-    parser.add_argument("--titles", type=float, default=0.0, help="share of pages that open with a title")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pages")
+    parser.add_argument("--chars", default="31-41", help="characters a synthetic page")
+    parser.add_argument("--faces", default=",".join(FACES), help="faces of synthetic pages")
+    parser.add_argument("--titles", type=float, default=0.0, help="share of synthetic pages that open with a title")
+    parser.add_argument("--seed", type=int, default=0, help="seed of synthetic pages")
     parser.set_defaults(min_px=10, random_share=0.0, val_share=0.1)
     args = parser.parse_args(argv)
     (name, arg, _), cfg, tokenizer = parse_data(args.task)[0], PRESETS[args.preset](), Tokenizer.load(args.tokenizer)
@@ -69,31 +66,30 @@ def main(argv=None):
     if args.write:
         os.makedirs(args.write)
 
-    lengths, bad, text_only, shown = [], [], 0, []
-    for i in range(min(args.samples, len(task))):
+    lengths, bad, shown = [], [], []
+    looked = min(args.samples, len(task))
+    for i in range(looked):
         try:
             batch = collate([sampler[i]])
         except (ValueError, OSError) as e:
             bad.append(str(e))
             continue
-        said = batch.targets[0][batch.targets[0] != IGNORE].tolist()
         lengths.append((batch.characters, batch.ids.size(1) - sum(batch.features_per_row), sum(batch.features_per_row)))
-        text_only += not batch.images
-        if len(shown) < args.show:
-            shown.append(([view.numpy() for views in batch.views.values() for view in views], tokenizer.decode(said)))
-        if args.write:
-            conversation = task[i]
-            conversation["images"][0].save(os.path.join(args.write, f"{i:06d}.png"))
+        if len(shown) < SHOWN:
+            said = tokenizer.decode(batch.targets[batch.targets != IGNORE].tolist())
+            shown.append(([view for views in batch.views.values() for view in views.numpy()], said))
+        if args.write and batch.images == 1:
+            page = task[i]
+            page["images"][0].save(os.path.join(args.write, f"{i:06d}.png"))
             with open(os.path.join(args.write, f"{i:06d}.txt"), "w", encoding="utf-8") as f:
-                f.write(conversation["messages"][-1]["content"])
-    print(f"{args.task}: {len(task)} conversations; of {len(lengths) + len(bad)} looked at, {text_only} are text only and {len(bad)} cannot be used")
-    print("".join(f"  bad: {reason}\n" for reason in bad[:5]), end="")
+                f.write(page["messages"][-1]["content"])
+    record = {"task": args.task, "conversations": len(task), "looked_at": looked, "bad": len(bad), "text_only": sum(not n for *_, n in lengths)}
+    print("\n".join([str(record), *(f"bad: {reason}" for reason in bad[:5])]))
     if not lengths:
-        raise ValueError(f"{args.task}: not one sample can be used")
+        raise ValueError(f"{args.task}: none of {looked} samples can be used")
     draw(shown, args.out)
     figures = {name: histogram(name, values) for name, values in zip(("characters", "text_tokens", "image_positions"), zip(*lengths))}
-    json_line({"task": args.task, "conversations": len(task), "looked_at": len(lengths) + len(bad), "text_only": text_only, "bad": len(bad), **figures,
-               "sheet": args.out})
+    json_line({**record, **figures, "sheet": args.out})
 
 
 if __name__ == "__main__":

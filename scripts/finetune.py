@@ -1,8 +1,8 @@
 """
-Fine-tunes a trained checkpoint on pages of your own and reads their held-out part before and after.
+Fine-tunes a trained checkpoint on pages of your own, and reads their held-out part before and after.
 
     python -m scripts.finetune --checkpoint=checkpoints/stage2 --data=folder:DIR --model-tag=mine
-    python -m scripts.finetune --data=folder:DIR=1,synthdoc=1 --freeze-sam --num-iterations=50      # half of it what it knew before
+    python -m scripts.finetune --data=folder:DIR=1,synthdoc=1 --freeze-sam        # half of it what it knows already
 
 Weights, tokenizer, mode and page settings are the checkpoint's. Writes checkpoints/<model-tag>/ as any training run does.
 """
@@ -15,33 +15,29 @@ from nanochat.gauges import read_pages
 from nanochat.image_modes import get_mode
 from nanochat.loop import samples_per_step, train, training_arguments
 from nanochat.metrics import score_page, summarize
+from tasks.synthdoc import MIN_PX
 from tasks.training import training_sets
 
 INHERITED = ("mode", "chars", "faces", "min_px", "random_share", "max_seq_len")
-FIGURES = ("samples", "one_minus_ned", "ci95", "cer")
-MAX_PAGES, BATCH = 256, 32
+MAX_PAGES, BATCH = 256, 32  # held-out pages read before and after
 
 
-def held_out_figures(model, tokenizer, args, task):
-    """{"samples", "one_minus_ned", "ci95", "cer"} of the held-out pages, read greedily."""
-    engine, rows = Engine(model.eval(), tokenizer, get_mode(args.mode, model.cfg.modes)), []
-    pages = range(min(len(task), MAX_PAGES))
+def read_held_out(model, tokenizer, mode, task):
+    """{samples, one_minus_ned, ci95, cer} of the held-out pages, read greedily."""
+    engine, rows, pages = Engine(model.eval(), tokenizer, mode), [], range(min(len(task), MAX_PAGES))
     for first in pages[::BATCH]:
         batch = [task[i] for i in pages[first:first + BATCH]]
         longest = max(len(tokenizer.encode(c["messages"][-1]["content"])) for c in batch)
         rows += [score_page(text, c["messages"][-1]["content"], by_character=True) for c, text, _ in read_pages(engine, batch, longest + 16)]
-    return {name: value for name, value in summarize(rows).items() if name in FIGURES}
+    return {name: value for name, value in summarize(rows).items() if name in ("samples", "one_minus_ned", "ci95", "cer")}
 
 
 def main(argv=None):
-    parser = training_arguments(__doc__.split("\n")[1], model_tag="finetune", num_iterations=150, lr=1e-3, matrix_lr=0.005, eval_every=50,
-                                save_every=50)
+    parser = training_arguments(__doc__.split("\n")[1], model_tag="finetune", num_iterations=150, lr=1e-3, matrix_lr=0.005, save_every=50)
     parser.add_argument("--checkpoint", default="checkpoints/stage2", help="model_<step> folder, or a run folder (then its last)")
-    parser.add_argument("--freeze-sam", action="store_true", help="train CLIP, projector and decoder only: less memory, and it forgets less")
-    parser.set_defaults(data=None, **dict.fromkeys(INHERITED))
+    parser.add_argument("--freeze-sam", action="store_true", help="train CLIP, projector and decoder only")
+    parser.set_defaults(**dict.fromkeys(INHERITED))
     args = parser.parse_args(argv)
-    if not args.data:
-        raise ValueError("--data is missing: e.g. --data=folder:DIR, pictures with their texts beside them")
     device = compute_init(args.device_type)
 
     # model, and what of its run holds here
@@ -49,7 +45,7 @@ def main(argv=None):
     model.dtype = choose_dtype(device, args.dtype)
     for name in INHERITED:
         if getattr(args, name) is None:
-            setattr(args, name, {"min_px": 5, **meta["user_config"], "mode": meta["mode"]}[name])
+            setattr(args, name, {"min_px": MIN_PX, **meta["user_config"], "mode": meta["mode"]}[name])
     if args.freeze_sam:
         model.encoder.freeze_sam()
 
@@ -57,10 +53,10 @@ def main(argv=None):
     task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, args.num_iterations * samples_per_step(args), ramp=0)
 
     # run
-    before = held_out_figures(model, tokenizer, args, val_task)
+    before = read_held_out(model, tokenizer, get_mode(args.mode, model.cfg.modes), val_task)
     print0(f"before: {before}")
     summary = train(args, "fine-tuning", model, tokenizer, task, val_task, statistics_task, device)
-    summary |= {"before": before, "after": held_out_figures(model, tokenizer, args, val_task)}
+    summary |= {"before": before, "after": read_held_out(model, tokenizer, get_mode(args.mode, model.cfg.modes), val_task)}
     if dist_info()[0] == 0:
         ckpt.write_json(os.path.join(args.checkpoints, args.model_tag, "summary.json"), summary)
     json_line(summary)

@@ -49,10 +49,10 @@ def open_image(source, where):
         raise ValueError(f"{where} is not a readable picture ({type(e).__name__}: {e})") from e
 
 
-def column(row, name, where):
-    """row[name], or a ValueError that says what the row has instead."""
-    if not isinstance(row, dict) or name not in row:
-        raise ValueError(f"{where} has no {name!r}, it has {', '.join(row or ['nothing'])}: is this the right data set?")
+def column(row, name, where, kind=object):
+    """row[name], of that kind; a ValueError says what the row has instead."""
+    if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
+        raise ValueError(f"{where} has no {kind.__name__} {name!r}, it has {str(row)[:200]}")
     return row[name]
 
 

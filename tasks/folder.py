@@ -5,7 +5,7 @@ file with {"image": path from the file's folder, "text": ..., "prompt": ... (opt
 import json
 from pathlib import Path
 
-from tasks.common import OCR_PROMPT, Task, ocr_conversation, open_image
+from tasks.common import OCR_PROMPT, Task, column, ocr_conversation, open_image
 from tasks.synthdoc import stable_hash
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -13,52 +13,47 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 class Folder(Task):
     """
-    split   "train" and "val" share the pages out by the hash of the picture's name, val_share of them to val; "all" has both.
-            Pages that are added later move no other page.
-    Raises FileNotFoundError or ValueError that name the file (and line) for what is absent, broken or not UTF-8.
+    split: "train" and "val" share the pages out by the hash of the picture's name, val_share of them to val (a page that is added later
+    moves no other); "all" has both. What is absent, broken or not UTF-8 is an error that names the file (and line).
     """
     def __init__(self, path, split="all", val_share=0.1, prompt=OCR_PROMPT):
-        if split not in ("all", "train", "val") or not 0 <= val_share <= 1:
-            raise ValueError(f"split={split!r}, val_share={val_share}: give all, train or val, and a share of 0 to 1")
         path = Path(path)
         if not path.exists():
-            raise FileNotFoundError(f"{path} is not there: give a folder of pictures with texts, or a .jsonl file")
-        self.folder = path if path.is_dir() else path.parent
-        pages = self.beside(prompt) if path.is_dir() else self.lines(path, prompt)
-        if not pages:
-            raise ValueError(f"{path} has no pages: give a folder of pictures ({' '.join(PICTURES)}) with texts, or a .jsonl file")
+            raise FileNotFoundError(f"{path} is not there: give a folder of pictures with texts beside them, or a .jsonl file")
+        self.folder, self.prompt = path if path.is_dir() else path.parent, prompt
+        pages = self.beside() if path.is_dir() else self.lines(path)
         self.pages = [page for page in pages if split == "all" or (stable_hash(page[0].rpartition(".")[0]) % 1000 < 1000 * val_share) == (split == "val")]
         if not self.pages:
-            raise ValueError(f"none of the {len(pages)} pages of {path} falls to {split}: change the validation share, now {val_share}")
+            raise ValueError(f"{path}: none of its {len(pages)} pages ({' '.join(PICTURES)}) is for {split} at a validation share of {val_share}")
 
-    def beside(self, prompt):
+    def beside(self):
         """[(picture, text, prompt), ...] of a folder."""
-        pictures = [p for p in sorted(self.folder.rglob("*")) if p.suffix.lower() in PICTURES]
-        texts = [[t for t in (p.with_suffix(".txt"), p.with_suffix(".md")) if t.is_file()] for p in pictures]
-        odd = [f"{p} ({len(found)})" for p, found in zip(pictures, texts) if len(found) != 1]
-        if odd:
-            raise ValueError(f"{len(odd)} of {len(pictures)} pictures do not have one text beside them, name.txt or name.md: {', '.join(odd[:3])}")
-        return [(p.relative_to(self.folder).as_posix(), self.text(t), prompt) for p, (t,) in zip(pictures, texts)]
+        pages = []
+        for picture in (p for p in sorted(self.folder.rglob("*")) if p.suffix.lower() in PICTURES):
+            texts = [t for t in (picture.with_suffix(".txt"), picture.with_suffix(".md")) if t.is_file()]
+            if len(texts) != 1:
+                raise ValueError(f"{picture} has {len(texts)} texts beside it: needs one, {picture.stem}.txt or {picture.stem}.md")
+            pages.append((picture.relative_to(self.folder).as_posix(), self.text(texts[0]), self.prompt))
+        return pages
+
+    def lines(self, path):
+        """The same of a JSON-lines file."""
+        pages = []
+        for k, line in enumerate(self.text(path).split("\n"), 1):
+            try:
+                row = {"prompt": self.prompt, **json.loads(line)}
+            except (ValueError, TypeError) as e:
+                raise ValueError(f"{path} line {k} is not a JSON object ({e})") from e
+            pages.append(tuple(column(row, name, f"{path} line {k}", str) for name in ("image", "text", "prompt")))
+            if not (self.folder / pages[-1][0]).is_file():
+                raise FileNotFoundError(f"{path} line {k}: no picture {self.folder / pages[-1][0]}")
+        return pages
 
     def text(self, path):
         try:
             return path.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as e:
             raise ValueError(f"{path} is not UTF-8 ({e}): convert it") from e
-
-    def lines(self, path, prompt):
-        """[(picture, text, prompt), ...] of a JSON-lines file."""
-        pages = []
-        for k, line in enumerate(self.text(path).split("\n"), 1):
-            try:
-                row = json.loads(line)
-                page = row["image"], row["text"], row.get("prompt", prompt)
-            except (ValueError, LookupError, TypeError, AttributeError) as e:
-                raise ValueError(f"{path} line {k}: expected an object with image and text ({e!r})") from e
-            if not all(isinstance(value, str) for value in page) or not (self.folder / page[0]).is_file():
-                raise ValueError(f"{path} line {k}: {page[0]!r} is no picture file here, or text or prompt is not a text")
-            pages.append(page)
-        return pages
 
     def __len__(self):
         return len(self.pages)

@@ -1,7 +1,7 @@
 """
 Rows of a data set on the hub, or of a local copy of its folder, as conversations. They stay raw until a task's plain function
-to_conversation(row, where) turns one into a conversation. So a broken row is an error of its own, and what `datasets` does with
-rows (slices, streams, shares over ranks and workers, its state_dict) goes on working.
+to_conversation(row, where) turns one into a conversation: so a broken row is an error of its own, and all that `datasets` does with rows
+(slices, streams, shares over ranks and workers, state_dict) goes on working.
 """
 import json
 from functools import partial
@@ -20,27 +20,22 @@ def belongs(part, texts):
 
 class Rows(Task):
     """
-    start, stop   rows of the split, or of its part; stop None = to its end
-    part          "train" or "val" of a split that has no validation rows of its own; "" = all of it. `text_column` decides
-    streaming     `rows` is then datasets' IterableDataset: no length and no index; who iterates converts by to_conversation(row, where).
-                  Once shared over ranks or workers, it counts start and stop within shards: hold rows out by `part` there
+    part        "train" or "val" of a split that has no validation rows of its own, by the hash of `text_column`; "" = all
+    start, stop rows of that part; stop None = to its end
+    streaming   `rows` is datasets' IterableDataset, without length and index: who iterates calls to_conversation(row, where). Over several
+                ranks or workers it would count start and stop within shards: hold rows out by `part`
     """
-    def __init__(self, repo, config, split, to_conversation, text_column="", part="", start=0, stop=None, streaming=False):
-        if part not in ("", "train", "val") or start < 0 or (stop is not None and stop <= start):
-            raise ValueError(f"part={part!r}, start={start}, stop={stop}: give train, val or nothing, and 0 <= start < stop")
+    def __init__(self, repo, config, split, to_conversation, text_column, part="", start=0, stop=None, streaming=False):
         self.name, self.start, self.to_conversation = " ".join(filter(None, (repo, config, split, part))), start, to_conversation
         rows = dataset(repo, config, split, streaming)
         rows = rows.decode(False) if streaming else rows  # pictures stay bytes for open_image
-        if part:
-            rows = rows.filter(partial(belongs, part), input_columns=[text_column])
+        rows = rows.filter(partial(belongs, part), input_columns=[text_column]) if part else rows
         if streaming:
-            self.rows = rows.skip(start) if start else rows
-            self.rows = self.rows if stop is None else self.rows.take(stop - start)
+            self.rows = rows.skip(start) if stop is None else rows.skip(start).take(stop - start)
             return
-        stop = len(rows) if stop is None else stop
-        if not start < stop <= len(rows):
-            raise ValueError(f"{self.name} has {len(rows)} rows: rows {start} to {stop} are not among them")
-        self.rows = rows.select(range(start, stop)).with_format("arrow")  # does not decode pictures either
+        if not 0 <= start < (len(rows) if stop is None else stop) <= len(rows):
+            raise ValueError(f"{self.name} has {len(rows)} rows: start={start}, stop={stop} are not among them")
+        self.rows = rows.select(range(len(rows))[start:stop]).with_format("arrow")  # this does not decode pictures either
 
     def __len__(self):
         return len(self.rows)

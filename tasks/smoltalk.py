@@ -7,13 +7,11 @@ REPO = "HuggingFaceTB/smol-smoltalk"
 
 def to_conversation(row, where):
     """The messages as they are: perhaps one of the system first, then user and assistant in turn."""
-    messages = [{key: column(message, key, f"{where}, message {k}") for key in ("role", "content")}
-                for k, message in enumerate(column(row, "messages", where) or [])]
-    if not messages or not all(isinstance(m["content"], str) for m in messages):
-        raise ValueError(f"{where} has no messages, or one without a text")
+    messages = [{key: column(message, key, f"{where}, message {k}", str) for key in ("role", "content")}
+                for k, message in enumerate(column(row, "messages", where, list))]
     return {"messages": messages, "images": [], "id": where, "attributes": {"source": row.get("source")}}
 
 
 class SmolTalk(Rows):
-    def __init__(self, split="train", repo=REPO, config=None, **rows):
-        super().__init__(repo, config, split, to_conversation, "messages", **rows)
+    def __init__(self, split="train", repo=REPO, config=None, **kwargs):
+        super().__init__(repo, config, split, to_conversation, "messages", **kwargs)

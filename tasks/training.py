@@ -10,7 +10,14 @@ Benchmarks, never trained on: fox, fox-cn [:ZIP or DIR], omnidocbench[:REPO or D
 import numpy as np
 
 from nanochat.dataloader import Mixture
+from tasks import chartqa, finevision, smoltalk
+from tasks.chartqa import ChartQA
 from tasks.common import Task
+from tasks.finevision import FineVision
+from tasks.folder import Folder
+from tasks.fox import Fox
+from tasks.omnidocbench import QUIVR, OmniDocBench
+from tasks.smoltalk import SmolTalk
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import SynthDoc, stable_hash
 
@@ -47,37 +54,27 @@ def parse_data(text):
         spec, _, share = piece.rpartition("=")
         spec, share = (spec, int(share)) if spec and share.isdecimal() else (piece, 1)  # a path may hold "=" too
         name, _, arg = spec.partition(":")
+        if share < 1:
+            raise ValueError(f"--data={text}: the share of {spec} is {share}, it must be 1 or more")
         sets.append((name, arg, share))
     return sets
 
 
 def open_set(name, arg, split, args, image_size, size, ramp=0):
-    """The set of that name; split is train or val. `size` is for the sets that are made as they go. Optional packages are imported here."""
-    if name == "synthdoc":
-        train, val, _ = page_tasks(args, image_size, size, ramp)
-        return train if split == "train" else val
-    if name == "synthchat":
-        return SynthChat({"val": "heldout"}.get(split, split), size, seed=args.seed)
-    if name == "folder":
-        from tasks.folder import Folder
-        return Folder(arg, split, args.val_share)
-    if name in ("finevision", "chartqa"):
-        from tasks.finevision import REPO, FineVision
-        repo, _, config = (arg if name == "finevision" else "chartqa").rpartition("/")
-        return FineVision(config, repo or REPO, part=split)
-    if name == "smoltalk":
-        from tasks.smoltalk import REPO, SmolTalk
-        return SmolTalk({"val": "test"}.get(split, split), arg or REPO)
-    if name in ("fox", "fox-cn"):
-        from tasks.fox import Fox
-        return Fox("cn" if name == "fox-cn" else "en", arg)
-    if name == "omnidocbench":
-        from tasks.omnidocbench import QUIVR, OmniDocBench
-        return OmniDocBench(arg or QUIVR)
-    if name == "chartqa-test":
-        from tasks.chartqa import REPO, ChartQA
-        return ChartQA("test", arg or REPO)
-    raise ValueError(f"unknown data set {name!r}: must be synthdoc, synthchat, folder:PATH, finevision:CONFIG, chartqa, smoltalk, {', '.join(BENCHMARKS)}")
+    """The set of that name; split is train or val. `size` is for those that are made as they go."""
+    repo, _, config = arg.rpartition("/")
+    makers = {
+        "synthdoc": lambda: page_tasks(args, image_size, size, ramp)[split == "val"],
+        "synthchat": lambda: SynthChat("heldout" if split == "val" else split, size, seed=args.seed),
+        "folder": lambda: Folder(arg, split, args.val_share),
+        "finevision": lambda: FineVision(config, repo or finevision.REPO, part=split),
+        "chartqa": lambda: FineVision("chartqa", part=split),
+        "smoltalk": lambda: SmolTalk("test" if split == "val" else split, arg or smoltalk.REPO),
+        "fox": lambda: Fox("en", arg), "fox-cn": lambda: Fox("cn", arg), "omnidocbench": lambda: OmniDocBench(arg or QUIVR),
+        "chartqa-test": lambda: ChartQA("test", arg or chartqa.REPO)}
+    if name not in makers:
+        raise ValueError(f"unknown data set {name!r}: must be one of {', '.join(makers)}")
+    return makers[name]()
 
 
 class Shuffled(Task):
