@@ -10,15 +10,8 @@ Benchmarks, never trained on: fox, fox-cn [:ZIP or DIR], omnidocbench[:REPO or D
 import numpy as np
 
 from nanochat.dataloader import Mixture
-from tasks import chartqa, finevision, smoltalk
-from tasks.chartqa import ChartQA
+from tasks import chartqa, finevision, folder, fox, omnidocbench, smoltalk, synthchat
 from tasks.common import Task
-from tasks.finevision import FineVision
-from tasks.folder import Folder
-from tasks.fox import Fox
-from tasks.omnidocbench import QUIVR, OmniDocBench
-from tasks.smoltalk import SmolTalk
-from tasks.synthchat import SynthChat
 from tasks.synthdoc import SynthDoc, stable_hash
 
 BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test")
@@ -65,13 +58,15 @@ def open_set(name, arg, split, args, image_size, size, ramp=0):
     repo, _, config = arg.rpartition("/")
     makers = {
         "synthdoc": lambda: page_tasks(args, image_size, size, ramp)[split == "val"],
-        "synthchat": lambda: SynthChat("heldout" if split == "val" else split, size, seed=args.seed),
-        "folder": lambda: Folder(arg, split, args.val_share),
-        "finevision": lambda: FineVision(config, repo or finevision.REPO, part=split),
-        "chartqa": lambda: FineVision("chartqa", part=split),
-        "smoltalk": lambda: SmolTalk("test" if split == "val" else split, arg or smoltalk.REPO),
-        "fox": lambda: Fox("en", arg), "fox-cn": lambda: Fox("cn", arg), "omnidocbench": lambda: OmniDocBench(arg or QUIVR),
-        "chartqa-test": lambda: ChartQA("test", arg or chartqa.REPO)}
+        "synthchat": lambda: synthchat.SynthChat("heldout" if split == "val" else split, size, seed=args.seed),
+        "folder": lambda: folder.Folder(arg, split, args.val_share),
+        "finevision": lambda: finevision.FineVision(config, repo or finevision.REPO, part=split),
+        "chartqa": lambda: finevision.FineVision("chartqa", part=split),
+        "smoltalk": lambda: smoltalk.SmolTalk("test" if split == "val" else split, arg or smoltalk.REPO),
+        "fox": lambda: fox.Fox("en", arg),
+        "fox-cn": lambda: fox.Fox("cn", arg),
+        "omnidocbench": lambda: omnidocbench.OmniDocBench(arg or omnidocbench.QUIVR),
+        "chartqa-test": lambda: chartqa.ChartQA("test", arg or chartqa.REPO)}
     if name not in makers:
         raise ValueError(f"unknown data set {name!r}: must be one of {', '.join(makers)}")
     return makers[name]()
@@ -102,8 +97,8 @@ def training_sets(args, image_size, samples, ramp):
     cycles, parts = -(-samples // sum(share for *_, share in sets)), []
     for name, arg, share in sets:
         part = open_set(name, arg, "train", args, image_size, cycles * share, ramp)
-        endless = name in ("synthdoc", "synthchat")
-        parts.append((part if endless else Shuffled(part, cycles * share, f"{args.seed}/{name}/{arg}"), share))
+        made_as_they_go = name in ("synthdoc", "synthchat")
+        parts.append((part if made_as_they_go else Shuffled(part, cycles * share, f"{args.seed}/{name}/{arg}"), share))
     val = open_set(*sets[0][:2], "val", args, image_size, 1000)
     if not val[0]["images"]:
         raise ValueError(f"--data={args.data}: {sets[0][0]} has no pictures to validate on: name a set with pictures first")

@@ -6,6 +6,7 @@ that a warm cache serves them when the hub is gone, and that what is missing or 
 """
 import io
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -156,6 +157,11 @@ def online(root):
     fails(ValueError, "has 300 rows", lambda: FineVision("chartqa", start=290, stop=301))
     fails(ValueError, "chartqa", lambda: FineVision("nothing"))
     fails(FileNotFoundError, "nobody/nothing", lambda: FineVision("chartqa", "nobody/nothing"))
+
+    local = root / "HuggingFaceM4/FineVision"  # a local copy, and what changes in it
+    assert pickle.loads(pickle.dumps(FineVision("olmOCR-mix-0225-books", str(local))))[3]["messages"] == rows[3]["messages"]
+    (local / "olmOCR-mix-0225-books/train-00003-of-00004.parquet").unlink()
+    assert len(FineVision("olmOCR-mix-0225-books", str(local))) == 3
 
     # the same by streaming: rows stay raw, a plain function converts; pieces, parts, shares, state
     def answers(rows):
