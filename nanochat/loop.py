@@ -46,7 +46,6 @@ def training_arguments(description, **defaults):
     flag("--chars", help="characters a page, LO-HI or LO-HIxWEIGHT, several with commas")
     flag("--faces", default="sans,sans-bold,sans-oblique,serif,serif-bold,mono", help="faces of the print (tasks/synthdoc.py)")
     flag("--min-px", int, 10, help="smallest print in px, where the text fits")
-    flag("--titles", float, 0.0, help="share of synthetic pages that open with a title")
     flag("--random-share", float, 0.2, help="share of words replaced by random strings, so that reading beats guessing")
     flag("--ramp", int, 0, help="curriculum: pages grow from large print to the full range over this many samples")
     flag("--max-seq-len", int, 256, help="decoder positions a row may take, image included")

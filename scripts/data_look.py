@@ -3,12 +3,10 @@ What a data set is and what the model gets of it: counts, lengths, and a sheet o
 
     python -m scripts.data_look folder:DIR
     python -m scripts.data_look chartqa --preset=base --mode=gundam --out=sheet.png
-    python -m scripts.data_look synthdoc --faces=stix --titles=1 --samples=200 --write=DIR     # keep the pages as a folder
 
 Names of data sets: tasks/training.py. A sample that cannot be used is counted, and its reason printed.
 """
 import argparse
-import os
 import textwrap
 
 import numpy as np
@@ -50,24 +48,16 @@ def main(argv=None):
     parser.add_argument("--split", default="train", choices=["train", "val"], help="part of a set that has parts")
     parser.add_argument("--samples", type=int, default=256, help="samples looked at, the first ones")
     parser.add_argument("--out", default="data_look.png", help=f"the sheet, of the first {SHOWN}")
-    parser.add_argument("--write", default="", help="also write single pages to this folder, pictures with texts beside them")
     parser.add_argument("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train, or a checkpoint")
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="model the pixels are for")
     parser.add_argument("--mode", default="", help="image mode; empty = the preset's first")
-    parser.add_argument("--chars", default="31-41", help="characters a synthetic page")
-    parser.add_argument("--faces", default=",".join(FACES), help="faces of synthetic pages")
-    parser.add_argument("--titles", type=float, default=0.0, help="share of synthetic pages that open with a title")
-    parser.add_argument("--seed", type=int, default=0, help="seed of synthetic pages")
-    parser.set_defaults(min_px=10, random_share=0.0, val_share=0.1)
+    parser.set_defaults(chars="31-41", faces=",".join(FACES), min_px=10, random_share=0.2, val_share=0.1, seed=0)
     args = parser.parse_args(argv)
     (name, arg, _), cfg, tokenizer = parse_data(args.task)[0], PRESETS[args.preset](), Tokenizer.load(args.tokenizer)
     task = open_set(name, arg, args.split, args, cfg.sam.image_size, args.samples)
     sampler = Sampler(task, tokenizer, get_mode(args.mode or cfg.modes[0], cfg.modes), cfg.token_stride, max_tokens=10 ** 9)
-    if args.write:
-        os.makedirs(args.write)
 
-    lengths, bad, shown = [], [], []
-    looked = min(args.samples, len(task))
+    lengths, bad, shown, looked = [], [], [], min(args.samples, len(task))
     for i in range(looked):
         try:
             batch = collate([sampler[i]])
@@ -78,11 +68,6 @@ def main(argv=None):
         if len(shown) < SHOWN:
             said = tokenizer.decode(batch.targets[batch.targets != IGNORE].tolist())
             shown.append(([view for views in batch.views.values() for view in views.numpy()], said))
-        if args.write and batch.images == 1:
-            page = task[i]
-            page["images"][0].save(os.path.join(args.write, f"{i:06d}.png"))
-            with open(os.path.join(args.write, f"{i:06d}.txt"), "w", encoding="utf-8") as f:
-                f.write(page["messages"][-1]["content"])
     record = {"task": args.task, "conversations": len(task), "looked_at": looked, "bad": len(bad), "text_only": sum(not n for *_, n in lengths)}
     print("\n".join([str(record), *(f"bad: {reason}" for reason in bad[:5])]))
     if not lengths:

@@ -18,7 +18,7 @@ from nanochat.metrics import score_page, summarize
 from tasks.synthdoc import MIN_PX
 from tasks.training import training_sets
 
-INHERITED = ("mode", "chars", "faces", "min_px", "random_share", "max_seq_len")
+INHERITED = ("chars", "faces", "min_px", "random_share", "max_seq_len")
 MAX_PAGES, BATCH = 256, 32  # held-out pages read before and after
 
 
@@ -36,16 +36,14 @@ def main(argv=None):
     parser = training_arguments(__doc__.split("\n")[1], model_tag="finetune", num_iterations=150, lr=1e-3, matrix_lr=0.005, save_every=50)
     parser.add_argument("--checkpoint", default="checkpoints/stage2", help="model_<step> folder, or a run folder (then its last)")
     parser.add_argument("--freeze-sam", action="store_true", help="train CLIP, projector and decoder only")
-    parser.set_defaults(**dict.fromkeys(INHERITED))
     args = parser.parse_args(argv)
     device = compute_init(args.device_type)
 
-    # model, and what of its run holds here
+    # model; its run's settings are this run's defaults
     model, tokenizer, meta = ckpt.load_model(args.checkpoint, device)
+    parser.set_defaults(**{"min_px": MIN_PX, **{k: v for k, v in meta["user_config"].items() if k in INHERITED}, "mode": meta["mode"]})
+    args = parser.parse_args(argv)
     model.dtype = choose_dtype(device, args.dtype)
-    for name in INHERITED:
-        if getattr(args, name) is None:
-            setattr(args, name, {"min_px": MIN_PX, **meta["user_config"], "mode": meta["mode"]}[name])
     if args.freeze_sam:
         model.encoder.freeze_sam()
 

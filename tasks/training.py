@@ -32,8 +32,7 @@ def parse_chars(text):
 
 def page_tasks(args, image_size, pages, ramp):
     """-> (training pages, held-out pages for validation, training-like pages for the encoder's statistics)."""
-    common = dict(image_size=image_size, chars=parse_chars(args.chars), faces=args.faces.split(","), min_px=args.min_px,
-                  titles=args.titles)
+    common = dict(image_size=image_size, chars=parse_chars(args.chars), faces=args.faces.split(","), min_px=args.min_px)
     train = SynthDoc("train", pages, random_share=args.random_share, seed=args.seed, ramp=ramp, **common)
     val = SynthDoc("heldout", 1000, seed=1, **common)
     statistics = SynthDoc("train", 1000, random_share=args.random_share, seed=f"{args.seed}/statistics", **common)

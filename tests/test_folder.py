@@ -9,6 +9,7 @@ import json
 from argparse import Namespace
 from collections import Counter
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from tasks.folder import Folder
 from tasks.synthdoc import SynthDoc
 from tasks.training import Shuffled, parse_data, training_sets
 
-DATA = dict(seed=0, chars="10-12", faces="sans,mono", min_px=8, titles=0.0, random_share=0.2, val_share=0.3)
+ROOT = Path(__file__).parents[1]
+DATA = dict(seed=0, chars="10-12", faces="sans,mono", min_px=8, random_share=0.2, val_share=0.3)
 TRAIN = ["--dtype=float32", "--device-type=cpu", "--num-iterations=3", "--device-batch-size=8", "--warmup-steps=1", "--eval-every=-1",
          "--save-every=-1"]
 
@@ -160,13 +162,11 @@ def test_data_look(folder, tokenizer_dir, tmp_path):
         assert sheet.size == (260 + 480, 8 * 260)
 
 
-def test_data_look_writes_a_folder(tokenizer_dir, tmp_path):
-    flags = ["synthdoc", f"--tokenizer={tokenizer_dir}", f"--out={tmp_path / 'sheet.png'}", "--faces=stix", "--titles=1", "--samples=5"]
-    call(data_look.main, *flags, f"--write={tmp_path / 'pages'}")
-    written = list(Folder(tmp_path / "pages"))
-    pages = SynthDoc("train", 5, image_size=64, chars=(31, 41), random_share=0, faces=["stix"], titles=1, min_px=10)
-    assert [c["messages"][1] for c in written] == [c["messages"][1] for c in pages] and all("\n\n" in c["messages"][1]["content"] for c in pages)
-    assert [c["images"][0].tobytes() for c in written] == [c["images"][0].tobytes() for c in pages]
+def test_readme_makes_pages_to_try(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0])
+    pages = Folder("pages")
+    assert len(pages) == 200 and sum("\n\n" in text for _, text, _ in pages.pages) > 150 and pages[0]["images"][0].size == (64, 64)
 
 
 def test_data_look_at_text_only(tokenizer_dir, tmp_path):

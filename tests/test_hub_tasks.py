@@ -24,7 +24,7 @@ from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
-DATA = dict(seed=0, chars="10-12", faces="sans", min_px=10, titles=0.0, random_share=0.2, val_share=0.1)
+DATA = dict(seed=0, chars="10-12", faces="sans", min_px=10, random_share=0.2, val_share=0.1)
 
 
 def picture(mode="RGB", size=(20, 30)):
