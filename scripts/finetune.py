@@ -48,7 +48,7 @@ def main(argv=None):
         model.encoder.freeze_sam()
 
     # data
-    task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, args.num_iterations * samples_per_step(args), ramp=0)
+    task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, args.num_iterations * samples_per_step(args), args.ramp)
 
     # run
     before = read_held_out(model, tokenizer, get_mode(args.mode, model.cfg.modes), val_task)
