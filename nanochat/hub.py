@@ -2,6 +2,7 @@
 The Hugging Face hub through its own clients. They retry for twenty seconds and more on every call when there is no network, so
 one quick probe comes first; without an answer only what is cached already is used.
 """
+import hashlib
 import os
 import sys
 import urllib.error
@@ -80,10 +81,16 @@ def list_files(repo, repo_type="model", revision=None):
 def dataset(repo, config=None, split="train", streaming=False):
     """A `datasets` Dataset (or IterableDataset) of a hub name or a local copy of its folder."""
     online()
+    from datasets import config as settings
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
+    cache = None
+    if os.path.isdir(repo):  # datasets caches a local folder by its name and README alone, and would go on reading files that have changed
+        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(os.path.abspath(repo)) for name in names)
+        state = repr([(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files])
+        cache = os.path.join(settings.HF_DATASETS_CACHE, "local", hashlib.sha256(state.encode()).hexdigest()[:16])
     try:
         return asked(f"data set {repo} ({config or 'default'}, {split})",
-                     lambda: load_dataset(repo, config, split=split, streaming=streaming))
+                     lambda: load_dataset(repo, config, split=split, streaming=streaming, cache_dir=cache))
     except DatasetNotFoundError as e:
         raise FileNotFoundError(f"data set {repo}: {e}") from e

@@ -40,6 +40,9 @@ def training_arguments(description, **defaults):
     # Data
     flag("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
     flag("--mode", default="", help="image mode; empty = the preset's first")
+    flag("--data", default="synthdoc", help="training data, NAME[:ARG][=SHARE] with commas, e.g. folder:DIR=3,smoltalk=1; names in tasks/training.py; "
+         "validated on held-out samples of the first")
+    flag("--val-share", float, 0.1, help="share of a folder's pages that is held out")
     flag("--chars", help="characters a page, LO-HI or LO-HIxWEIGHT, several with commas")
     flag("--faces", default="sans,sans-bold,sans-oblique,serif,serif-bold,mono", help="faces of the print (tasks/synthdoc.py)")
     flag("--min-px", int, 10, help="smallest print in px, where the text fits")
@@ -147,12 +150,14 @@ class Evaluator:
     """Fixed, seeded validation pages and everything measured on them."""
     def __init__(self, tokenizer, mode, stride, args, val_task, statistics_task):
         def batches(task, n):
-            sampler = Sampler(task, tokenizer, mode, stride, args.max_seq_len)
-            size = 32
+            sampler, n = Sampler(task, tokenizer, mode, stride, args.max_seq_len), min(n, len(task))
+            if n < 2:
+                raise ValueError(f"validation needs at least 2 pages, there is {n}: give more, or raise --val-share")
+            size = math.ceil(n / math.ceil(n / 32))  # no batch of one page: the gap needs another
             return [collate([sampler[i] for i in range(first, min(first + size, n))]) for first in range(0, n, size)]
         self.val = batches(val_task, VAL_PAGES)
         self.statistics = batches(statistics_task, STATISTICS_PAGES)
-        self.pages = [val_task[i] for i in range(GAUGE_PAGES)]
+        self.pages = [val_task[i] for i in range(min(GAUGE_PAGES, len(val_task)))]
         self.gauge_pixels = self.val[0].views[mode.size][:GAUGE_PAGES]
         self.max_new_tokens = max(len(tokenizer.encode(p["messages"][-1]["content"])) for p in self.pages) + 16
 

@@ -15,7 +15,7 @@ from nanochat.dataloader import Mixture
 from nanochat.loop import samples_per_step, train, training_arguments
 from nanochat.model import NanoDeepseekOCR
 from tasks.synthchat import SynthChat
-from tasks.training import page_tasks
+from tasks.training import training_sets
 
 INHERITED = ("tokenizer", "chars", "faces", "min_px", "random_share", "max_seq_len")  # from stage 1 unless given here
 
@@ -25,7 +25,7 @@ def main(argv=None):
                                 save_every=150)
     parser.add_argument("--encoder", default="checkpoints/stage1", help="deepencoder_<step> folder, or a stage-1 run folder")
     parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, hub name or folder; empty = random weights")
-    parser.add_argument("--text-share", type=int, default=10, help="text-only conversations in a hundred samples")
+    parser.add_argument("--text-share", type=int, default=10, help="built-in text-only chat in a hundred samples, beside --data")
     inherited_defaults = {name: parser.get_default(name) for name in INHERITED}
     parser.set_defaults(**dict.fromkeys(INHERITED))
     args = parser.parse_args(argv)
@@ -58,7 +58,7 @@ def main(argv=None):
     if not 0 <= args.text_share < 100:
         raise ValueError(f"--text-share={args.text_share}: percent of the samples, 0 to 99")
     samples = args.num_iterations * samples_per_step(args)
-    task, val_task, statistics_task = page_tasks(args, cfg.sam.image_size, samples + 100, args.ramp)
+    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, samples + 100, args.ramp)
     if args.text_share:
         chat = SynthChat("train", samples + 100, seed=args.seed)
         task = Mixture([(task, 100 - args.text_share), (chat, args.text_share)])

@@ -13,7 +13,7 @@ from nanochat.common import compute_cleanup, compute_init, json_line, run_main
 from nanochat.config import PRESETS
 from nanochat.loop import samples_per_step, train, training_arguments
 from nanochat.model import NanoDeepseekOCR
-from tasks.training import page_tasks
+from tasks.training import training_sets
 
 
 def main(argv=None):
@@ -45,7 +45,7 @@ def main(argv=None):
 
     # data
     pages = args.num_iterations * samples_per_step(args)
-    task, val_task, statistics_task = page_tasks(args, cfg.sam.image_size, pages, args.ramp)
+    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, pages, args.ramp)
 
     # run
     summary = train(args, "stage 1", model, tokenizer, task, val_task, statistics_task, device)

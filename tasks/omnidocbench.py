@@ -1,6 +1,6 @@
 """
-OmniDocBench (Ouyang et al. 2024, arXiv 2412.07626): real document pages with blocks in reading order, from a local
-folder in the published layout:
+OmniDocBench (Ouyang et al. 2024, arXiv 2412.07626): real document pages with blocks in reading order, from the hub
+(pictures are fetched one by one, when they are asked for) or a local folder in the published layout:
 
     <path>/OmniDocBench.json         a list of pages: layout_dets, extra.relation, page_info
     <path>/images/<image_path>       one picture per page
@@ -17,9 +17,11 @@ import json
 import re
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from nanochat.hub import download
+from nanochat.image_modes import to_rgb
+from tasks.common import OCR_PROMPT, Task, ocr_conversation, open_image
 
-from tasks.common import OCR_PROMPT, Task, ocr_conversation
+QUIVR, ORIGINAL = "Quivr/OmniDocBench", "opendatalab/OmniDocBench"  # annotated copy of v1.0 (981 pages); v1.5 (1,355 pages)
 
 # Block categories of each kind, and the key that holds their content. The text kind is what the official evaluator
 # scores as text: captions, footnotes, headers, footers, page numbers and algorithms are matched there, then dropped.
@@ -81,20 +83,17 @@ class OmniDocBench(Task):
     special_issue) and `image_name`, which is also the id.
 
     Pages whose truth is empty are kept, since a model should write nothing there; `empty_pages` counts them.
-    `truths` and `image_names` are the texts and names by row, without opening a picture.
+    `truths` and `image_names` are the texts and names by row, without opening a picture. path: a local folder, or QUIVR or
+    ORIGINAL on the hub.
     Raises FileNotFoundError or ValueError, with the path and row, for a missing or broken JSON or picture.
     """
 
-    def __init__(self, path, kinds=("text",), prompt=OCR_PROMPT):
+    def __init__(self, path=QUIVR, kinds=("text",), prompt=OCR_PROMPT):
         unknown = [kind for kind in kinds if kind not in KINDS]
         if isinstance(kinds, str) or unknown or not kinds:
             raise ValueError(f"kinds={kinds!r}: give a tuple of one or more of {', '.join(KINDS)}, as in ('text',)")
         self.path, self.prompt = Path(path), prompt
-        json_path = self.path / "OmniDocBench.json"
-        if not json_path.is_file():
-            raise FileNotFoundError(
-                f"OmniDocBench: {json_path} is missing. The path must be a folder with OmniDocBench.json and images/; "
-                f"get one by `hf download opendatalab/OmniDocBench --repo-type dataset --local-dir {self.path}`")
+        json_path = self._file("OmniDocBench.json", "OmniDocBench.json is missing")
         try:
             self.pages = json.loads(json_path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -129,14 +128,14 @@ class OmniDocBench(Task):
     def image_names(self):
         return [page["page_info"]["image_path"] for page in self.pages]
 
+    def _file(self, name, problem):
+        try:
+            return Path(download(str(self.path), name, "dataset"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"OmniDocBench: {problem} ({error}): give a folder with OmniDocBench.json and images/, "
+                                    f"or {QUIVR} or {ORIGINAL}") from error
+
     def _image(self, i):
         """The page upright and in RGB. Width and height in the JSON are not used: some pages have them swapped."""
-        image_path = self.path / "images" / self.pages[i]["page_info"]["image_path"]
-        if not image_path.is_file():
-            raise FileNotFoundError(f"OmniDocBench: row {i} has no picture at {image_path}; fetch the images/ folder")
-        try:
-            with Image.open(image_path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises for broken pictures
-            raise ValueError(f"OmniDocBench: row {i}: cannot read {image_path} as a picture ({error}); "
-                             "fetch it again") from error
+        name = f"images/{self.pages[i]['page_info']['image_path']}"
+        return to_rgb(open_image(self._file(name, f"row {i} has no picture"), f"OmniDocBench: row {i}: {self.path}/{name}"))

@@ -1,5 +1,20 @@
-"""The sets of synthetic pages a training stage draws from, out of its command line."""
-from tasks.synthdoc import SynthDoc
+"""
+The sets a training stage draws from, out of its command line: --data names them, --chars and the like shape the synthetic pages.
+
+    synthdoc            rendered word pages (the default)             synthchat         built-in text-only chat
+    folder:DIR, folder:FILE.jsonl   your own pages (tasks/folder.py)  smoltalk[:REPO]   text-only chat from the hub
+    finevision:CONFIG   any config of FineVision; finevision:DIR/CONFIG reads a local copy;  chartqa = finevision:chartqa
+
+Benchmarks, never trained on: fox, fox-cn [:ZIP or DIR], omnidocbench[:REPO or DIR], chartqa-test[:REPO or DIR].
+"""
+import numpy as np
+
+from nanochat.dataloader import Mixture
+from tasks import chartqa, finevision, folder, fox, omnidocbench, smoltalk, synthchat
+from tasks.common import Task
+from tasks.synthdoc import SynthDoc, stable_hash
+
+BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test")
 
 
 def parse_chars(text):
@@ -22,3 +37,68 @@ def page_tasks(args, image_size, pages, ramp):
     val = SynthDoc("heldout", 1000, seed=1, **common)
     statistics = SynthDoc("train", 1000, random_share=args.random_share, seed=f"{args.seed}/statistics", **common)
     return train, val, statistics
+
+
+def parse_data(text):
+    """"folder:scans=3,smoltalk" -> [("folder", "scans", 3), ("smoltalk", "", 1)]: names, arguments, shares."""
+    sets = []
+    for piece in text.split(","):
+        spec, _, share = piece.rpartition("=")
+        spec, share = (spec, int(share)) if spec and share.isdecimal() else (piece, 1)  # a path may hold "=" too
+        name, _, arg = spec.partition(":")
+        if share < 1:
+            raise ValueError(f"--data={text}: the share of {spec} is {share}, it must be 1 or more")
+        sets.append((name, arg, share))
+    return sets
+
+
+def open_set(name, arg, split, args, image_size, size, ramp=0):
+    """The set of that name; split is train or val. `size` is for those that are made as they go."""
+    repo, _, config = arg.rpartition("/")
+    makers = {
+        "synthdoc": lambda: page_tasks(args, image_size, size, ramp)[split == "val"],
+        "synthchat": lambda: synthchat.SynthChat("heldout" if split == "val" else split, size, seed=args.seed),
+        "folder": lambda: folder.Folder(arg, split, args.val_share),
+        "finevision": lambda: finevision.FineVision(config, repo or finevision.REPO, part=split),
+        "chartqa": lambda: finevision.FineVision("chartqa", part=split),
+        "smoltalk": lambda: smoltalk.SmolTalk("test" if split == "val" else split, arg or smoltalk.REPO),
+        "fox": lambda: fox.Fox("en", arg),
+        "fox-cn": lambda: fox.Fox("cn", arg),
+        "omnidocbench": lambda: omnidocbench.OmniDocBench(arg or omnidocbench.QUIVR),
+        "chartqa-test": lambda: chartqa.ChartQA("test", arg or chartqa.REPO)}
+    if name not in makers:
+        raise ValueError(f"unknown data set {name!r}: must be one of {', '.join(makers)}")
+    return makers[name]()
+
+
+class Shuffled(Task):
+    """`size` samples of `task`: all of it in one order, then in another, ...; sample i is a matter of arithmetic."""
+    def __init__(self, task, size, seed):
+        self.task, self.size, self.seed, self.epoch, self.order = task, size, stable_hash(str(seed)), -1, None
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        epoch, k = divmod(i, len(self.task))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
+        return self.task[int(self.order[k])]
+
+
+def training_sets(args, image_size, samples, ramp):
+    """-> (training task of at least `samples` samples, held-out pages for validation, training-like pages for the encoder's statistics)."""
+    sets = parse_data(args.data)
+    if sets == [("synthdoc", "", 1)]:
+        return page_tasks(args, image_size, samples, ramp)
+    if benchmarks := [name for name, *_ in sets if name in BENCHMARKS]:
+        raise ValueError(f"--data={args.data}: {', '.join(benchmarks)} measures models, and no longer could one that was trained on it")
+    cycles, parts = -(-samples // sum(share for *_, share in sets)), []
+    for name, arg, share in sets:
+        part = open_set(name, arg, "train", args, image_size, cycles * share, ramp)
+        made_as_they_go = name in ("synthdoc", "synthchat")
+        parts.append((part if made_as_they_go else Shuffled(part, cycles * share, f"{args.seed}/{name}/{arg}"), share))
+    val = open_set(*sets[0][:2], "val", args, image_size, 1000)
+    if not val[0]["images"]:
+        raise ValueError(f"--data={args.data}: {sets[0][0]} has no pictures to validate on: name a set with pictures first")
+    return Mixture(parts), val, Shuffled(parts[0][0], 1000, f"{args.seed}/statistics")
