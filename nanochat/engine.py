@@ -13,6 +13,7 @@ from PIL import ImageOps
 
 from nanochat import image_modes
 from nanochat.checkpoint import load_model
+from nanochat.pretrained import fetch
 from nanochat.common import choose_dtype
 from nanochat.dataloader import collate
 from nanochat.gpt import KVCache
@@ -186,7 +187,7 @@ def add_arguments(parser):
 
 def load_engine(args, device):
     """-> (Engine, meta) for the flags of `add_arguments`."""
-    model, tokenizer, meta = load_model(args.checkpoint, device)  # the one place that turns --checkpoint into a model
+    model, tokenizer, meta = load_model(fetch(args.checkpoint), device)
     if not 1 <= args.max_new_tokens < model.cfg.gpt.sequence_len:
         raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {model.cfg.gpt.sequence_len - 1}, the decoder's positions")
     model.dtype = choose_dtype(device, args.dtype)

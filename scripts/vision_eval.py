@@ -18,31 +18,23 @@ import os
 import random
 import time
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from nanochat.checkpoint import barrier, read_json, resolve, write_json
+from nanochat.checkpoint import barrier, read_json, write_json
 from nanochat.common import banner, compute_cleanup, compute_init, dist_info, init_wandb, json_line, print0, run_main
 from nanochat.engine import add_arguments, load_engine
 from nanochat.metrics import FAILED, relaxed_accuracy, score_page, summarize
+from nanochat.image_modes import valid_tokens
+from nanochat.pretrained import fetch
 from nanochat.report import CONTROLS, breakdown, curve, mean, plot_curve, step_of, verdict, write_html
 from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
-from tasks.training import parse_chars
+from tasks.training import EVALUATED, open_set, parse_chars
 
 FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official", "repetition_rate", "relaxed_accuracy")
-ANSWERS = ("chartqa",)  # tasks of questions with a short answer, scored by relaxed accuracy too
+ANSWERS = ("chartqa", "chartqa-test", "synthchart")  # tasks of questions with a short answer, scored by relaxed accuracy too
 SETTINGS = ("dtype", "max_new_tokens", "no_repeat", "path", "chars", "seed")  # flags that change a prediction
 WINDOW = 4  # batches' worth of pages are loaded and sorted by length before they are cut into batches
-
-
-def task_of(name, args):
-    """Task for a --task name that is no synthetic split."""
-    if name == "omnidocbench":
-        from tasks.omnidocbench import OmniDocBench
-        if not args.path:
-            raise ValueError("--task=omnidocbench needs --path=DIR, a folder with OmniDocBench.json and images/")
-        return OmniDocBench(args.path)
-    raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS)}, omnidocbench")
 
 
 def tasks_of(args, user_config, image_size):
@@ -52,8 +44,8 @@ def tasks_of(args, user_config, image_size):
     found = []
     for name in args.task.split(","):
         if name not in SPLITS:
-            found.append((name, task_of(name, args)))
-        elif not args.chars:  # as in training: the mixture in one set
+            found.append((name, open_set(name, args.path, "all", args, image_size, args.max_problems)))
+        elif not args.chars or len(chars) == 1:  # without --chars as in training: the mixture in one set
             found.append((name, SynthDoc(name, args.max_problems, chars=chars, **common)))
         else:
             found += [(f"{name}_{low}-{high}", SynthDoc(name, args.max_problems, chars=(low, high), **common)) for low, high, _ in chars]
@@ -122,8 +114,9 @@ def page_row(engine, name, task, i, c, result, by_character):
     row = {"index": i, "id": c["id"] if c else f"{name}/{i}", "task": name, "failed": failed, "truth": truth,
            "prediction": "" if failed else result.text, "text_tokens": len(engine.tokenizer.encode(truth or "")),
            "vision_tokens": sum(p.tokens for p in plans), "positions": sum(p.positions for p in plans),
+           "valid_tokens": sum(valid_tokens(p, *ImageOps.exif_transpose(image).size) for p, image in zip(plans, c["images"])) if c else 0,
            "mode": "+".join(dict.fromkeys(p.mode.name for p in plans))}
-    row["attributes"] = {**{k: c[k] for k in ("face", "size_px") if k in c}, **c.get("attributes", {}), "mode": row["mode"]} if c else {}
+    row["attributes"] = {**{k: c[k] for k in ("face", "size_px", "bucket", "columns") if k in c}, **c.get("attributes", {}), "mode": row["mode"]} if c else {}
     if hasattr(task, "image_names"):
         row["image_name"] = task.image_names[i]
     if failed:
@@ -173,6 +166,7 @@ def figures_of(name, rows, controls):
     return {"task": name, "verdict": verdict(rows, controls), **summarize(rows),
             "chars_per_vision_token": characters / max(tokens, 1), "text_tokens_per_vision_token": text / max(tokens, 1),
             "vision_tokens": int(tokens) if tokens == int(tokens) else tokens, "positions": positions,
+            "valid_tokens": mean(loaded, "valid_tokens") if loaded else 0.0,
             "confidence": mean(finished, "confidence") if finished else None, "unfinished": sum(not r["finished"] for r in finished),
             "pages_per_sec": len(rows) / seconds, "tokens_per_sec": sum(r["tokens"] for r in rows) / seconds,
             "controls": {kind: {k: v for k, v in summarize(r).items() if k in ("samples", "failed", "ci95", *FIGURES)}
@@ -183,7 +177,7 @@ def figures_of(name, rows, controls):
 def check_settings(args, out, meta, by_character):
     """Rows of different settings must not mix: ValueError if <out> was begun under others. Batch size and number of pages may change."""
     path = os.path.join(out, "settings.json")
-    with open(os.path.join(resolve(args.checkpoint), "model.safetensors"), "rb") as f:
+    with open(os.path.join(fetch(args.checkpoint), "model.safetensors"), "rb") as f:
         ours = {"weights": hashlib.file_digest(f, "sha256").hexdigest(), "by_character": by_character, "mode": args.mode or meta["mode"],
                 **{key: getattr(args, key) for key in SETTINGS}}
     theirs = read_json(path) if os.path.exists(path) else ours
@@ -212,8 +206,8 @@ def log_wandb(args, summary, sections, png):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--task", default="heldout,heldout_words,random_chars", help=f"with commas: {', '.join(SPLITS)}, omnidocbench")
-    parser.add_argument("--path", default="", help="folder of pages, e.g. in OmniDocBench's format")
+    parser.add_argument("--task", default="heldout,heldout_words,random_chars", help=f"with commas: {', '.join(SPLITS + EVALUATED)}")
+    parser.add_argument("--path", default="", help="where the pages of fox, omnidocbench, chartqa-test or folder lie; empty = on the hub")
     parser.add_argument("--chars", default="", help="synthetic pages: LO-HI characters, or several, each its own set; empty = as trained")
     parser.add_argument("--max-problems", type=int, default=256, help="pages per task")
     parser.add_argument("--controls", type=int, nargs="?", const=64, default=0, help="pages per control: blank, another page, other words")
@@ -233,7 +227,7 @@ def main(argv=None):
     if by_character:
         print0("jieba is not installed: Chinese pages are scored by character in f1 and precision")
     tasks = tasks_of(args, meta["user_config"], getattr(engine.mode, "size", engine.model.cfg.sam.image_size))
-    out = args.out or os.path.join(args.checkpoint, "eval_" + args.task.replace(",", "_"))
+    out = args.out or os.path.join(args.checkpoint if os.path.isdir(args.checkpoint) else ".", "eval_" + args.task.replace(",", "_"))
     check_settings(args, out, meta, by_character)
 
     summary = {"checkpoint": args.checkpoint, "step": meta["step"], "mode": args.mode or meta["mode"], "seed": args.seed}

@@ -33,6 +33,7 @@ BOLD = {"serif": "serif-bold", "sans": "sans-bold", "sans-oblique": "sans-bold",
 FUNCTION_WORDS = "the the the of of and and to to in in a is for with on by as at from it was that are or be".split()
 FUNCTION_SHARE = 0.3
 PARTS = {"paragraph": 10, "heading": 3, "list": 2, "table": 1, "figure": 1}  # odds of what comes next on a page
+TEXT = {"paragraph": 10, "heading": 2, "list": 1}  # odds on pages of text alone
 COLUMN_PX, FIGURE_PX = 160, 100  # of a page's width for every column; least width of a figure
 TITLE, HEADING, SMALL = 1.6, 1.2, 0.8  # print over that of the text; SMALL are tables, headers and footers
 SLACK = 20  # characters by which a page may stay under its length: a list's marker, the longest word and a blank line
@@ -441,8 +442,7 @@ def fox_like(size_px=1024, damage=0):
     chars = [(int(n * CHARS_PER_TOKEN), int((n + 100) * CHARS_PER_TOKEN) - 1, f"{n}-{n + 100}") for n, pages in FOX_PAGES.items()
              for _ in range(pages)]
     random.Random("fox").shuffle(chars)  # so that any first few pages are of all buckets
-    parts = {"paragraph": 10, "heading": 2, "list": 1}
-    return SynthPage("heldout", 100, size_px, chars, columns=(1, 2), parts=parts, damage=damage, seed="fox")
+    return SynthPage("heldout", 100, size_px, chars, columns=(1, 2), parts=TEXT, damage=damage, seed="fox")
 
 
 def omnidocbench_like(size_px=1024, damage=0):

@@ -2,19 +2,21 @@
 The sets a training stage draws from, out of its command line: --data names them, --chars and the like shape the synthetic pages.
 
     synthdoc            rendered word pages (the default)             synthchat         built-in text-only chat
+    synthpage           rendered whole pages, --chars characters      synthchart        rendered charts, question and answer
     folder:DIR, folder:FILE.jsonl   your own pages (tasks/folder.py)  smoltalk[:REPO]   text-only chat from the hub
     finevision:CONFIG   any config of FineVision; finevision:DIR/CONFIG reads a local copy;  chartqa = finevision:chartqa
 
-Benchmarks, never trained on: fox, fox-cn [:ZIP or DIR], omnidocbench[:REPO or DIR], chartqa-test[:REPO or DIR].
+Benchmarks, never trained on: fox, fox-cn [:ZIP or DIR], omnidocbench[:REPO or DIR], chartqa-test[:REPO or DIR], fox_like, omnidocbench_like.
 """
 import numpy as np
 
 from nanochat.dataloader import Mixture
-from tasks import chartqa, finevision, folder, fox, omnidocbench, smoltalk, synthchat
+from tasks import chartqa, finevision, folder, fox, omnidocbench, smoltalk, synthchat, synthpage
 from tasks.common import Task
 from tasks.synthdoc import SynthDoc, stable_hash
 
-BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test")
+BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omnidocbench_like")
+EVALUATED = (*BENCHMARKS, "folder", "synthchart")  # what scripts.vision_eval scores beside the splits of synthdoc
 
 
 def parse_chars(text):
@@ -53,22 +55,33 @@ def parse_data(text):
 
 
 def open_set(name, arg, split, args, image_size, size, ramp=0):
-    """The set of that name; split is train or val. `size` is for those that are made as they go."""
+    """The set of that name; split is train, val or all. `size` is for those that are made as they go."""
     repo, _, config = arg.rpartition("/")
+    heldout = "train" if split == "train" else "heldout"
     makers = {
         "synthdoc": lambda: page_tasks(args, image_size, size, ramp)[split == "val"],
         "synthchat": lambda: synthchat.SynthChat("heldout" if split == "val" else split, size, seed=args.seed),
-        "folder": lambda: folder.Folder(arg, split, args.val_share),
+        "synthpage": lambda: text_pages(heldout, size, image_size, parse_chars(args.chars), args.seed),
+        "synthchart": lambda: synthpage.SynthChart(heldout, size, image_size, seed=args.seed),
+        "folder": lambda: folder.Folder(arg, split, getattr(args, "val_share", 0.0)),
         "finevision": lambda: finevision.FineVision(config, repo or finevision.REPO, part=split),
         "chartqa": lambda: finevision.FineVision("chartqa", part=split),
         "smoltalk": lambda: smoltalk.SmolTalk("test" if split == "val" else split, arg or smoltalk.REPO),
         "fox": lambda: fox.Fox("en", arg),
         "fox-cn": lambda: fox.Fox("cn", arg),
         "omnidocbench": lambda: omnidocbench.OmniDocBench(arg or omnidocbench.QUIVR),
+        "fox_like": lambda: synthpage.fox_like(image_size),
+        "omnidocbench_like": lambda: synthpage.omnidocbench_like(image_size),
         "chartqa-test": lambda: chartqa.ChartQA("test", arg or chartqa.REPO)}
     if name not in makers:
         raise ValueError(f"unknown data set {name!r}: must be one of {', '.join(makers)}")
     return makers[name]()
+
+
+def text_pages(split, size, image_size, chars, seed):
+    """Whole pages of text alone, in one or two columns, with as many characters as --chars spans."""
+    low, high = min(low for low, *_ in chars), max(high for _, high, _ in chars)
+    return synthpage.SynthPage(split, size, image_size, chars=(low, high), columns=(1, 2), parts=synthpage.TEXT, kinds=("text",), seed=seed)
 
 
 class Shuffled(Task):
@@ -96,7 +109,7 @@ def training_sets(args, image_size, samples, ramp):
     cycles, parts = -(-samples // sum(share for *_, share in sets)), []
     for name, arg, share in sets:
         part = open_set(name, arg, "train", args, image_size, cycles * share, ramp)
-        made_as_they_go = name in ("synthdoc", "synthchat")
+        made_as_they_go = name.startswith("synth")
         parts.append((part if made_as_they_go else Shuffled(part, cycles * share, f"{args.seed}/{name}/{arg}"), share))
     val = open_set(*sets[0][:2], "val", args, image_size, 1000)
     if not val[0]["images"]:
