@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanochat.image_modes import preprocess
+from nanochat.image_modes import plan, preprocess
 from tasks.common import BadSample, open_image
 
 IGNORE = -1
@@ -57,25 +57,19 @@ class Batch:
 
     def deranged(self):
         """The same text beside other pages: every image gets the pixels of one with an equal plan from another conversation."""
-        source, views = list(range(self.images)), {side: [] for side in self.views}
-        for plan in dict.fromkeys(self.plans):
-            group = [i for i, p in enumerate(self.plans) if p == plan]
+        source = list(range(self.images))  # whose pixels each image gets
+        for shape in dict.fromkeys(self.plans):
+            group = [i for i, p in enumerate(self.plans) if p == shape]
             shift = max(Counter(self.owners[i] for i in group).values())  # past the images of one's own conversation
             if len(group) < 2 * shift:
-                raise ValueError(f"deranging images needs two conversations or more for every shape of image; of {plan.mode.name} with "
-                                 f"{plan.cols}x{plan.rows} tiles there are {len(group)}, {shift} in one: use larger batches or an untiled mode")
+                raise ValueError(f"deranging needs each shape of image in two conversations or more; of {shape.mode.name} with {shape.cols}x{shape.rows} "
+                                 f"tiles there are {len(group)}, {shift} in one of them: use larger batches or an untiled mode")
             for i, j in zip(group, group[-shift:] + group[:-shift]):
                 source[i] = j
         if not source:
-            raise ValueError("deranging images: there is none in this batch")
-        places, used = [], Counter()
-        for plan in self.plans:
-            places.append({side: range(used[side], used[side] + n) for side, n in plan.views.items()})
-            used.update(plan.views)
-        for i in source:
-            for side, place in places[i].items():
-                views[side] += place
-        return replace(self, views={side: v[views[side]] for side, v in self.views.items()})
+            raise ValueError("deranging needs images, this batch has none")
+        pieces = {side: v.split([p.views.get(side, 0) for p in self.plans]) for side, v in self.views.items()}
+        return replace(self, views={side: torch.cat([pieces[side][i] for i in source]) for side in self.views})
 
 
 class Sample(NamedTuple):
@@ -89,15 +83,16 @@ class Sample(NamedTuple):
 
 class Sampler:
     """
-    Turns conversation i of a task into a Sample. Picklable: it travels to the loader's workers. What happens to samples that do not fit:
-    bad_data    raise | skip: null or empty text, unreadable picture, missing column, ...; skipped ones are counted and named on stderr
-    too_long    raise | clip | drop: over max_tokens positions. Text is clipped at its end; a sample is dropped where that would cut an image
-                or leave no answer, or if it has over max_images images
-    pack        positions of a row that holds several samples, and at most max_images images; 0 = one sample a row
+    Turns conversation i of a task into a Sample. Picklable: it travels to the loader's workers. Samples that do not fit:
+    bad_data  raise | skip: null or empty text, unreadable picture, missing column, ...; what is skipped is counted and named on stderr
+    too_long  raise | clip | drop: over max_tokens positions. Text is clipped at its end; a sample is dropped where that would cut an
+              image or leave no answer, or if it has over max_images images
+    pack      positions of a row for several samples, with max_images images at most; 0 = one sample a row
     """
     def __init__(self, task, tokenizer, mode, stride, max_tokens, bad_data="raise", too_long="raise", max_images=16, pack=0):
         if pack and pack < max_tokens:
             raise ValueError(f"--pack={pack}: a packed row must hold the longest sample, --max-seq-len={max_tokens} positions")
+        plan(mode, 1, 1, stride)  # a stride that does not fit the mode raises now: it is no fault of the data
         self.task, self.tokenizer, self.mode, self.stride, self.max_tokens = task, tokenizer, mode, stride, max_tokens
         self.bad_data, self.too_long, self.max_images, self.pack = bad_data, too_long, max_images, pack
         self.mixture = task if isinstance(task, Mixture) else Mixture([(task, 1)])
@@ -143,10 +138,9 @@ class Sampler:
 
 def pack_rows(lengths, images, row_length, max_images):
     """
-    Rows, lists of sample numbers, of at most row_length positions and max_images images: the fewest rows for which "the longest
-    sample next, into the emptiest row with room" finds a place for all. The samples are those of one micro-batch: which samples
-    it holds stays arithmetic on indices, and resuming needs no state. The emptiest row rather than the first that fits, since rows
-    then come out nearly equal and are padded only to the longest of them.
+    Rows, lists of sample numbers, of at most row_length positions and max_images images: the fewest in which all find a place, the
+    longest sample first, each in the emptiest row with room. Only the samples of one micro-batch share rows, so which samples it holds
+    stays arithmetic on indices and a resume needs no state. Emptiest, not first fit: rows come out nearly equal, and T is the longest.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for n in range(-(-sum(lengths) // row_length), len(lengths) + 1):
@@ -156,8 +150,7 @@ def pack_rows(lengths, images, row_length, max_images):
             if not fit:
                 break
             r = min(fit, key=used.__getitem__)
-            rows[r].append(i)
-            used[r], pictures[r] = used[r] + lengths[i], pictures[r] + images[i]
+            rows[r], used[r], pictures[r] = [*rows[r], i], used[r] + lengths[i], pictures[r] + images[i]
         else:
             return [sorted(row) for row in rows]
 
@@ -176,8 +169,7 @@ def collate(samples, pack=0, max_images=0):
     for r, row in enumerate(rows):
         at = 0
         for i in row:
-            tokens, mask, images, *_ = samples[i]
-            n = lengths[i]
+            (tokens, mask, images, *_), n = samples[i], lengths[i]
             ids[r, at:at + n] = tokens[:-1]
             targets[r, at:at + n] = np.where(mask[1:], tokens[1:], IGNORE)  # position t predicts token t + 1
             positions[r, at:at + n] = np.arange(n)
@@ -230,29 +222,16 @@ class Mixture:
         return self.tasks[t][row]
 
 
-class MicroBatches:
-    """Batch sampler: micro-batch k of this rank holds indices (k * world + rank) * size ... + size."""
-    def __init__(self, start, stop, size, rank, world):
-        self.start, self.stop, self.size, self.rank, self.world = start, stop, size, rank, world
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        for k in range(self.start, self.stop):
-            first = (k * self.world + self.rank) * self.size
-            yield range(first, first + self.size)
-
-
-# -----------------------------------------------------------------------------
-# Streams
+def micro_batches(start, stop, size, rank, world):
+    """The samples of this rank's micro-batches start..stop-1: number k holds (k * world + rank) * size ... + size."""
+    return [range(first, first + size) for first in ((k * world + rank) * size for k in range(start, stop))]
 
 
 class Stream:
     """
-    A set that is read in order, epoch after epoch, and may be larger than the disk. rows: a `datasets` IterableDataset, sharded over ranks
-    and workers by `datasets` itself. Its pictures must be undecoded (Image(decode=False)) and conversion left to to_conversation(row, where),
-    a plain function: an error inside `datasets`' own generators would end them. window: so many rows are shuffled among themselves (the
+    A set read in order, epoch after epoch, which may be larger than the disk. rows: a `datasets` IterableDataset, which shards itself
+    over ranks and workers. Its pictures stay undecoded (Image(decode=False)) and rows raw until to_conversation(row, where), a plain
+    function: an error inside the generators of `datasets` would end them. window: so many rows are shuffled among themselves (the
     buffer of `rows.shuffle` is lost on resume; a window is read again).
     """
     def __init__(self, rows, to_conversation, name, window=1, seed=0):
@@ -262,7 +241,7 @@ class Stream:
         """Endless (where, function that gives the conversation, state to go on after it)."""
         from datasets.distributed import split_dataset_by_node
         rows = split_dataset_by_node(self.rows, rank, world)  # a copy: the epoch of self.rows is shared by all workers
-        state = state or {"epoch": 0, "rows": None, "row": 0, "taken": 0}
+        state = state or {"epoch": 0, "rows": None, "row": 0, "taken": 0}  # rows: where the window begins; taken: of the window
         while True:
             epoch, at, row, taken = (state[key] for key in ("epoch", "rows", "row", "taken"))
             rows.set_epoch(epoch)
@@ -274,7 +253,7 @@ class Stream:
                 for taken in range(taken + 1, len(window) + 1):
                     nth = order[taken - 1]
                     where = f"{self.name} epoch {epoch}, row {row + nth} of worker {worker} of rank {rank}"
-                    yield where, partial(self.to_conversation, window[nth], where), {"epoch": epoch, "rows": at, "row": row, "taken": taken}
+                    yield where, partial(self.to_conversation, window[nth], where), dict(state, rows=at, row=row, taken=taken)
                 at, row, taken = rows.state_dict(), row + len(window), 0
             if row == 0:
                 raise ValueError(f"{self.name} has no row for worker {worker} of {workers} on rank {rank} of {world}: give --workers no more "
@@ -296,8 +275,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
         self.rank, self.world, self.workers, self.states = rank, world, workers, states
 
     def __iter__(self):
-        info, mixture = torch.utils.data.get_worker_info(), self.sampler.mixture
-        worker = info.id if info else 0
+        mixture, worker = self.sampler.mixture, getattr(torch.utils.data.get_worker_info(), "id", 0)
         state = self.states.get(str(worker)) or {"drawn": 0, "parts": [None] * len(mixture.tasks)}
         drawn, parts = state["drawn"], list(state["parts"])
         shares = (self.rank, self.world, worker, self.workers)
@@ -331,4 +309,4 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
     if needed > len(sampler):
         raise ValueError(f"{stop} micro-batches of {size} on {world} ranks need {needed} samples, the task has {len(sampler)}")
     return iter(torch.utils.data.DataLoader(
-        sampler, batch_sampler=MicroBatches(start, stop, size, rank, world), collate_fn=make, **common))
+        sampler, batch_sampler=micro_batches(start, stop, size, rank, world), collate_fn=make, **common))
