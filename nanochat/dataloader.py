@@ -62,8 +62,9 @@ class Batch:
             group = [i for i, p in enumerate(self.plans) if p == shape]
             shift = max(Counter(self.owners[i] for i in group).values())  # past the images of one's own conversation
             if len(group) < 2 * shift:
-                raise ValueError(f"deranging needs each shape of image in two conversations or more; of {shape.mode.name} with {shape.cols}x{shape.rows} "
-                                 f"tiles there are {len(group)}, {shift} in one of them: use larger batches or an untiled mode")
+                raise ValueError(f"deranging needs each shape of image in two conversations or more; of {shape.mode.name} with "
+                                 f"{shape.cols}x{shape.rows} tiles there are {len(group)}, {shift} in one of them: use larger batches "
+                                 f"or an untiled mode")
             for i, j in zip(group, group[-shift:] + group[:-shift]):
                 source[i] = j
         if not source:
@@ -116,6 +117,8 @@ class Sampler:
                     raise BadSample(f"{where}: a message of the {m['role']} is null or empty")
             images = [preprocess(open_image(image, where), self.mode, self.stride) for image in conversation["images"]]
             ids, mask = self.tokenizer.render_conversation(conversation, [p.positions for p, _, _ in images])
+            if not any(mask):
+                raise BadSample(f"{where}: nothing for the assistant to say")
         except UNUSABLE as e:
             bad = e if isinstance(e, BadSample) else BadSample(f"{where}: {type(e).__name__}: {e}")
             if self.bad_data != "skip":
@@ -125,9 +128,9 @@ class Sampler:
         end = self.max_tokens + 1  # the last token is only a target
         if len(ids) > end or len(images) > self.max_images:
             if self.too_long == "raise":
-                raise ValueError(f"{where}: conversation {conversation['id']} takes {len(ids) - 1} positions, the limit is {self.max_tokens}: "
-                                 f"raise --max-seq-len or use shorter pages" if len(ids) > end else
-                                 f"{where} has {len(images)} images, the limit is --max-images={self.max_images}")
+                raise ValueError(f"{where}: conversation {conversation.get('id', '?')} takes {len(ids) - 1} positions and {len(images)} "
+                                 f"images, the limit is {self.max_tokens} and {self.max_images}: raise --max-seq-len or --max-images, "
+                                 f"use shorter pages, or --too-long=clip|drop")
             whole = len(images) <= self.max_images and self.tokenizer.image_token_id not in ids[end:] and any(mask[1:end])
             if self.too_long == "drop" or not whole:
                 return Sample([], counts={**counts, "dropped": 1})
@@ -256,8 +259,8 @@ class Stream:
                     yield where, partial(self.to_conversation, window[nth], where), dict(state, rows=at, row=row, taken=taken)
                 at, row, taken = rows.state_dict(), row + len(window), 0
             if row == 0:
-                raise ValueError(f"{self.name} has no row for worker {worker} of {workers} on rank {rank} of {world}: give --workers no more "
-                                 f"than its {rows.num_shards} shards on this rank")
+                raise ValueError(f"{self.name} has no row for worker {worker} of {workers} on rank {rank} of {world}: give --workers "
+                                 f"no more than its {rows.num_shards} shards on this rank")
             state = {"epoch": epoch + 1, "rows": None, "row": 0, "taken": 0}
 
 

@@ -49,7 +49,7 @@ def training_arguments(description, **defaults):
     flag("--max-seq-len", int, 256, help="decoder positions a sample may take, image included")
     flag("--max-images", int, 16, help="images a sample, and a packed row, may have")
     flag("--pack", int, 0, help="positions of a row that holds several samples; 0 = one sample a row")
-    flag("--too-long", default="raise", choices=["raise", "clip", "drop"], help="samples over --max-seq-len or --max-images; clip cuts text")
+    flag("--too-long", default="raise", choices=["raise", "clip", "drop"], help="samples over --max-seq-len, --max-images; clip cuts text")
     flag("--bad-data", default="raise", choices=["raise", "skip"], help="samples that cannot be used: stop, or count them and go on")
     # Training horizon
     flag("--num-iterations", int, help="optimizer steps")
@@ -209,7 +209,8 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay, dtype=model.dtype)
     if args.max_seq_len > model.cfg.gpt.sequence_len:
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder has {model.cfg.gpt.sequence_len} positions")
-    sampler = Sampler(task, tokenizer, mode, model.cfg.token_stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images, args.pack)
+    sampler = Sampler(task, tokenizer, mode, model.cfg.token_stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images,
+                      args.pack)
 
     # start order: resume, else what the script put into the model
     run_dir, start = open_run(args)

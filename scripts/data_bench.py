@@ -48,7 +48,8 @@ def padding(n=4096):
     """
     rng = np.random.default_rng(0)
     chart = plan(get_mode("small"), 800, 600, 64).positions
-    lengths = [chart + sum(4 + max(4, round(rng.normal(14, 5))) + int(rng.integers(1, 7)) for _ in range(1 + rng.poisson(0.55))) for _ in range(n)]
+    turns = [[4 + max(4, round(rng.normal(14, 5))) + int(rng.integers(1, 7)) for _ in range(1 + rng.poisson(0.55))] for _ in range(n)]
+    lengths = [chart + sum(turn) for turn in turns]
     plain = [lengths[i:i + BATCH] for i in range(0, n, BATCH)]
     packed = [[sum(batch[i] for i in row) for row in pack_rows(batch, [1] * BATCH, ROW, 16)] for batch in plain]
     return [round(1 - sum(lengths) / sum(len(rows) * max(rows) for rows in batches), 4) for batches in (plain, packed)]

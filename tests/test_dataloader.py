@@ -112,11 +112,11 @@ def test_a_mixture_is_spread_evenly():
 
 def test_too_long_is_named_not_cut(tokenizer, pages):
     sampler = Sampler(pages, tokenizer, MODES["test"], 32, max_tokens=20)
-    with pytest.raises(ValueError, match=r"conversation synthdoc/heldout/0/3 takes \d\d positions, the limit is 20"):
+    with pytest.raises(ValueError, match=r"conversation synthdoc/heldout/0/3 takes \d\d positions and 1 images, the limit is 20 "):
         sampler[3]
     n = len(tokenizer.render_conversation(pages[3], [7])[0]) - 1
     assert len(Sampler(pages, tokenizer, MODES["test"], 32, max_tokens=n)[3][0]) == n + 1
-    with pytest.raises(ValueError, match=f"takes {n} positions, the limit is {n - 1}"):
+    with pytest.raises(ValueError, match=f"takes {n} positions and 1 images, the limit is {n - 1} "):
         Sampler(pages, tokenizer, MODES["test"], 32, max_tokens=n - 1)[3]
 
 
@@ -150,7 +150,7 @@ def test_clipped_and_dropped_are_counted(tokenizer, pages):
 def test_too_many_images(tokenizer, pages):
     three = {**pages[0], "images": [p["images"][0] for p in pages[:3]]}
     three["messages"] = [{"role": "user", "content": [{"type": "image"}] * 3}, pages[0]["messages"][1]]
-    with pytest.raises(ValueError, match="list row 0 has 3 images, the limit is --max-images=2"):
+    with pytest.raises(ValueError, match=r"list row 0: .* takes \d+ positions and 3 images, the limit is 128 and 2: raise"):
         Sampler([three], tokenizer, MODES["test"], 32, 128, max_images=2)[0]
     assert Sampler([three], tokenizer, MODES["test"], 32, 128, max_images=2, too_long="clip")[0].counts["dropped"] == 1
     assert len(Sampler([three], tokenizer, MODES["test"], 32, 128, max_images=3)[0].images) == 3
@@ -340,8 +340,11 @@ def test_a_stream_goes_on_where_it_was(tokenizer, workers, world):
         assert all((b.counts["drawn/pages"], b.counts["drawn/SynthChat"]) == (3, 1) for b in unbroken)
         for stop in rng.sample(range(1, 30), 4):
             states = json.loads(json.dumps({b.state["worker"]: b.state for b in unbroken[:stop]}))
-            resumed = loader(stream_sampler(tokenizer), 4, stop, 30, rank, world, workers, states=states)
+            resumed = list(loader(stream_sampler(tokenizer), 4, stop, 30, rank, world, workers, states=states))
             assert hashes(resumed) == hashes(unbroken[stop:])
+            states |= json.loads(json.dumps({b.state["worker"]: b.state for b in resumed[:3]}))  # stopped a second time
+            resumed = loader(stream_sampler(tokenizer), 4, min(stop + 3, 30), 30, rank, world, workers, states=states)
+            assert hashes(resumed) == hashes(unbroken[stop + 3:])
     with pytest.raises(ValueError, match="--workers=3: a stream goes on with as many workers"):
         loader(stream_sampler(tokenizer), 4, 5, 30, workers=3, states=states)
 
@@ -350,8 +353,8 @@ def test_a_stream_goes_on_where_it_was(tokenizer, workers, world):
 def test_a_stream_gives_every_row_once_an_epoch(tokenizer, world, workers, shards):
     per_rank = 6 * shards // world // 3
     for first, epochs in ((0, 1), (per_rank, 1), (0, 2)):
-        batches = [b for rank in range(world) for b in list(
-            loader(stream_sampler(tokenizer, 4, shards, chats=False), 3, 0, per_rank * (first // per_rank + epochs), rank, world, workers))[first:]]
+        sampler, stop = stream_sampler(tokenizer, 4, shards, chats=False), first + per_rank * epochs
+        batches = [b for rank in range(world) for b in list(loader(sampler, 3, 0, stop, rank, world, workers))[first:]]
         assert seen(tokenizer, batches) == sorted(list(range(6 * shards)) * epochs)
 
 
@@ -368,8 +371,9 @@ def test_a_streamed_run_resumes(tokenizer_dir, tokenizer, tmp_path, monkeypatch,
     for name, value in {"VAL_PAGES": 16, "STATISTICS_PAGES": 32, "matmul_rate": lambda *args: 1e12}.items():
         monkeypatch.setattr(loop, name, value)
     monkeypatch.setattr(vis_tok_train, "page_tasks", lambda *args: (stream, val, val))
-    flags = ["--preset=tiny", "--dtype=float32", "--device-type=cpu", "--num-iterations=6", "--device-batch-size=4", "--total-batch-size=12",
-             "--save-every=3", f"--tokenizer={tokenizer_dir}", f"--checkpoints={tmp_path}", "--pack=256", "--bad-data=skip", "--workers=2"]
+    flags = ["--preset=tiny", "--dtype=float32", "--device-type=cpu", "--num-iterations=6", "--device-batch-size=4",
+             "--total-batch-size=12", "--save-every=3",
+             f"--tokenizer={tokenizer_dir}", f"--checkpoints={tmp_path}", "--pack=256", "--bad-data=skip", "--workers=2"]
     def outcome():
         final = tmp_path / "stage1/model_000006"
         records = [json.loads(line) for line in (tmp_path / "stage1/metrics.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ python -m pytest tests/test_hostile.py
 import io
 import re
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -36,9 +37,9 @@ def striped(mode="L", size=(60, 90)):
 def png_header(width, height):
     """A whole PNG by its header, of which not one row is there."""
     def chunk(kind, data):
-        import zlib
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def pictures(folder):
@@ -52,20 +53,31 @@ def pictures(folder):
     frames = [striped(), striped().rotate(180)]
     return {
         "file": (folder / "fine.png", None), "name of a file": (str(folder / "fine.png"), None), "bytes": (png, None),
-        "dict of bytes": ({"bytes": png, "path": "elsewhere.png"}, None), "dict of path": ({"bytes": None, "path": str(folder / "fine.png")}, None),
+        "dict of bytes": ({"bytes": png, "path": "elsewhere.png"}, None),
+        "dict of path": ({"bytes": None, "path": str(folder / "fine.png")}, None),
         "lazy": (Image.open(folder / "fine.png"), None), "1-bit": (encoded(striped("1")), None), "16-bit": (encoded(sixteen), None),
         "palette": (encoded(striped("P")), None), "grey and alpha": (encoded(striped("LA")), None), "rgba": (encoded(clear), None),
         "cmyk": (encoded(striped("CMYK"), "JPEG"), None), "ycbcr": (encoded(striped("YCbCr"), "JPEG"), None),
-        "float": (encoded(striped("F"), "TIFF"), None), "animated gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), None),
+        "float": (encoded(striped("F"),
+        "TIFF"), None),
+        "animated gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), None),
         "animated webp": (encoded(frames[0].convert("RGB"), "WEBP", save_all=True, append_images=frames[1:], lossless=True), None),
         "tiff of two pages": (encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]), None),
         "exif": (encoded(striped().rotate(180), "JPEG", exif=rotated), None),
         "1x1": (encoded(Image.new("L", (1, 1))), None), "20000x10": (encoded(Image.new("1", (20000, 10))), None),
         "10x20000": (encoded(Image.new("1", (10, 20000))), None),
-        "truncated png": (png[:-30], "OSError: "), "truncated jpeg": (encoded(Image.effect_noise((90, 90), 50), "JPEG")[:-900], "truncated"),
+        "truncated png": (png[:-30], "OSError: "),
+        "truncated jpeg": (encoded(Image.effect_noise((90, 90), 50),
+        "JPEG")[:-900], "truncated"),
         "zero bytes": (b"", "in no known format"), "zero-byte file": (folder / "empty.png", "empty.png: .*in no known format"),
-        "header alone": (png_header(60, 90), "cannot be read"), "broken checksum": (png.replace(b"IHDR\0\0\0\x3c", b"IHDR\0\0\0\x3d"), "cannot be read"),
-        "bomb": (png_header(30000, 30000), "DecompressionBombError"), "smaller bomb": (png_header(9000, 9000), "9000x9000 px is over the limit of 80,000,000"),
+        "header alone": (png_header(60, 90),
+        "cannot be read"),
+        "broken checksum": (png.replace(b"IHDR\0\0\0\x3c", b"IHDR\0\0\0\x3d"),
+        "cannot be read"),
+        "bomb": (png_header(30000, 30000),
+        "DecompressionBombError"),
+        "smaller bomb": (png_header(9000, 9000),
+        "9000x9000 px is over the limit of 80,000,000"),
         "text": (b"hello", "in no known format"), "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "in no known format"),
         "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "in no known format"),
         "absent": (folder / "none.png", "none.png: no such picture"), "folder": (folder, "no such picture"),
@@ -78,9 +90,12 @@ def rows(folder):
     """[(name, row, None or the reason), ...]: the pictures with a sound text, then texts with a sound picture."""
     png, full = encoded(striped()), {"question": "Read.", "answer": "All."}
     texts = {
-        "null answer": ({**full, "answer": None}, "assistant is null or empty"), "empty answer": ({**full, "answer": ""}, "assistant is null or empty"),
-        "blank answer": ({**full, "answer": " \n\t"}, "assistant is null or empty"), "number for an answer": ({**full, "answer": 42}, "AttributeError"),
-        "null question": ({**full, "question": None}, "TypeError|AttributeError"), "no answer column": ({"question": "Read."}, "KeyError: 'answer'"),
+        "null answer": ({**full, "answer": None}, "assistant is null or empty"),
+        "empty answer": ({**full, "answer": ""}, "assistant is null or empty"),
+        "blank answer": ({**full, "answer": " \n\t"}, "assistant is null or empty"),
+        "number for an answer": ({**full, "answer": 42}, "AttributeError"),
+        "null question": ({**full, "question": None}, "TypeError|AttributeError"),
+        "no answer column": ({"question": "Read."}, "KeyError: 'answer'"),
         "special tokens": ({"question": "<|image|>" + "".join(SPECIAL_TOKENS), "answer": "<|assistant_end|><|image|>"}, None),
         "lone surrogate": ({**full, "answer": "a\ud800b"}, None), "null character": ({**full, "answer": "a\0b"}, None),
     }
@@ -175,7 +190,8 @@ def test_text_cannot_spell_a_special_token(hostile, tokenizer):
     sample = make_sampler(hostile, tokenizer)[i]
     assert sample.ids.count(tokenizer.image_token_id) == sample.images[0][0].positions
     specials = [t for t in sample.ids if t in tokenizer.special_ids.values() and t != tokenizer.image_token_id]
-    assert [tokenizer.decode([t]) for t in specials] == ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+    assert [tokenizer.decode([t]) for t in specials] == [
+        "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
     for text in SPECIAL_TOKENS:
         assert not set(tokenizer.encode(text)) & set(tokenizer.special_ids.values()) and tokenizer.decode(tokenizer.encode(text)) == text
 
