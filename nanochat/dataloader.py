@@ -123,7 +123,7 @@ class Sampler:
             bad = e if isinstance(e, BadSample) else BadSample(f"{where}: {type(e).__name__}: {e}")
             if self.bad_data != "skip":
                 raise bad from e.__cause__ if bad is e else e
-            print(f"skipped {bad}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"skipped {bad}\n")  # in one piece: several workers write
             return Sample([], counts={**counts, "bad": 1})
         end = self.max_tokens + 1  # the last token is only a target
         if len(ids) > end or len(images) > self.max_images:

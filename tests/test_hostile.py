@@ -168,7 +168,7 @@ def test_skipped_samples_are_counted_and_move_no_other(hostile, tokenizer, capfd
         assert batch.counts.get("bad", 0) == size - len(good) and batch.images == len(good)
         if good:
             assert torch.equal(batch.ids, collate(good).ids) and torch.equal(batch.views[64], collate(good).views[64])
-    assert len(re.findall(r"^skipped hostile row \d+: ", capfd.readouterr().err, re.M)) >= sum(expected[:steps * size])
+    assert len(re.findall(r"skipped hostile row \d+: ", capfd.readouterr().err)) >= sum(expected[:steps * size])
     with pytest.raises(BadSample, match="hostile row 21: the picture cannot be read"):
         list(loader(make_sampler(mixture, tokenizer), 1, 21, 22))
 
