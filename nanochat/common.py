@@ -66,12 +66,20 @@ def choose_dtype(device, name="auto"):
 
 
 def all_reduce(value, device, op=dist.ReduceOp.SUM):
-    """A Python number reduced over ranks, as a float."""
+    """A Python number, or a list of them, reduced over ranks, as float(s)."""
+    t = torch.tensor(value, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")  # gloo takes CPU tensors
+    if dist.is_initialized():
+        dist.all_reduce(t, op=op)
+    return t.tolist()
+
+
+def gather(value):
+    """[value of rank 0, of rank 1, ...] on every rank; for small things of plain Python types."""
     if not dist.is_initialized():
-        return float(value)
-    t = torch.tensor(float(value), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    dist.all_reduce(t, op=op)
-    return t.item()
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def synchronize(device):

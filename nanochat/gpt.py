@@ -31,6 +31,16 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
 
 
+def block_diagonal(positions):
+    """
+    Mask of packed rows: boolean (B, 1, T, T), True where a query may attend: causal, and inside its own sample. positions: (B, T),
+    0 wherever a sample begins; padding is 0 throughout, so each padded place is a sample of its own and no softmax is empty.
+    """
+    T, sample = positions.size(1), (positions == 0).cumsum(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
+    return ((sample[:, :, None] == sample[:, None, :]) & causal)[:, None]
+
+
 class KVCache:
     """
     Keys and values of every layer for B rows of up to `length` positions. Rows may have different lengths: a row's next token

@@ -52,6 +52,11 @@ class Plan:
         """Positions in the decoder: one newline per row of tokens, one separator at the end."""
         return self.side * (self.side + 1) + 1 + self.rows * self.tile_side * (self.cols * self.tile_side + 1)
 
+    @property
+    def views(self):
+        """{side in px: number of views}."""
+        return {self.mode.size: 1, **({self.mode.tile: self.rows * self.cols} if self.rows else {})}
+
 
 def auto_mode(supported, width, height):
     """
@@ -104,6 +109,8 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert() would clip at 255
         levels = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(levels).all():
+            raise ValueError("the image has grey levels that are not finite")
         image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -7,13 +7,14 @@ import json
 import math
 import os
 import time
+from collections import Counter
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nanochat import checkpoint as ckpt
-from nanochat.common import (all_reduce, banner, choose_dtype, dist_info, git_commit, init_wandb, matmul_rate, print0,
-                             synchronize)
+from nanochat.common import (all_reduce, banner, choose_dtype, dist_info, gather, git_commit, init_wandb, matmul_rate,
+                             print0, synchronize)
 from nanochat.dataloader import Sampler, collate, loader
 from nanochat.engine import Engine
 from nanochat.gauges import cosines, read_pages, reestimate_statistics, validate
@@ -42,13 +43,18 @@ def training_arguments(description, **defaults):
     flag("--mode", default="", help="image mode; empty = the preset's first")
     flag("--data", default="synthdoc", help="training data, NAME[:ARG][=SHARE] with commas, e.g. folder:DIR=3,smoltalk=1; names in tasks/training.py; "
          "validated on held-out samples of the first")
+    p.add_argument("--stream", action="store_true", help="read the hub's sets as streams, which need no disk")
     flag("--val-share", float, 0.1, help="share of a folder's pages that is held out")
     flag("--chars", help="characters a page, LO-HI or LO-HIxWEIGHT, several with commas")
     flag("--faces", default="sans,sans-bold,sans-oblique,serif,serif-bold,mono", help="faces of the print (tasks/synthdoc.py)")
     flag("--min-px", int, 10, help="smallest print in px, where the text fits")
     flag("--random-share", float, 0.2, help="share of words replaced by random strings, so that reading beats guessing")
     flag("--ramp", int, 0, help="curriculum: pages grow from large print to the full range over this many samples")
-    flag("--max-seq-len", int, 256, help="decoder positions a row may take, image included")
+    flag("--max-seq-len", int, 256, help="decoder positions a sample may take, image included")
+    flag("--max-images", int, 16, help="images a sample, and a packed row, may have")
+    flag("--pack", int, 0, help="positions of a row that holds several samples; 0 = one sample a row")
+    flag("--too-long", default="raise", choices=["raise", "clip", "drop"], help="samples over --max-seq-len, --max-images; clip cuts text")
+    flag("--bad-data", default="raise", choices=["raise", "skip"], help="samples that cannot be used: stop, or count them and go on")
     # Training horizon
     flag("--num-iterations", int, help="optimizer steps")
     flag("--device-batch-size", int, 32, help="samples per micro-batch and rank; less of it needs less memory")
@@ -208,11 +214,15 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     accumulate = total_batch // per_pass
     model.dtype = choose_dtype(device, args.dtype)
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay, dtype=model.dtype)
-    sampler = Sampler(task, tokenizer, mode, model.cfg.token_stride, args.max_seq_len)
+    if args.max_seq_len > model.cfg.gpt.sequence_len:
+        raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder has {model.cfg.gpt.sequence_len} positions")
+    sampler = Sampler(task, tokenizer, mode, model.cfg.token_stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images,
+                      args.pack)
 
     # start order: resume, else what the script put into the model
     run_dir, start = open_run(args)
-    state = {"seconds": 0.0, "flops": 0.0, "best": None, "best_step": None, "best_saved": None, "best_saved_step": None, "last_eval": None}
+    state = {"seconds": 0.0, "flops": 0.0, "best": None, "best_step": None, "best_saved": None, "best_saved_step": None, "last_eval": None,
+             "data": {}, "streams": None}  # samples counted so far; of each rank, {worker: state}
     if start is not None:
         meta = ckpt.load_training_state(run_dir, start, model, optimizer)
         state = meta["loop_state"]
@@ -228,8 +238,9 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     evaluator = Evaluator(tokenizer, mode, model.cfg.token_stride, args, val_task, statistics_task)
     step = start or 0
+    streams = dict(state["streams"][rank]) if state["streams"] else {}
     batches = loader(sampler, args.device_batch_size, step * accumulate, args.num_iterations * accumulate, rank, world,
-                     args.workers, pin_memory=device.type == "cuda")
+                     args.workers, pin_memory=device.type == "cuda", states=streams)
     sam_trains = model.encoder.sam_model.pos_embed.requires_grad
     model.recompute(args.recompute)
     model.train()
@@ -258,6 +269,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         # ----------------------------------------------------------------- save
         if saving:
             model.encoder.standardize.average_over_ranks()
+            state["streams"] = gather(streams) if streams else None
             ckpt.save_checkpoint(run_dir, step, model, tokenizer, optimizer, dict(meta, loop_state=state))
             if rank == 0:
                 if stage == "stage 1":  # the encoder alone as well, for stage 2
@@ -272,6 +284,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         t0 = time.perf_counter()
         micro = [next(batches) for _ in range(accumulate)]
         wait = time.perf_counter() - t0
+        streams.update({str(b.state["worker"]): b.state for b in micro if b.state})
         supervised = all_reduce(sum(b.supervised() for b in micro), device)
         if not supervised:
             raise ValueError(f"step {step}: no supervised token in the whole batch")
@@ -286,7 +299,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
             f = forward_flops(model.cfg, {s: len(v) for s, v in batch.views.items()}, batch.ids.size(1), batch.ids.size(0),
                               micro[i].supervised())
             flops += 3 * sum(f.values()) - (0 if sam_trains else 2 * f["sam"])  # backward costs two forwards, unless frozen
-        train_loss = all_reduce(total, device)
+        train_loss = all_reduce(float(total), device)
         gnorm = optimizer.clip_grad_norm(args.grad_clip).item()
         if not math.isfinite(train_loss) or not math.isfinite(gnorm):
             raise ValueError(f"step {step}: loss {train_loss}, gradient norm {gnorm}: not finite, stopped before the update; "
@@ -297,14 +310,17 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         synchronize(device)
         dt = time.perf_counter() - t0
         # ------------------------------------------------------------------ log
-        tokens = sum(b.ids.numel() for b in micro) * world
-        images = all_reduce(sum(b.images for b in micro), device)
+        counts = sum((Counter(b.counts) for b in micro), Counter())
+        counts = dict(zip(sampler.counters, all_reduce([counts[k] for k in sampler.counters], device)))
+        tokens, images, positions = (counts.pop(k) for k in ("slots", "images", "positions"))
+        state["data"] = {k: state["data"].get(k, 0) + int(n) for k, n in counts.items()}
         state["seconds"] += dt
         state["flops"] += flops * world
         step += 1
         record = {"step": step - 1, "train/loss": train_loss, "train/lr": args.lr * scale, "train/grad_norm": gnorm, "train/dt": dt,
                   "train/tok_per_sec": tokens / dt, "train/img_per_sec": images / dt, "train/mfu": flops / dt / peak,
-                  "train/total_flops": state["flops"], "train/total_seconds": state["seconds"], "data/wait": wait / dt}
+                  "train/total_flops": state["flops"], "train/total_seconds": state["seconds"], "data/wait": wait / dt,
+                  "data/padding": 1 - positions / tokens, **{f"data/{k}": n for k, n in state["data"].items()}}
         records.log(record)
         eta = (args.num_iterations - step) * state["seconds"] / step
         print0(f"step {step - 1:05d}/{args.num_iterations:05d} ({100 * step / args.num_iterations:.1f}%) | loss {train_loss:.4f} | lr {scale:.2f} | "
@@ -312,7 +328,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
                f"mfu {100 * flops / dt / peak:.1f}% | {state['seconds'] / 60:.1f} min | eta {eta / 60:.1f} min")
 
     summary = {"stage": stage, "steps": step, "minutes": round(state["seconds"] / 60, 2), "min_val_loss": state["best"],
-               "min_val_loss_step": state["best_step"], **state["last_eval"], "commit": meta["commit"], "seed": args.seed}
+               "min_val_loss_step": state["best_step"], **state["last_eval"], "data": state["data"], "commit": meta["commit"], "seed": args.seed}
     if rank == 0:
         draw_curves(records.read(), os.path.join(run_dir, "curves.png"))
         ckpt.write_json(os.path.join(run_dir, "summary.json"), summary)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.deepencoder import DeepEncoder
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, block_diagonal
 from nanochat.layers import Linear
 
 
@@ -133,7 +133,8 @@ class NanoDeepseekOCR(nn.Module):
 
     def forward(self, batch):
         """Summed next-token loss in nats over the batch's supervised positions (targets != -1)."""
-        hidden = self.gpt(self.embed(batch))
+        mask = None if batch.positions is None else block_diagonal(batch.positions)
+        hidden = self.gpt(self.embed(batch), positions=batch.positions, mask=mask)
         supervised = batch.targets != -1
         hidden, targets = hidden[supervised], batch.targets[supervised]  # the head and its softmax run where there is something to learn
         rows = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)

@@ -8,9 +8,11 @@ The sets a training stage draws from, out of its command line: --data names them
 
 Benchmarks, never trained on: fox, fox-cn [:ZIP or DIR], omnidocbench[:REPO or DIR], chartqa-test[:REPO or DIR], fox_like, omnidocbench_like.
 """
+from itertools import islice
+
 import numpy as np
 
-from nanochat.dataloader import Mixture
+from nanochat.dataloader import Mixture, Stream
 from tasks import chartqa, finevision, folder, fox, omnidocbench, smoltalk, synthchat, synthpage
 from tasks.common import Task
 from tasks.synthdoc import SynthDoc, stable_hash
@@ -58,15 +60,16 @@ def open_set(name, arg, split, args, image_size, size, ramp=0):
     """The set of that name; split is train, val or all. `size` is for those that are made as they go."""
     repo, _, config = arg.rpartition("/")
     heldout = "train" if split == "train" else "heldout"
+    stream = getattr(args, "stream", False)
     makers = {
         "synthdoc": lambda: page_tasks(args, image_size, size, ramp)[split == "val"],
         "synthchat": lambda: synthchat.SynthChat("heldout" if split == "val" else split, size, seed=args.seed),
         "synthpage": lambda: text_pages(heldout, size, image_size, parse_chars(args.chars), args.seed),
         "synthchart": lambda: synthpage.SynthChart(heldout, size, image_size, seed=args.seed),
         "folder": lambda: folder.Folder(arg, split, getattr(args, "val_share", 0.0)),
-        "finevision": lambda: finevision.FineVision(config, repo or finevision.REPO, part=split),
-        "chartqa": lambda: finevision.FineVision("chartqa", part=split),
-        "smoltalk": lambda: smoltalk.SmolTalk("test" if split == "val" else split, arg or smoltalk.REPO),
+        "finevision": lambda: finevision.FineVision(config, repo or finevision.REPO, part=split, streaming=stream),
+        "chartqa": lambda: finevision.FineVision("chartqa", part=split, streaming=stream),
+        "smoltalk": lambda: smoltalk.SmolTalk("test" if split == "val" else split, arg or smoltalk.REPO, streaming=stream),
         "fox": lambda: fox.Fox("en", arg),
         "fox-cn": lambda: fox.Fox("cn", arg),
         "omnidocbench": lambda: omnidocbench.OmniDocBench(arg or omnidocbench.QUIVR),
@@ -82,6 +85,11 @@ def text_pages(split, size, image_size, chars, seed):
     """Whole pages of text alone, in one or two columns, with as many characters as --chars spans."""
     low, high = min(low for low, *_ in chars), max(high for _, high, _ in chars)
     return synthpage.SynthPage(split, size, image_size, chars=(low, high), columns=(1, 2), parts=synthpage.TEXT, kinds=("text",), seed=seed)
+
+
+def first(task, n):
+    """The first n conversations of a streamed set, as a list."""
+    return [task.to_conversation(row, f"{task.name} row {k}") for k, row in enumerate(islice(task.rows, n))]
 
 
 class Shuffled(Task):
@@ -109,9 +117,15 @@ def training_sets(args, image_size, samples, ramp):
     cycles, parts = -(-samples // sum(share for *_, share in sets)), []
     for name, arg, share in sets:
         part = open_set(name, arg, "train", args, image_size, cycles * share, ramp)
-        made_as_they_go = name.startswith("synth")
-        parts.append((part if made_as_they_go else Shuffled(part, cycles * share, f"{args.seed}/{name}/{arg}"), share))
+        streamed = args.stream and hasattr(part, "rows")
+        if streamed:
+            parts.append((Stream(part.rows, part.to_conversation, part.name, window=1000, seed=args.seed), share))
+        else:
+            parts.append((part if name.startswith("synth") else Shuffled(part, cycles * share, f"{args.seed}/{name}/{arg}"), share))
+        if len(parts) == 1:
+            statistics = first(part, 256) if streamed else Shuffled(part, 1000, f"{args.seed}/statistics")
     val = open_set(*sets[0][:2], "val", args, image_size, 1000)
+    val = first(val, 256) if args.stream and hasattr(val, "rows") else val
     if not val[0]["images"]:
         raise ValueError(f"--data={args.data}: {sets[0][0]} has no pictures to validate on: name a set with pictures first")
-    return Mixture(parts), val, Shuffled(parts[0][0], 1000, f"{args.seed}/statistics")
+    return Mixture(parts), val, statistics

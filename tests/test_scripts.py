@@ -336,7 +336,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tokenizer_dir, tmp_path, capsys
 
 def test_rows_that_do_not_fit(tokenizer_dir, tmp_path, capsys):
     line = error_of(capsys, vis_tok_train.main, *stage1_flags(tmp_path, tokenizer_dir, "--max-seq-len=20"))
-    assert "the limit is 20: raise --max-seq-len" in line
+    assert "the limit is 20 and 16: raise --max-seq-len" in line
 
 
 @pytest.mark.parametrize("change, message", [
