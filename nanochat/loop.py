@@ -8,8 +8,10 @@ import math
 import os
 import time
 from collections import Counter
+from itertools import islice
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nanochat import checkpoint as ckpt
@@ -57,6 +59,7 @@ def training_arguments(description, **defaults):
     flag("--bad-data", default="raise", choices=["raise", "skip"], help="samples that cannot be used: stop, or count them and go on")
     # Training horizon
     flag("--num-iterations", int, help="optimizer steps")
+    flag("--max-minutes", float, -1, help="end the stage after so many minutes of steps, the learning rate with it; -1 = no limit")
     flag("--device-batch-size", int, 32, help="samples per micro-batch and rank; less of it needs less memory")
     flag("--total-batch-size", int, -1, help="samples per optimizer step over all ranks; -1 = one micro-batch per rank")
     # Optimizer
@@ -156,14 +159,16 @@ class Evaluator:
     """Fixed, seeded validation pages and everything measured on them."""
     def __init__(self, tokenizer, mode, stride, args, val_task, statistics_task):
         def batches(task, n):
-            sampler, n = Sampler(task, tokenizer, mode, stride, args.max_seq_len), min(n, len(task))
-            if n < 2:
-                raise ValueError(f"validation needs at least 2 pages, there is {n}: give more, or raise --val-share")
-            size = math.ceil(n / math.ceil(n / 32))  # no batch of one page: the gap needs another
-            return [collate([sampler[i] for i in range(first, min(first + size, n))]) for first in range(0, n, size)]
-        self.val = batches(val_task, VAL_PAGES)
-        self.statistics = batches(statistics_task, STATISTICS_PAGES)
-        self.pages = [val_task[i] for i in range(min(GAUGE_PAGES, len(val_task)))]
+            """(batches of the first n usable samples, their indices)."""
+            sampler = Sampler(task, tokenizer, mode, stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images)
+            found = list(islice(((i, s) for i, s in ((i, sampler[i]) for i in range(len(task))) if s.ids), n))
+            if len(found) < 2:
+                raise ValueError(f"validation needs at least 2 pages, there is {len(found)}: give more, or raise --val-share")
+            size = math.ceil(len(found) / math.ceil(len(found) / 32))  # no batch of one page: the gap needs another
+            return [collate([s for _, s in found[k:k + size]]) for k in range(0, len(found), size)], [i for i, _ in found]
+        self.val, usable = batches(val_task, VAL_PAGES)
+        self.statistics, _ = batches(statistics_task, STATISTICS_PAGES)
+        self.pages = [val_task[i] for i in usable[:GAUGE_PAGES]]
         self.gauge_pixels = self.val[0].views[mode.size][:GAUGE_PAGES]
         self.max_new_tokens = max(len(tokenizer.encode(p["messages"][-1]["content"])) for p in self.pages) + 16
 
@@ -245,8 +250,10 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     model.recompute(args.recompute)
     model.train()
 
+    limit = 60 * args.max_minutes if args.max_minutes > 0 else math.inf
     while True:
-        last = step == args.num_iterations
+        progress = max(step / args.num_iterations, state["seconds"] / limit)
+        last = progress >= 1
         saving = step != start and (last or (step > 0 and args.save_every > 0 and step % args.save_every == 0))
         # ------------------------------------------------------------- evaluate
         if step != start and (last or saving or (args.eval_every > 0 and step % args.eval_every == 0)):
@@ -263,7 +270,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
             print0(f"step {step:05d} | val loss {record['val/loss']:.4f} | 1-NED {record['val/one_minus_ned']:.3f} | gap {record['vision/gap']:.3f} "
                    f"nats/char | cosine " + " ".join(f"{k} {record[f'vision/cosine_{k}']:.3f}" for k in ("sam", "compressor", "clip", "projector")))
             log_pages(wandb_run, rows, step)
-            if step >= args.num_iterations * 0.3 and record["vision/gap"] < BLIND_GAP:
+            if progress >= 0.3 and record["vision/gap"] < BLIND_GAP:
                 banner(f"step {step}: vision/gap is {record['vision/gap']:.4f} nats per character. The model ignores the page: swapping all\n"
                        f"images changes nothing. Look at vision/cosine_*: near 1 = the encoder has collapsed (README, 'when it does not read').")
         # ----------------------------------------------------------------- save
@@ -304,11 +311,14 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         if not math.isfinite(train_loss) or not math.isfinite(gnorm):
             raise ValueError(f"step {step}: loss {train_loss}, gradient norm {gnorm}: not finite, stopped before the update; "
                              f"lower --lr / --matrix-lr or look at the batch of this step")
-        scale = schedule(args.schedule, step, args.num_iterations, args.warmup_steps)
+        at = step if step < args.warmup_steps or limit == math.inf else progress * args.num_iterations
+        scale = schedule(args.schedule, at, args.num_iterations, args.warmup_steps)
         optimizer.step(scale)
         optimizer.zero_grad()
         synchronize(device)
         dt = time.perf_counter() - t0
+        if limit < math.inf:
+            dt = all_reduce(dt, device, dist.ReduceOp.MAX)  # all ranks end at the same step
         # ------------------------------------------------------------------ log
         counts = sum((Counter(b.counts) for b in micro), Counter())
         counts = dict(zip(sampler.counters, all_reduce([counts[k] for k in sampler.counters], device)))
@@ -322,7 +332,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
                   "train/total_flops": state["flops"], "train/total_seconds": state["seconds"], "data/wait": wait / dt,
                   "data/padding": 1 - positions / tokens, **{f"data/{k}": n for k, n in state["data"].items()}}
         records.log(record)
-        eta = (args.num_iterations - step) * state["seconds"] / step
+        eta = min((args.num_iterations - step) * state["seconds"] / step, limit - state["seconds"])
         print0(f"step {step - 1:05d}/{args.num_iterations:05d} ({100 * step / args.num_iterations:.1f}%) | loss {train_loss:.4f} | lr {scale:.2f} | "
                f"gnorm {gnorm:.2f} | dt {dt * 1000:.0f} ms (data {100 * wait / dt:.0f}%) | {tokens / dt:,.0f} tok/s | {images / dt:.1f} img/s | "
                f"mfu {100 * flops / dt / peak:.1f}% | {state['seconds'] / 60:.1f} min | eta {eta / 60:.1f} min")

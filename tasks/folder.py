@@ -61,4 +61,4 @@ class Folder(Task):
     def __getitem__(self, i):
         self.check_index(i)
         name, text, prompt = self.pages[i]
-        return ocr_conversation(open_image(self.folder / name, str(self.folder / name)), text, name, prompt, image_name=name)
+        return ocr_conversation(open_image(self.folder / name, "folder"), text, name, prompt, image_name=name)

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanochat.dataloader import Mixture, Stream
 from tasks import chartqa, finevision, folder, fox, omnidocbench, smoltalk, synthchat, synthpage
-from tasks.common import Task
+from tasks.common import BadSample, Task
 from tasks.synthdoc import SynthDoc, stable_hash
 
 BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omnidocbench_like")
@@ -87,9 +87,27 @@ def text_pages(split, size, image_size, chars, seed):
     return synthpage.SynthPage(split, size, image_size, chars=(low, high), columns=(1, 2), parts=synthpage.TEXT, kinds=("text",), seed=seed)
 
 
-def first(task, n):
-    """The first n conversations of a streamed set, as a list."""
-    return [task.to_conversation(row, f"{task.name} row {k}") for k, row in enumerate(islice(task.rows, n))]
+class First(Task):
+    """The first n rows of a streamed set, kept."""
+    def __init__(self, task, n):
+        self.name, self.to_conversation, self.rows = task.name, task.to_conversation, list(islice(task.rows, n))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        self.check_index(i)
+        return self.to_conversation(self.rows[i], f"{self.name} row {i}")
+
+
+def has_pictures(task):
+    """Whether the first sound one of a few samples has a picture."""
+    for i in range(min(16, len(task))):
+        try:
+            return bool(task[i]["images"])
+        except BadSample:  # --bad-data decides what becomes of it when it is used
+            continue
+    return False
 
 
 class Shuffled(Task):
@@ -123,9 +141,9 @@ def training_sets(args, image_size, samples, ramp):
         else:
             parts.append((part if name.startswith("synth") else Shuffled(part, cycles * share, f"{args.seed}/{name}/{arg}"), share))
         if len(parts) == 1:
-            statistics = first(part, 256) if streamed else Shuffled(part, 1000, f"{args.seed}/statistics")
+            statistics = First(part, 256) if streamed else Shuffled(part, 1000, f"{args.seed}/statistics")
     val = open_set(*sets[0][:2], "val", args, image_size, 1000)
-    val = first(val, 256) if args.stream and hasattr(val, "rows") else val
-    if not val[0]["images"]:
+    val = First(val, 256) if args.stream and hasattr(val, "rows") else val
+    if not has_pictures(val):
         raise ValueError(f"--data={args.data}: {sets[0][0]} has no pictures to validate on: name a set with pictures first")
     return Mixture(parts), val, statistics

@@ -370,7 +370,7 @@ def test_a_streamed_run_resumes(tokenizer_dir, tokenizer, tmp_path, monkeypatch,
     val = SynthDoc("heldout", 100, image_size=64, chars=(10, 12))
     for name, value in {"VAL_PAGES": 16, "STATISTICS_PAGES": 32, "matmul_rate": lambda *args: 1e12}.items():
         monkeypatch.setattr(loop, name, value)
-    monkeypatch.setattr(vis_tok_train, "page_tasks", lambda *args: (stream, val, val))
+    monkeypatch.setattr(vis_tok_train, "training_sets", lambda *args: (stream, val, val))
     flags = ["--preset=tiny", "--dtype=float32", "--device-type=cpu", "--num-iterations=6", "--device-batch-size=4",
              "--total-batch-size=12", "--save-every=3",
              f"--tokenizer={tokenizer_dir}", f"--checkpoints={tmp_path}", "--pack=256", "--bad-data=skip", "--workers=2"]
@@ -437,7 +437,7 @@ def optimizer(model, *args, **kwargs):
     models.append(model)
     return Optimizer(model, *args, **kwargs)
 Optimizer, loop.Optimizer = loop.Optimizer, optimizer
-vis_tok_train.page_tasks, loop.loader = tasks, watched
+vis_tok_train.training_sets, loop.loader = tasks, watched
 vis_tok_train.main(["--preset=tiny", "--dtype=float32", "--device-type=cpu", f"--num-iterations={steps}", "--device-batch-size=8",
                     "--total-batch-size=32", "--eval-every=-1", f"--tokenizer={tokenizer_dir}", f"--checkpoints={folder}", *flags])
 with open(f"{folder}/seen{rank}.json", "w") as f:

@@ -23,7 +23,7 @@ from tasks.synthdoc import SynthDoc
 from tasks.training import Shuffled, parse_data, training_sets
 
 ROOT = Path(__file__).parents[1]
-DATA = dict(seed=0, chars="10-12", faces="sans,mono", min_px=8, random_share=0.2, val_share=0.3)
+DATA = dict(seed=0, chars="10-12", faces="sans,mono", min_px=8, random_share=0.2, val_share=0.3, stream=False)
 TRAIN = ["--dtype=float32", "--device-type=cpu", "--num-iterations=3", "--device-batch-size=8", "--warmup-steps=1", "--eval-every=-1",
          "--save-every=-1"]
 
@@ -101,7 +101,7 @@ def test_a_folder_that_is_missing_or_broken(folder, tmp_path):
     fails("page 0.jpg has 0 texts beside it: needs one, page 0.txt or page 0.md")
     (folder / "page 0.txt").write_text("")
     (folder / "page 0.jpg").write_bytes(b"")
-    fails("page 0.jpg is not a readable picture", lambda: list(Folder(folder)))
+    fails("page 0.jpg: the picture cannot be read", lambda: list(Folder(folder)))
 
 
 # -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
-DATA = dict(seed=0, chars="10-12", faces="sans", min_px=10, random_share=0.2, val_share=0.1)
+DATA = dict(seed=0, chars="10-12", faces="sans", min_px=10, random_share=0.2, val_share=0.1, stream=False)
 
 
 def picture(mode="RGB", size=(20, 30)):
@@ -145,7 +145,7 @@ def online(root):
     for i in (1, 2):  # null and empty pictures: text only
         assert rows[i]["images"] == [] and rows[i]["messages"][0]["content"] == f"question {i}"
     assert rows[3]["images"][0].size == (20, 30)  # null ratings
-    fails(ValueError, "FineVision chartqa train row 5, picture 0 is not a readable picture", lambda: rows[5])
+    fails(ValueError, "FineVision chartqa train row 5, picture 0: the picture cannot be read", lambda: rows[5])
     fails(ValueError, "row 6 has no turns", lambda: rows[6])
     fails(IndexError, "index 300", lambda: rows[300])
     for i in (0, 1, 3):
@@ -206,6 +206,10 @@ def online(root):
     drawn = [task.tasks[t] for _ in range(50) for t, _ in task.cycle]
     assert len(task) == 300 and [drawn.count(part) for part in task.tasks] == [150, 50, 100]
     assert {c["messages"][1]["content"] for c in val} == set(parts["val"]) and len(statistics) == 1000
+    task, val, statistics = training_sets(Namespace(data="chartqa=3,synthdoc=1", **{**DATA, "stream": True}), 64, 300, 0)
+    assert task.streams and {val[i]["messages"][1]["content"] for i in range(len(val))} == set(parts["val"])
+    _, conversation, _ = next(task.tasks[0].draws(0, 1, 0, 1, None))
+    assert conversation()["messages"][1]["content"] in set(parts["train"]) and statistics[0]["images"]
     fails(ValueError, "smoltalk has no pictures", lambda: training_sets(Namespace(data="smoltalk,chartqa", **DATA), 64, 10, 0))
     fails(ValueError, "fox measures models", lambda: training_sets(Namespace(data="chartqa,fox", **DATA), 64, 10, 0))
 
@@ -253,7 +257,7 @@ def test_fox_from_a_zip_or_a_folder(tmp_path):
     for place in (path, tmp_path / "out", tmp_path / "out/focus_benchmark_test"):
         fox = Fox("en", place)
         assert [fox.records[i][2] for i in range(3)] == [826, 1, 2] and fox[0]["id"] == "en_1.png" and fox[0]["images"][0].size == (20, 30)
-        fails(ValueError, "Fox: record 1, en_2.png is not a readable picture", lambda: fox[1])
+        fails(ValueError, "Fox: record 1, en_2.png: the picture cannot be read", lambda: fox[1])
         fails(FileNotFoundError, "no en_pdf_png/gone.png", lambda: fox[2])
     assert Fox("cn", path)[0]["attributes"]["language"] == "cn"
 

@@ -375,3 +375,15 @@ def test_a_checkpoint_of_another_config(runs, tmp_path, capsys, part, key, value
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert message in error_of(capsys, vision_eval.main, f"--checkpoint={tmp_path}", f"--out={tmp_path / 'out'}", *READ)
     assert not (tmp_path / "out").exists()
+
+
+# -----------------------------------------------------------------------------
+# A limit of time
+
+
+def test_a_stage_ends_by_the_clock_with_its_rate_at_zero(tokenizer_dir, tmp_path):
+    flags = [f for f in stage1_flags(tmp_path, tokenizer_dir) if not f.startswith("--num-iterations")]
+    summary = json.loads(call(vis_tok_train.main, *flags, "--num-iterations=5000", "--max-minutes=0.02", "--eval-every=-1", "--save-every=-1")[-1])
+    rates = [rate for _, rate in column(tmp_path / "stage1", "train/lr")]
+    assert 1 < summary["steps"] < 5000 and 0.02 <= summary["minutes"] < 0.2
+    assert rates[-1] < 0.5 * max(rates) and (tmp_path / f"stage1/model_{summary['steps']:06d}").exists()
