@@ -88,12 +88,16 @@ def save_encoder(run_dir, step, model, meta):
     temporary = final + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
-    save_file({k: v.contiguous() for k, v in model.encoder.state_dict().items()}, os.path.join(temporary, "model.safetensors"))
-    write_json(os.path.join(temporary, "config.json"), model.cfg.to_dict())
-    write_json(os.path.join(temporary, "meta.json"), dict(meta, step=step))
+    write_encoder(temporary, model, dict(meta, step=step))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
     return final
+
+
+def write_encoder(folder, model, meta):
+    save_file({k: v.contiguous() for k, v in model.encoder.state_dict().items()}, os.path.join(folder, "model.safetensors"))
+    write_json(os.path.join(folder, "config.json"), model.cfg.to_dict())
+    write_json(os.path.join(folder, "meta.json"), meta)
 
 
 def prune(run_dir, keep, prefix="model"):

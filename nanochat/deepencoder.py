@@ -347,11 +347,6 @@ class DeepEncoder(nn.Module):
         self.sam_model.requires_grad_(False)
         self.standardize.frozen = True
 
-    def freeze_sam_core(self):
-        """For little data: SAM as published stays fixed, the compressor behind it learns."""
-        for p in self.sam_model.core():
-            p.requires_grad_(False)
-
     def forward(self, x, taps=None):
         if x.ndim != 4 or x.size(2) != x.size(3) or x.size(2) % self.stride:
             raise ValueError(f"pixels of shape {tuple(x.shape)}: need (B, 3, S, S) with S a multiple of {self.stride}")

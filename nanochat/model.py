@@ -145,6 +145,15 @@ class NanoDeepseekOCR(nn.Module):
     def chunk_loss(self, hidden, targets):
         return F.cross_entropy(self.gpt.logits(hidden), targets, reduction="sum")
 
+    def freeze(self, parts):
+        """Parts that do not learn: sam-core (SAM as published, without the compressor behind it), clip, gpt. Gradients still pass through them."""
+        found = {"sam-core": self.encoder.sam_model.core, "clip": self.encoder.vision_model.parameters, "gpt": self.gpt.parameters}
+        for part in parts:
+            if part not in found:
+                raise ValueError(f"--freeze={part}: must be of {', '.join(found)}")
+            for p in found[part]():
+                p.requires_grad_(False)
+
     def recompute(self, on=True):
         """Activation checkpointing in every block: a third more compute, a fraction of the memory."""
         for part in (self.encoder.sam_model, self.encoder.vision_model, self.gpt):

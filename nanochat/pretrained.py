@@ -268,11 +268,25 @@ def push(folder, repo, private=False):
     return asked(f"push to {repo}", lambda: upload_folder(repo_id=repo, folder_path=folder))
 
 
-def fetch(source):
-    """Folder of a model: a local one (a run folder stands for its last checkpoint), or a hub repository's, downloaded."""
-    if os.path.isdir(source) or source.count("/") != 1:
-        return ckpt.resolve(source)
-    return os.path.dirname([download(source, name) for name in ("config.json", "meta.json", "tokenizer.json", "model.safetensors")][-1])
+def save_encoder(model, folder):
+    """The encoder alone, which stage 2 starts from, as a new folder: safetensors, config.json, meta.json, README.md."""
+    os.makedirs(folder)
+    ckpt.write_encoder(folder, model, model.meta)
+    with open(os.path.join(folder, "README.md"), "w") as f:
+        f.write(model_card(model, model.meta, None).split("```python")[0] + "The encoder alone: `scripts.vis_mid_train --encoder=THIS REPOSITORY`.\n")
+
+
+def load_own_encoder(source, model):
+    """An encoder of ours, from a run, a folder or the hub, into `model`. -> its meta."""
+    return ckpt.load_encoder(fetch(source, "deepencoder"), model)
+
+
+def fetch(source, prefix="model"):
+    """Folder of a model or "deepencoder": a local one (a run folder stands for its last checkpoint), or a hub repository's, downloaded."""
+    if os.path.isdir(source) or source.count("/") != 1 or os.path.isdir(os.path.dirname(source)):
+        return ckpt.resolve(source, prefix)
+    names = ["config.json", "meta.json", *["tokenizer.json"] * (prefix == "model"), "model.safetensors"]
+    return os.path.dirname([download(source, name) for name in names][-1])
 
 
 def export_deepseek(model, folder):

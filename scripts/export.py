@@ -20,8 +20,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/stage2", help="model_<step> folder, run folder, saved folder or hub name")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
-    parser.add_argument("--format", default="nano", choices=["nano", "deepseek"],
-                        help="nano: everything, for from_pretrained; deepseek: encoder and projector under DeepSeek-OCR's names")
+    parser.add_argument("--format", default="nano", choices=["nano", "encoder", "deepseek"],
+                        help="nano: everything, for from_pretrained; encoder: what stage 2 starts from; deepseek: encoder and projector under DeepSeek-OCR's names")
     parser.add_argument("--results", default="", help="summary.json of scripts.vision_eval for the model card; empty = eval/summary.json of the run, if there")
     parser.add_argument("--push", default="", help="hub repository (owner/name) to upload the folder to")
     args = parser.parse_args(argv)
@@ -31,6 +31,8 @@ def main(argv=None):
     results = args.results or os.path.join(args.checkpoint, "eval", "summary.json")
     if args.format == "deepseek":
         pretrained.export_deepseek(model, args.out)
+    elif args.format == "encoder":
+        pretrained.save_encoder(model, args.out)
     elif args.results or os.path.exists(results):
         model.save_pretrained(args.out, ckpt.read_json(results))
     else:

@@ -4,6 +4,7 @@ Peak memory of a training step, by batch, sequence length and activation checkpo
     python -m scripts.memory                                     # full size, stage 2 (SAM frozen), 1024 px
     python -m scripts.memory --stage=1 --mode=small --seqs=4096
     python -m scripts.memory --batches=1 --seqs=512 --mode=tiny --measure   # runs the step here and compares
+    python -m scripts.memory --load=deepseek-ai/DeepSeek-OCR     # peak of this process while it loads the published encoder
 
 The estimate is what the real forward pass saves for its backward pass, counted on the meta device, where tensors have sizes and no memory;
 then parameters (fp32), gradients and optimizer state. Not in it: the CUDA context, the allocator's gaps and what a kernel borrows.
@@ -24,6 +25,7 @@ from nanochat.image_modes import get_mode, plan
 from nanochat.layers import WRITTEN_OUT_ON
 from nanochat.model import LOSS_CHUNK, NanoDeepseekOCR
 from nanochat.optim import Optimizer
+from nanochat.pretrained import load_deepseek
 
 GB = 1e9
 
@@ -123,10 +125,23 @@ def estimate(args, model, rows, seq):
     return parts
 
 
+def peak_rss():
+    """Bytes; what this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def load_encoder(args):
+    """Peak bytes of loading DeepSeek-OCR's encoder and projector into a model without decoder layers."""
+    cfg = PRESETS[args.preset]()
+    cfg.gpt.n_layer, cfg.gpt.vocab_size, cfg.standardize = 0, 1, "none"
+    load_deepseek(NanoDeepseekOCR(cfg).init_weights(0), args.load)
+    return peak_rss()
+
+
 def measure(args, rows, seq, recompute):
     """Peak bytes of two real steps on the device (the second has the optimizer's state from the start)."""
     cuda = torch.cuda.is_available()
-    before = 0 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    before = 0 if cuda else peak_rss()
     model = build(args, "cuda" if cuda else "cpu").init_weights(0)
     model.recompute(recompute)
     optimizer = Optimizer(model, "adamw", lr=1e-5)
@@ -138,8 +153,7 @@ def measure(args, rows, seq, recompute):
         optimizer.step(1.0)
         optimizer.zero_grad()
         print0(f"measured step: loss {loss.item():.4f}, gradient norm {norm.item():.4f}")
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak - before
+    return (torch.cuda.max_memory_allocated() if cuda else peak_rss()) - before
 
 
 def main(argv=None):
@@ -155,8 +169,11 @@ def main(argv=None):
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--measure", action="store_true", help="run the last batch and length here and compare")
     parser.add_argument("--recompute", action="store_true", help="with --measure: with activation checkpointing")
+    parser.add_argument("--load", default="", help="hub name or folder of DeepSeek-OCR's weights: load its encoder, and nothing else")
     args = parser.parse_args(argv)
 
+    if args.load:
+        return json_line({"loaded": args.load, "peak_rss_gb": round(load_encoder(args) / GB, 2), "commit": git_commit()})
     if args.measure and not torch.cuda.is_available():
         WRITTEN_OUT_ON.add("meta")  # count attention as the CPU does it
     model, rows = build(args, "meta"), []

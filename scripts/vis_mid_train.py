@@ -23,7 +23,7 @@ INHERITED = ("tokenizer", "chars", "faces", "min_px", "random_share", "max_seq_l
 def main(argv=None):
     parser = training_arguments(__doc__.split("\n")[1], model_tag="stage2", num_iterations=950, ramp=4800, eval_every=150,
                                 save_every=150)
-    parser.add_argument("--encoder", default="checkpoints/stage1", help="deepencoder_<step> folder, or a stage-1 run folder")
+    parser.add_argument("--encoder", default="checkpoints/stage1", help="deepencoder_<step> folder, stage-1 run folder or hub name")
     parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, hub name or folder; empty = random weights")
     parser.add_argument("--text-share", type=int, default=10, help="built-in text-only chat in a hundred samples, beside --data")
     inherited_defaults = {name: parser.get_default(name) for name in INHERITED}
@@ -32,7 +32,7 @@ def main(argv=None):
     device = compute_init(args.device_type)
 
     # what stage 1 was, and what of it holds here
-    encoder_dir = ckpt.resolve(args.encoder, "deepencoder")
+    encoder_dir = pretrained.fetch(args.encoder, "deepencoder")
     cfg = ckpt.ModelConfig.from_dict(ckpt.read_json(f"{encoder_dir}/config.json"))
     stage1 = ckpt.read_json(f"{encoder_dir}/meta.json")
     for name in INHERITED:

@@ -24,7 +24,7 @@ def main(argv=None):
                         help="compressor output over the batch; empty = the preset's")
     for part, example in (("sam", pretrained.SAM), ("clip", pretrained.CLIP), ("encoder", pretrained.DEEPSEEK), ("gpt", "nanochat-students/base-d20")):
         parser.add_argument(f"--{part}", default="", help=f"published weights to start from, hub name or folder, e.g. {example}; empty = random")
-    parser.add_argument("--freeze-sam-core", action="store_true", help="for little data: keep SAM as published, train the compressor behind it and the rest")
+    parser.add_argument("--freeze", default="", help="for little data: parts kept as they are loaded, of sam-core (all but the compressor), clip, gpt; with commas")
     args = parser.parse_args(argv)
     device = compute_init(args.device_type)
 
@@ -39,8 +39,7 @@ def main(argv=None):
                 load(model, source)
         if args.gpt:
             pretrained.load_nanochat(model.gpt, args.gpt)
-    if args.freeze_sam_core:
-        model.encoder.freeze_sam_core()
+    model.freeze(args.freeze.split(",") if args.freeze else [])
     model.to(device)
 
     # data

@@ -309,8 +309,20 @@ def test_recomputation_and_chunked_loss_change_nothing(make_model, make_batch, p
 
 def test_frozen_core_trains_the_compressor(make_model, make_batch, pages):
     model = make_model(0).train()
-    model.encoder.freeze_sam_core()
+    model.freeze(["sam-core", "clip", "gpt"])
     model(make_batch(pages)).backward()
-    sam = model.encoder.sam_model
-    assert all(p.grad is None for p in sam.core()) and sam.net_2.weight.grad.abs().sum() > 0
+    learns = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learns == {"encoder.sam_model.net_2.weight", "encoder.sam_model.net_3.weight", "projector.layers.weight", "projector.layers.bias",
+                      "image_newline", "view_seperator"}
     assert not model.encoder.standardize.frozen
+    with pytest.raises(ValueError, match="must be of sam-core, clip, gpt"):
+        model.freeze(["sam"])
+
+
+def test_an_encoder_alone_goes_out_and_comes_back(make_model, tokenizer, tmp_path):
+    model = make_model(0)
+    model.meta = {"user_config": {"seed": 0}, "tokenizer": tokenizer.fingerprint(), "stage": "stage 1", "step": 1, "commit": "x"}
+    pretrained.save_encoder(model, tmp_path / "encoder")
+    other = make_model(1)
+    assert pretrained.load_own_encoder(str(tmp_path / "encoder"), other)["stage"] == "stage 1"
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder.state_dict().values(), other.encoder.state_dict().values()))
