@@ -233,6 +233,7 @@ def client(what, root, env):
 
 
 def test_through_the_real_clients(tmp_path):
+    pytest.importorskip("datasets")
     root = tmp_path / "hub/datasets"
     write_fox(root / "ucaslcl/Fox_benchmark_data/focus_benchmark_test.zip")
     write_omnidocbench(root / "Quivr/OmniDocBench")
