@@ -95,6 +95,7 @@ def save_encoder(run_dir, step, model, meta):
 
 
 def write_encoder(folder, model, meta):
+    """The three files of an encoder alone, into an empty folder."""
     save_file({k: v.contiguous() for k, v in model.encoder.state_dict().items()}, os.path.join(folder, "model.safetensors"))
     write_json(os.path.join(folder, "config.json"), model.cfg.to_dict())
     write_json(os.path.join(folder, "meta.json"), meta)

@@ -198,6 +198,10 @@ class Mixture:
         for task, share in parts:
             if share < 1 or share != int(share):
                 raise ValueError(f"share {share} of {type(task).__name__}: must be a positive integer")
+        # a mixture among the parts is taken apart: its tasks are counted, and streamed, like any other
+        scale = math.prod(sum(task.shares) for task, _ in parts if isinstance(task, Mixture))
+        parts = [part for task, share in parts for part in (
+            [(inner, share * scale // sum(task.shares) * n) for inner, n in zip(task.tasks, task.shares)] if isinstance(task, Mixture) else [(task, share * scale)])]
         self.tasks = [task for task, _ in parts]
         names = [getattr(task, "name", type(task).__name__) for task in self.tasks]
         self.names = [name if names.count(name) == 1 else f"{name}-{t}" for t, name in enumerate(names)]

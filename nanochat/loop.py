@@ -161,9 +161,12 @@ class Evaluator:
         def batches(task, n):
             """(batches of the first n usable samples, their indices)."""
             sampler = Sampler(task, tokenizer, mode, stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images)
-            found = list(islice(((i, s) for i, s in ((i, sampler[i]) for i in range(len(task))) if s.ids), n))
+            samples = ((i, sampler[i]) for i in range(len(task)))
+            found = list(islice((pair for pair in samples if pair[1].ids), n))
             if len(found) < 2:
                 raise ValueError(f"validation needs at least 2 pages, there is {len(found)}: give more, or raise --val-share")
+            if left_out := found[-1][0] + 1 - len(found):
+                print0(f"validation leaves out {left_out} samples that cannot be used (--bad-data, --too-long)")
             size = math.ceil(len(found) / math.ceil(len(found) / 32))  # no batch of one page: the gap needs another
             return [collate([s for _, s in found[k:k + size]]) for k in range(0, len(found), size)], [i for i, _ in found]
         self.val, usable = batches(val_task, VAL_PAGES)

@@ -11,7 +11,6 @@ from nanochat.deepencoder import DeepEncoder
 from nanochat.gpt import GPT, block_diagonal
 from nanochat.layers import Linear
 
-
 LOSS_CHUNK = 1 << 26  # logits held at a time in the loss: 256 MB in fp32
 
 
@@ -124,9 +123,9 @@ class NanoDeepseekOCR(nn.Module):
         """
         from nanochat.engine import Engine, choose_mode  # on top of this file
         from tasks.common import OCR_PROMPT, ocr_conversation
-        if getattr(self, "tokenizer", None) is None:
+        if self.tokenizer is None:
             raise ValueError("this model has no tokenizer to read with: load it by NanoDeepseekOCR.from_pretrained, or set model.tokenizer")
-        mode = mode or (getattr(self, "meta", None) or {}).get("mode", self.cfg.modes[0])
+        mode = mode or (self.meta or {}).get("mode", self.cfg.modes[0])
         engine = Engine(self, self.tokenizer, choose_mode(mode, self.cfg.modes) if isinstance(mode, str) else mode, no_repeat)
         conversation = ocr_conversation(image, "", "image", "\n" + prompt if prompt else OCR_PROMPT)
         return engine.generate([conversation], max_new_tokens)[0].text
@@ -178,7 +177,8 @@ class NanoDeepseekOCR(nn.Module):
 def forward_flops(cfg, views, text_positions, rows=1, head_positions=None):
     """
     Multiply-adds x 2 of one forward pass, by part. views: {side in px: count}; text_positions: decoder positions per row,
-    images included; head_positions: how many go through the head, over all rows (default: all). Matrix products and attention only; softmax, norms and gathers are not counted.
+    images included; head_positions: how many go through the head, over all rows (default: all). Matrix products and attention only;
+    softmax, norms and gathers are not counted.
     """
     s, c, g = cfg.sam, cfg.clip, cfg.gpt
     sam = clip = projector = 0

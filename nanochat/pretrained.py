@@ -126,7 +126,8 @@ def load_deepseek(model, source=DEEPSEEK):
     vision = {k: v for k, v in found.items() if not k.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."))}
     around = ("model.projector.*", "model.image_newline", "model.view_seperator")
     n = fill(model.encoder, lambda k: ["model." + k], vision, source, theirs_only=around)
-    width = next((safe_shape(vision[k], k)[0] for k in ("model.projector.layers.weight",) if k in vision), None)
+    key = "model.projector.layers.weight"
+    width = shape(vision[key], key)[0] if key in vision else None
     if width == model.cfg.gpt.n_embd:
         n += fill(model, lambda k: ["model." + k], vision, source, ours_only=("encoder.*", "gpt.*"),
                   theirs_only=("model.sam_model.*", "model.vision_model.*"))
@@ -136,7 +137,7 @@ def load_deepseek(model, source=DEEPSEEK):
                f"projector, newline and separator are NEW")
 
 
-def safe_shape(path, key):
+def shape(path, key):
     with safe_open(path, "pt") as f:
         return f.get_slice(key).get_shape()
 
@@ -232,8 +233,8 @@ def load_nanochat(gpt, source):
 # -----------------------------------------------------------------------------
 # Out
 
-def model_card(model, meta, results):
-    """README.md of a saved model: what it is and what was measured; results: {task: summary} of scripts.vision_eval."""
+def model_card(model, meta, usage, results=None):
+    """README.md of a saved model: what it is and what was measured; results: {task: summary} of scripts.vision_eval; usage: how to load it."""
     figures = ("samples", "one_minus_ned", "cer", "f1", "chars_per_vision_token")
     rows = "".join(f"| {task} | " + " | ".join(f"{r[k]:.4g}" if k in r else "" for k in figures) + " |\n"
                    for task, r in (results or {}).items() if isinstance(r, dict))
@@ -241,8 +242,7 @@ def model_card(model, meta, results):
     return (f"---\nlibrary_name: nano-deepseek-ocr\nlicense: mit\npipeline_tag: image-text-to-text\ntags: [ocr, deepencoder]\n---\n"
             f"# A nano-deepseek-ocr model\n\n{model.num_params():,} parameters, image modes {', '.join(model.cfg.modes)}, standardisation "
             f"{model.cfg.standardize}; {meta['stage']}, step {meta['step']}, commit {meta['commit']}, seed {meta['user_config']['seed']}.\n\n"
-            f"{table}\n```python\nfrom nanochat.model import NanoDeepseekOCR\nmodel = NanoDeepseekOCR.from_pretrained(\"THIS REPOSITORY\")\n"
-            f"print(model.read(image))\n```\n")
+            f"{table}\n{usage}\n")
 
 
 def save(model, folder, results=None):
@@ -255,7 +255,8 @@ def save(model, folder, results=None):
     ckpt.write_json(os.path.join(folder, "meta.json"), model.meta)
     model.tokenizer.save(folder)
     with open(os.path.join(folder, "README.md"), "w") as f:
-        f.write(model_card(model, model.meta, results))
+        f.write(model_card(model, model.meta, "```python\nfrom nanochat.model import NanoDeepseekOCR\n"
+                           "model = NanoDeepseekOCR.from_pretrained(\"THIS REPOSITORY\")\nprint(model.read(image))\n```", results))
 
 
 def push(folder, repo, private=False):
@@ -273,12 +274,7 @@ def save_encoder(model, folder):
     os.makedirs(folder)
     ckpt.write_encoder(folder, model, model.meta)
     with open(os.path.join(folder, "README.md"), "w") as f:
-        f.write(model_card(model, model.meta, None).split("```python")[0] + "The encoder alone: `scripts.vis_mid_train --encoder=THIS REPOSITORY`.\n")
-
-
-def load_own_encoder(source, model):
-    """An encoder of ours, from a run, a folder or the hub, into `model`. -> its meta."""
-    return ckpt.load_encoder(fetch(source, "deepencoder"), model)
+        f.write(model_card(model, model.meta, "The encoder alone: `python -m scripts.vis_mid_train --encoder=THIS REPOSITORY`."))
 
 
 def fetch(source, prefix="model"):

@@ -20,7 +20,7 @@ from nanochat.config import PRESETS
 from nanochat.dataloader import Batch
 from nanochat.engine import Engine
 from nanochat.image_modes import get_mode, plan
-from nanochat.model import NanoDeepseekOCR, forward_flops
+from nanochat.model import LOSS_CHUNK, NanoDeepseekOCR, forward_flops
 from nanochat.optim import Optimizer
 
 
@@ -53,11 +53,8 @@ def seconds(device, call, repeats):
 def training(args, model, mode, stage, compiled, peak):
     """One training step: a record with speed, MFU, shares of time and peak memory."""
     device = model.device
-    model.requires_grad_(True)
-    if stage == 2:
-        model.encoder.freeze_sam()
-    else:
-        model.encoder.standardize.frozen = False
+    model.encoder.sam_model.requires_grad_(stage == 1)
+    model.encoder.standardize.frozen = stage == 2
     model.train()
     model.recompute(args.recompute)
     optimizer = Optimizer(model, args.optimizer, lr=1e-5, matrix_lr=1e-5, dtype=model.dtype)
@@ -86,7 +83,7 @@ def training(args, model, mode, stage, compiled, peak):
         parts["encoder forward"] = seconds(device, lambda: model.project(pixels), args.repeats)
         x = torch.randn(args.batch, args.seq, model.cfg.gpt.n_embd, device=device, dtype=model.dtype)
         parts["decoder forward"] = seconds(device, lambda: model.gpt(x), args.repeats)
-        hidden = x[batch.targets != -1][:max(1, 1 << 26) // model.cfg.gpt.vocab_size]
+        hidden = x[batch.targets != -1][:max(1, LOSS_CHUNK // model.cfg.gpt.vocab_size)]
         scale = supervised / len(hidden)
         parts["loss forward"] = scale * seconds(device, lambda: model.chunk_loss(hidden, torch.zeros(len(hidden), dtype=torch.long, device=device)), args.repeats)
     forward_backward()

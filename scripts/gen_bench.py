@@ -8,7 +8,6 @@ Stopping is off, so that every row says --max-new-tokens tokens; images are enco
 per second, their ratios, and whether the greedy texts are the same.
 """
 import argparse
-import re
 import time
 from functools import partial
 
@@ -16,7 +15,8 @@ import torch
 
 from nanochat.common import compute_init, json_line, print0, run_main, synchronize
 from nanochat.engine import add_arguments, load_engine
-from nanochat.gpt import EPS, rotary_tables
+from nanochat.gpt import rotary_tables
+from scripts.parity import transformers_gpt
 from tasks.synthdoc import SynthDoc
 
 
@@ -30,24 +30,6 @@ def uncached(engine, conversations, n):
         said.append(logits.argmax(-1))
         x = torch.cat([x, gpt.transformer.wte(said[-1])[:, None].to(x.dtype)], 1)
     return [engine.tokenizer.decode(ids) for ids in torch.stack(said, 1).tolist()]
-
-
-def transformers_twin(gpt, dtype):
-    """transformers' NanoChatForCausalLM with the weights of our decoder. Its default epsilon is not nanochat's."""
-    from transformers import NanoChatConfig, NanoChatForCausalLM
-    c, weights = gpt.cfg, {}
-    twin = NanoChatForCausalLM(NanoChatConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer, rms_norm_eps=EPS,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.sequence_len,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
-    for name, tensor in gpt.state_dict().items():
-        name = re.sub(r"attn\.c_(q|k|v)\.", r"self_attn.\1_proj.", name.replace("attn.c_proj", "self_attn.o_proj"))
-        for ours, theirs in (("transformer.wte", "model.embed_tokens"), ("transformer.h", "model.layers"), ("c_fc", "fc1"),
-                             ("c_proj", "fc2")):
-            name = name.replace(ours, theirs)
-        weights[name] = tensor
-    twin.load_state_dict(weights)
-    return twin.to(gpt.lm_head.weight.device, dtype).eval()
 
 
 @torch.inference_mode()
@@ -78,7 +60,7 @@ def main(argv=None):
     cases = {"cached": (cached, pages), "cached_one_row": (cached, pages[:1]),
              "uncached": (partial(uncached, engine), pages), "uncached_one_row": (partial(uncached, engine), pages[:1])}
     if args.transformers:
-        cases["transformers"] = (partial(by_transformers, engine, transformers_twin(gpt, engine.model.dtype)), pages)
+        cases["transformers"] = (partial(by_transformers, engine, transformers_gpt(gpt).to(device, engine.model.dtype)), pages)
     rate, texts = {}, {}
     for name, (read, rows) in cases.items():
         read(rows, 4)  # warm

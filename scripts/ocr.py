@@ -17,7 +17,6 @@ import json
 import os
 import struct
 import sys
-import warnings
 from itertools import islice
 
 from PIL import Image
@@ -25,14 +24,14 @@ from tqdm import tqdm
 
 from nanochat.common import compute_init, run_main
 from nanochat.engine import add_arguments, load_engine
-from tasks.common import OCR_PROMPT, ocr_conversation
+from tasks.common import FORMATS, MAX_PIXELS, OCR_PROMPT, ocr_conversation
 
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def files_of(arguments):
     """Paths (or "-") in order: a folder stands for its pictures and PDFs, a pattern for what it matches."""
-    kinds = {*Image.registered_extensions(), ".pdf"}
+    kinds = {".pdf", *(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)}
     for path in arguments:
         if os.path.isdir(path):
             inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
@@ -57,7 +56,9 @@ def pages_of(path, dpi):
         if b"%PDF-" in head:
             yield from pdf_pages(source, dpi)
             return
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} px, over {MAX_PIXELS} px: make it smaller")
             frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1  # elsewhere frames are an animation
             for k in range(frames):
                 image.seek(k)
@@ -78,8 +79,8 @@ def pdf_pages(source, dpi):
             try:
                 with contextlib.closing(document[k]) as page:
                     width, height = (side * dpi / 72 for side in page.get_size())
-                    if width * height > Image.MAX_IMAGE_PIXELS:
-                        raise ValueError(f"{width:.0f} x {height:.0f} px at {dpi} dpi, over {Image.MAX_IMAGE_PIXELS} px: lower --dpi")
+                    if width * height > MAX_PIXELS:
+                        raise ValueError(f"{width:.0f} x {height:.0f} px at {dpi} dpi, over {MAX_PIXELS} px: lower --dpi")
                     with contextlib.closing(page.render(scale=dpi / 72)) as bitmap:
                         yield k + 1, bitmap.to_pil().convert("RGB")
             except (ValueError, pypdfium2.PdfiumError) as error:
@@ -145,7 +146,6 @@ def main(argv=None):
     if not args.files:
         return chat(engine, args)
 
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
     files, failed, bar = list(files_of(args.files)), 0, tqdm(unit="page", disable=None)
     source = pages(files, args.dpi)
     while batch := list(islice(source, 1 if args.stream else args.batch_size)):

@@ -32,7 +32,7 @@ from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
 from tasks.training import EVALUATED, open_set, parse_chars
 
 FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official", "repetition_rate", "relaxed_accuracy")
-ANSWERS = ("chartqa", "chartqa-test", "synthchart")  # tasks of questions with a short answer, scored by relaxed accuracy too
+ANSWERS = ("chartqa-test", "synthchart")  # tasks of questions with a short answer, scored by relaxed accuracy too
 SETTINGS = ("dtype", "max_new_tokens", "no_repeat", "path", "chars", "seed")  # flags that change a prediction
 WINDOW = 4  # batches' worth of pages are loaded and sorted by length before they are cut into batches
 
@@ -43,6 +43,8 @@ def tasks_of(args, user_config, image_size):
     common = dict(image_size=image_size, faces=user_config["faces"].split(","), min_px=user_config.get("min_px", MIN_PX), seed=args.seed)
     found = []
     for name in args.task.split(","):
+        if name not in SPLITS + EVALUATED or (name == "folder" and not args.path):
+            raise ValueError(f"--task={name}: must be of {', '.join(SPLITS + EVALUATED)}; folder needs --path")
         if name not in SPLITS:
             found.append((name, open_set(name, args.path, "all", args, image_size, args.max_problems)))
         elif not args.chars or len(chars) == 1:  # without --chars as in training: the mixture in one set

@@ -114,6 +114,7 @@ class Shuffled(Task):
     """`size` samples of `task`: all of it in one order, then in another, ...; sample i is a matter of arithmetic."""
     def __init__(self, task, size, seed):
         self.task, self.size, self.seed, self.epoch, self.order = task, size, stable_hash(str(seed)), -1, None
+        self.name = getattr(task, "name", type(task).__name__)  # what is drawn is logged under
 
     def __len__(self):
         return self.size

@@ -97,10 +97,18 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(run, tmp_path):
 
 
 def test_huge_pictures_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ocr, "MAX_PIXELS", 1000)
+    lines, err, status = run(picture(tmp_path / "35.png", 0, (35, 35)))
+    assert (lines, status) == ([], 1) and "35 x 35 px, over 1000 px" in err
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for side in (35, 90):  # PIL warns of the first and refuses the second
-        lines, err, status = run(picture(tmp_path / f"{side}.png", 0, (side, side)))
-        assert (lines, status) == ([], 1) and "exceeds limit of" in err
+    lines, err, status = run(picture(tmp_path / "90.png", 0, (90, 90)))  # PIL itself refuses this one
+    assert (lines, status) == ([], 1) and "exceeds limit of" in err
+
+
+def test_a_format_that_would_start_another_program_is_not_opened(run, tmp_path):
+    (tmp_path / "page.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    lines, err, status = run(tmp_path / "page.png")
+    assert (lines, status) == ([], 1) and "cannot identify" in err
 
 
 def test_pages_of_pdf_and_tiff(run, engine, tmp_path, monkeypatch):
@@ -112,7 +120,7 @@ def test_pages_of_pdf_and_tiff(run, engine, tmp_path, monkeypatch):
     assert lines[:2] == [f"== {tmp_path / 'a.pdf'} page 1", "grey 0"]
     Image.new("L", (9, 9), 10).save(tmp_path / "b.tiff", save_all=True, append_images=[Image.new("L", (9, 9), 11)])
     assert [json.loads(line)["text"] for line in run(tmp_path / "b.tiff", "--jsonl")[0]] == ["grey 10", "grey 11"]
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(ocr, "MAX_PIXELS", 1000)
     _, err, status = run(tmp_path / "a.pdf")
     assert status == 1 and "page 1: 144 x 144 px at 144 dpi" in err and "lower --dpi" in err and "page 5" in err
 

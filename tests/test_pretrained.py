@@ -16,6 +16,7 @@ import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanochat import checkpoint as ckpt
 from nanochat import pretrained
 from nanochat.config import CLIPConfig, GPTConfig, ModelConfig, SAMConfig
 from nanochat.engine import Engine
@@ -324,5 +325,5 @@ def test_an_encoder_alone_goes_out_and_comes_back(make_model, tokenizer, tmp_pat
     model.meta = {"user_config": {"seed": 0}, "tokenizer": tokenizer.fingerprint(), "stage": "stage 1", "step": 1, "commit": "x"}
     pretrained.save_encoder(model, tmp_path / "encoder")
     other = make_model(1)
-    assert pretrained.load_own_encoder(str(tmp_path / "encoder"), other)["stage"] == "stage 1"
+    assert ckpt.load_encoder(pretrained.fetch(str(tmp_path / "encoder"), "deepencoder"), other)["stage"] == "stage 1"
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.state_dict().values(), other.encoder.state_dict().values()))
