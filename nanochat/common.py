@@ -1,6 +1,7 @@
 """Process set-up, devices and printing: the same few lines in every script."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -65,11 +66,23 @@ def choose_dtype(device, name="auto"):
     return torch.float32
 
 
+def choose_compile(device, name="auto"):
+    """
+    Whether to torch.compile. auto: on CUDA where a compiler is found; not on a CPU, where a nano step gains an eighth (python -m
+    scripts.bench --compile=both) and compiling takes what a short run saves.
+    """
+    found = any(map(shutil.which, ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")))
+    if name == "yes" and not found:
+        raise ValueError("--compile=yes needs a C++ compiler (on CUDA a C compiler), and none is on the PATH: install gcc, or --compile=no")
+    return name == "yes" or (name == "auto" and device.type == "cuda" and found)
+
+
 def all_reduce(value, device, op=dist.ReduceOp.SUM):
     """A Python number, or a list of them, reduced over ranks, as float(s)."""
+    if not dist.is_initialized():  # nothing to wait for
+        return [float(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
     t = torch.tensor(value, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")  # gloo takes CPU tensors
-    if dist.is_initialized():
-        dist.all_reduce(t, op=op)
+    dist.all_reduce(t, op=op)
     return t.tolist()
 
 

@@ -33,16 +33,21 @@ class Batch:
     features_per_row: list = field(default_factory=list)
     characters: int = 0              # supervised characters
     positions: torch.Tensor = None   # (B, T) int64 of packed rows: each sample counts from 0; None = 0..T-1
+    lengths: list = None             # of packed rows: for each row the lengths of its samples
     owners: list = field(default_factory=list)  # number of the conversation per image
     counts: dict = field(default_factory=dict)  # COUNTS, and "drawn/<task>": samples drawn
     state: dict = None               # of a stream's worker after this batch: what `loader` goes on from
+    supervised_at: torch.Tensor = field(init=False)  # (n,) int64: where targets are not -1, as indices into B * T
+
+    def __post_init__(self):
+        self.supervised_at = (self.targets.flatten() != IGNORE).nonzero()[:, 0]  # on the host: asked of a device, one has to wait for it
 
     @property
     def images(self):
         return len(self.plans)
 
     def supervised(self):
-        return int((self.targets != IGNORE).sum())
+        return len(self.supervised_at)
 
     def map(self, f):
         """The same batch with every tensor t as f(t)."""
@@ -53,7 +58,9 @@ class Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self):
-        return self.map(torch.Tensor.pin_memory)
+        batch = self.map(torch.Tensor.pin_memory)
+        batch.supervised_at = batch.supervised_at.pin_memory()
+        return batch
 
     def deranged(self):
         """The same text beside other pages: every image gets the pixels of one with an equal plan from another conversation."""
@@ -89,13 +96,14 @@ class Sampler:
     too_long  raise | clip | drop: over max_tokens positions. Text is clipped at its end; a sample is dropped where that would cut an
               image or leave no answer, or if it has over max_images images
     pack      positions of a row for several samples, with max_images images at most; 0 = one sample a row
+    multiple  rows are padded to a multiple of so many positions: few shapes, where each is compiled on its own
     """
-    def __init__(self, task, tokenizer, mode, stride, max_tokens, bad_data="raise", too_long="raise", max_images=16, pack=0):
+    def __init__(self, task, tokenizer, mode, stride, max_tokens, bad_data="raise", too_long="raise", max_images=16, pack=0, multiple=1):
         if pack and pack < max_tokens:
             raise ValueError(f"--pack={pack}: a packed row must hold the longest sample, --max-seq-len={max_tokens} positions")
         plan(mode, 1, 1, stride)  # a stride that does not fit the mode raises now: it is no fault of the data
         self.task, self.tokenizer, self.mode, self.stride, self.max_tokens = task, tokenizer, mode, stride, max_tokens
-        self.bad_data, self.too_long, self.max_images, self.pack = bad_data, too_long, max_images, pack
+        self.bad_data, self.too_long, self.max_images, self.pack, self.multiple = bad_data, too_long, max_images, pack, multiple
         self.mixture = task if isinstance(task, Mixture) else Mixture([(task, 1)])
         self.counters = [*COUNTS, *(f"drawn/{name}" for name in self.mixture.names)]
 
@@ -158,14 +166,14 @@ def pack_rows(lengths, images, row_length, max_images):
             return [sorted(row) for row in rows]
 
 
-def collate(samples, pack=0, max_images=0):
-    """Samples -> Batch; those that cannot be used leave only their counts."""
+def collate(samples, pack=0, max_images=0, multiple=1):
+    """Samples -> Batch, its rows padded to a multiple of `multiple`; samples that cannot be used leave only their counts."""
     samples = [Sample(*s) for s in samples]
     counts = sum((Counter(s.counts) for s in samples), Counter())
     samples = [s for s in samples if s.ids] or [Sample([0, 0], [0, 0])]  # nothing to use: a row that teaches nothing
     lengths = [len(s.ids) - 1 for s in samples]
     rows = pack_rows(lengths, [len(s.images) for s in samples], pack, max_images) if pack else [[i] for i in range(len(samples))]
-    T = max(sum(lengths[i] for i in row) for row in rows)
+    T = -(-max(sum(lengths[i] for i in row) for row in rows) // multiple) * multiple
     ids, positions = (np.zeros((len(rows), T), dtype=np.int64) for _ in range(2))
     targets = np.full((len(rows), T), IGNORE, dtype=np.int64)
     views, plans, owners, per_row = {}, [], [], []
@@ -186,7 +194,8 @@ def collate(samples, pack=0, max_images=0):
         per_row.append(sum(p.positions for i in row for p, _, _ in samples[i].images))
     counts.update(images=len(plans), positions=sum(lengths), slots=ids.size)
     return Batch(torch.from_numpy(ids), torch.from_numpy(targets), {s: torch.from_numpy(np.stack(v)) for s, v in views.items()}, plans,
-                 per_row, sum(s.characters for s in samples), torch.from_numpy(positions) if pack else None, owners, dict(counts))
+                 per_row, sum(s.characters for s in samples), torch.from_numpy(positions) if pack else None,
+                 [[lengths[i] for i in row] for row in rows] if pack else None, owners, dict(counts))
 
 
 class Mixture:
@@ -305,7 +314,7 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
     Iterator of Batch for micro-batches start..stop-1 of this rank. A task with indices must be long enough: nothing is repeated.
     states: {worker: Batch.state of its last batch}, for a stream that goes on.
     """
-    make = partial(collate, pack=sampler.pack, max_images=sampler.max_images)
+    make = partial(collate, pack=sampler.pack, max_images=sampler.max_images, multiple=sampler.multiple)
     common = dict(num_workers=workers, pin_memory=pin_memory, prefetch_factor=4 if workers else None)
     if sampler.mixture.streams:
         if any(s["workers"] != max(1, workers) for s in (states or {}).values()):
@@ -317,3 +326,28 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
         raise ValueError(f"{stop} micro-batches of {size} on {world} ranks need {needed} samples, the task has {len(sampler)}")
     return iter(torch.utils.data.DataLoader(
         sampler, batch_sampler=micro_batches(start, stop, size, rank, world), collate_fn=make, **common))
+
+
+def ahead(batches, device):
+    """
+    The same batches, their pixels on the device. On CUDA the next batch's travel on a stream of their own while this one is computed
+    with; the rest of a batch is small, and the model takes it from pinned memory itself.
+    """
+    def send(batch):
+        batch.views = {side: v.to(device, non_blocking=True) for side, v in batch.views.items()}
+        return batch
+    if device.type != "cuda":
+        yield from map(send, batches)
+        return
+    copies, waiting = torch.cuda.Stream(), None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            sent = send(batch)
+        if waiting is not None:
+            yield waiting
+        torch.cuda.current_stream().wait_stream(copies)
+        for v in sent.views.values():
+            v.record_stream(torch.cuda.current_stream())  # its memory is not given away before this stream is done with it
+        waiting = sent
+    if waiting is not None:
+        yield waiting

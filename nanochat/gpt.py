@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.layers import Linear, attention, run_blocks
+from nanochat.layers import Linear, attention, packed_attention, run_blocks
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
 SOFTCAP = 15.0
@@ -29,16 +29,6 @@ def rotate(x, cos, sin):
     """(B, T, H, D) turned by its position; cos, sin: (B or 1, T, 1, D / 2) fp32."""
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
-
-
-def block_diagonal(positions):
-    """
-    Mask of packed rows: boolean (B, 1, T, T), True where a query may attend: causal, and inside its own sample. positions: (B, T),
-    0 wherever a sample begins; padding is 0 throughout, so each padded place is a sample of its own and no softmax is empty.
-    """
-    T, sample = positions.size(1), (positions == 0).cumsum(1)
-    causal = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
-    return ((sample[:, :, None] == sample[:, None, :]) & causal)[:, None]
 
 
 class KVCache:
@@ -83,7 +73,7 @@ class Attention(nn.Module):
         self.c_v = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, positions):
+    def forward(self, x, cos, sin, mask, cache, positions, lengths):
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -91,7 +81,7 @@ class Attention(nn.Module):
         q, k = (norm(rotate(t, cos, sin)).to(x.dtype).transpose(1, 2) for t in (q, k))
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
-        y = attention(q, k, v, mask=mask, causal=mask is None)
+        y = packed_attention(q, k, v, lengths) if lengths else attention(q, k, v, mask=mask, causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -141,13 +131,13 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
 
-    def forward(self, x, cache=None, positions=None, mask=None):
+    def forward(self, x, cache=None, positions=None, lengths=None):
         """
         Embeddings (B, T, C), before their norm, -> hidden states (B, T, C), to be given to `logits`.
         `positions` (B, T): default 0..T-1. With a cache, a query sees every cached key up to its own position.
-        `mask`: boolean, (B, 1, T, T), True = may attend; default causal.
+        `lengths`: of packed rows, for each row those of its samples, in order; a position then sees its own sample alone.
         """
-        B, T, _ = x.shape
+        (B, T, _), mask = x.shape, None
         if positions is None:
             if T > self.cfg.sequence_len:
                 raise ValueError(f"sequence of {T} positions, the decoder has {self.cfg.sequence_len}")
@@ -159,7 +149,7 @@ class GPT(nn.Module):
         if cache is not None:
             keys = torch.arange(cache.extend(T), device=x.device)
             mask = keys[None, None, None, :] <= positions[:, None, :, None]
-        return norm(run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, recompute=self.recompute))
+        return norm(run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, lengths, recompute=self.recompute))
 
     def logits(self, x):
         """(..., C) -> (..., vocab) in fp32."""

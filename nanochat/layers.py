@@ -49,6 +49,20 @@ def attention(q, k, v, scale=None, mask=None, causal=False):
     return y[..., :v.size(-1)]
 
 
+@torch.compiler.disable  # as many kernels as samples: a graph of its own for every batch otherwise
+def packed_attention(q, k, v, lengths):
+    """
+    Causal attention inside each sample of packed rows (B, H, T, D). lengths: B lists of the samples' lengths, in order; what is left of
+    a row is padding and counts as one more. A sample at a time: no (T, T) mask is stored, and nothing is computed that a mask discards.
+    """
+    rows = []
+    for r, row in enumerate(lengths):
+        rest = q.size(2) - sum(row)
+        pieces = [*row, rest] if rest else row
+        rows.append(torch.cat([attention(*sample, causal=True) for sample in zip(*(t[r:r + 1].split(pieces, 2) for t in (q, k, v)))], 2))
+    return torch.cat(rows)
+
+
 def run_blocks(blocks, x, *args, recompute=False):
     """x through `blocks` in turn. recompute (activation checkpointing): only each block's input is kept for the backward pass."""
     recompute = recompute and torch.is_grad_enabled()

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -15,9 +16,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nanochat import checkpoint as ckpt
-from nanochat.common import (all_reduce, banner, choose_dtype, dist_info, gather, git_commit, init_wandb, matmul_rate,
-                             print0, synchronize)
-from nanochat.dataloader import Sampler, collate, loader
+from nanochat.common import (all_reduce, banner, choose_compile, choose_dtype, dist_info, gather, git_commit, init_wandb, matmul_rate, print0)
+from nanochat.dataloader import Sampler, ahead, collate, loader
 from nanochat.engine import Engine
 from nanochat.gauges import cosines, read_pages, reestimate_statistics, validate
 from nanochat.image_modes import get_mode
@@ -38,6 +38,7 @@ def training_arguments(description, **defaults):
     # Runtime
     flag("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
     flag("--dtype", default="auto", help="compute dtype: auto (bfloat16 where the hardware has it), bfloat16, float32")
+    flag("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile; auto: on CUDA where a compiler is found")
     flag("--seed", int, 0, help="seed of weights and data")
     flag("--workers", int, 0, help="data loader processes per rank")
     # Data
@@ -224,8 +225,10 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay, dtype=model.dtype)
     if args.max_seq_len > model.cfg.gpt.sequence_len:
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder has {model.cfg.gpt.sequence_len} positions")
+    compiled = choose_compile(device, args.compile)
+    # compiled kernels are made for one shape each: rows then come in four lengths
     sampler = Sampler(task, tokenizer, mode, model.cfg.token_stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images,
-                      args.pack)
+                      args.pack, multiple=-(-(args.pack or args.max_seq_len) // 4) if compiled else 1)
 
     # start order: resume, else what the script put into the model
     run_dir, start = open_run(args)
@@ -242,13 +245,15 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
 
     peak = matmul_rate(device, model.dtype)
     print0(f"{stage}: {model.num_params():,} parameters, {sum(p.numel() for p in optimizer.params.values()):,} trained; {device.type} x {world}, "
-           f"{str(model.dtype)[6:]}, matmul {peak / 1e9:,.0f} GFLOP/s; {total_batch} samples a step = {accumulate} x {per_pass}")
+           f"{str(model.dtype)[6:]}, {'compiled' if compiled else 'eager'}, matmul {peak / 1e9:,.0f} GFLOP/s; {total_batch} samples a step = {accumulate} x {per_pass}")
+    if compiled:
+        model.compile_blocks()
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     evaluator = Evaluator(tokenizer, mode, model.cfg.token_stride, args, val_task, statistics_task)
     step = start or 0
     streams = dict(state["streams"][rank]) if state["streams"] else {}
-    batches = loader(sampler, args.device_batch_size, step * accumulate, args.num_iterations * accumulate, rank, world,
-                     args.workers, pin_memory=device.type == "cuda", states=streams)
+    batches = ahead(loader(sampler, args.device_batch_size, step * accumulate, args.num_iterations * accumulate, rank, world,
+                           args.workers, pin_memory=device.type == "cuda", states=streams), device)
     sam_trains = model.encoder.sam_model.pos_embed.requires_grad
     model.recompute(args.recompute)
     model.train()
@@ -260,7 +265,8 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         saving = step != start and (last or (step > 0 and args.save_every > 0 and step % args.save_every == 0))
         # ------------------------------------------------------------- evaluate
         if step != start and (last or saving or (args.eval_every > 0 and step % args.eval_every == 0)):
-            record, rows = evaluator(model, tokenizer, mode)
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                record, rows = evaluator(model, tokenizer, mode)
             if not math.isfinite(record["val/loss"]):
                 raise ValueError(f"step {step}: validation loss {record['val/loss']}: the last update spoilt the weights, nothing is saved; "
                                  f"lower --lr / --matrix-lr")
@@ -290,7 +296,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         if last:
             break
         # ------------------------------------------------------------- one step
-        synchronize(device)
+        # The host waits for the device once, for the gradient norm; the update then runs while the next batch is prepared and launched.
         t0 = time.perf_counter()
         micro = [next(batches) for _ in range(accumulate)]
         wait = time.perf_counter() - t0
@@ -300,14 +306,13 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
             raise ValueError(f"step {step}: no supervised token in the whole batch")
         flops, total = 0.0, 0.0
         for i, batch in enumerate(micro):
-            batch = batch.to(device)
             if world > 1:
                 net.require_backward_grad_sync = i == accumulate - 1
             loss = net(batch) / supervised
             (loss * world).backward()  # DDP averages over ranks; the loss is a mean over the step's supervised tokens
             total += loss.detach().double() if device.type != "mps" else loss.detach()
             f = forward_flops(model.cfg, {s: len(v) for s, v in batch.views.items()}, batch.ids.size(1), batch.ids.size(0),
-                              micro[i].supervised())
+                              batch.supervised(), batch.lengths)
             flops += 3 * sum(f.values()) - (0 if sam_trains else 2 * f["sam"])  # backward costs two forwards, unless frozen
         train_loss = all_reduce(float(total), device)
         gnorm = optimizer.clip_grad_norm(args.grad_clip).item()
@@ -318,7 +323,6 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         scale = schedule(args.schedule, at, args.num_iterations, args.warmup_steps)
         optimizer.step(scale)
         optimizer.zero_grad()
-        synchronize(device)
         dt = time.perf_counter() - t0
         if limit < math.inf:
             dt = all_reduce(dt, device, dist.ReduceOp.MAX)  # all ranks end at the same step

@@ -8,19 +8,20 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.deepencoder import DeepEncoder
-from nanochat.gpt import GPT, block_diagonal
+from nanochat.gpt import GPT
 from nanochat.layers import Linear
 
 LOSS_CHUNK = 1 << 26  # logits held at a time in the loss: 256 MB in fp32
 
 
-def fuse(embeddings, is_image, features, features_per_row):
+def fuse(embeddings, is_image, features, features_per_row, placeholders=None):
     """
     Puts image features where the placeholders are. embeddings (B, T, C); is_image (B, T) bool; features (P, C), all rows'
     features in order; features_per_row: B ints. Counts are compared per row, not in total: a surplus in one row and a lack
-    in the next would otherwise hand a page's features to its neighbour.
+    in the next would otherwise hand a page's features to its neighbour. placeholders: those of each row, counted from is_image
+    if not given, for which the host must wait for the device.
     """
-    placeholders = is_image.sum(1).tolist()
+    placeholders = placeholders or is_image.sum(1).tolist()
     for row, (slots, given) in enumerate(zip(placeholders, features_per_row, strict=True)):
         if slots != given:
             raise ValueError(f"row {row} has {slots} <|image|> placeholders but {given} image features: the image mode used for "
@@ -68,7 +69,7 @@ class NanoDeepseekOCR(nn.Module):
 
     def project(self, pixels, taps=None):
         """(N, 3, S, S) uint8 -> (N, h, w, n_embd)."""
-        x = pixels.to(self.device).to(self.dtype) / 127.5 - 1.0  # mean = std = 0.5, as published
+        x = pixels.to(self.device, non_blocking=True).to(self.dtype) / 127.5 - 1.0  # mean = std = 0.5, as published
         y = self.projector(self.encoder(x, taps))
         if taps is not None:
             taps["projector"] = y
@@ -102,12 +103,14 @@ class NanoDeepseekOCR(nn.Module):
         return torch.cat(pieces)
 
     def embed(self, batch):
-        """Token embeddings (B, T, C) of a batch with its images in place."""
-        x = self.gpt.transformer.wte(batch.ids).to(self.dtype)
+        """Token embeddings (B, T, C) of a batch with its images in place. Ids that are still on the host are counted there."""
+        ids, placeholders = batch.ids.to(self.device, non_blocking=True), (batch.ids == self.cfg.image_token_id).sum(1).tolist()
+        x = self.gpt.transformer.wte(ids).to(self.dtype)
         if batch.plans:
-            x = fuse(x, batch.ids == self.cfg.image_token_id, self.encode_images(batch.views, batch.plans), batch.features_per_row)
-        elif (rows := (batch.ids == self.cfg.image_token_id).any(1)).any():
-            raise ValueError(f"row {rows.nonzero()[0].item()} has <|image|> placeholders but the batch has no images")
+            x = fuse(x, ids == self.cfg.image_token_id, self.encode_images(batch.views, batch.plans), batch.features_per_row, placeholders)
+        elif any(placeholders):
+            row = next(r for r, n in enumerate(placeholders) if n)
+            raise ValueError(f"row {row} has <|image|> placeholders but the batch has no images")
         elif self.training:
             # A batch without images still sends one blank page through the encoder, at weight zero: every parameter then has
             # a gradient on every rank and step. One image is below the limit for batch statistics, so it leaves no trace.
@@ -131,11 +134,14 @@ class NanoDeepseekOCR(nn.Module):
         return engine.generate([conversation], max_new_tokens)[0].text
 
     def forward(self, batch):
-        """Summed next-token loss in nats over the batch's supervised positions (targets != -1)."""
-        mask = None if batch.positions is None else block_diagonal(batch.positions)
-        hidden = self.gpt(self.embed(batch), positions=batch.positions, mask=mask)
-        supervised = batch.targets != -1
-        hidden, targets = hidden[supervised], batch.targets[supervised]  # the head and its softmax run where there is something to learn
+        """
+        Summed next-token loss in nats over the batch's supervised positions (targets != -1). The batch may stay on the host: what is
+        needed goes to the device as it is needed, and the host waits for nothing.
+        """
+        positions, at, targets = (None if t is None else t.to(self.device, non_blocking=True)
+                                  for t in (batch.positions, batch.supervised_at, batch.targets))
+        hidden = self.gpt(self.embed(batch), positions=positions, lengths=batch.lengths)
+        hidden, targets = hidden.flatten(0, 1)[at], targets.flatten()[at]  # the head and its softmax run where there is something to learn
         rows = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
         if len(targets) <= rows:
             return self.chunk_loss(hidden, targets)
@@ -158,6 +164,17 @@ class NanoDeepseekOCR(nn.Module):
         for part in (self.encoder.sam_model, self.encoder.vision_model, self.gpt):
             part.recompute = on
 
+    def compile_blocks(self):
+        """
+        torch.compile for every block, forward and backward: blocks of one kind and shape share their kernels, so this takes seconds where
+        the whole network takes minutes. The decoder's shapes are static (--max-seq-len's few multiples); the encoder's become
+        dynamic when a batch of another number of images comes. Evaluation stays eager (loop.py): its shapes change at every step.
+        """
+        for blocks, dynamic in ((self.encoder.sam_model.blocks, None), (self.encoder.vision_model.transformer.layers, None), (self.gpt.transformer.h, False)):
+            for block in blocks:
+                block.compile(dynamic=dynamic)
+        self.chunk_loss = torch.compile(self.chunk_loss, dynamic=True)  # every batch supervises another number of positions
+
     @classmethod
     def from_pretrained(cls, source, device="cpu"):
         """A checkpoint, run or saved folder, or a hub name ("owner/name") -> model in eval mode, with its tokenizer and meta."""
@@ -174,11 +191,11 @@ class NanoDeepseekOCR(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def forward_flops(cfg, views, text_positions, rows=1, head_positions=None):
+def forward_flops(cfg, views, text_positions, rows=1, head_positions=None, lengths=None):
     """
     Multiply-adds x 2 of one forward pass, by part. views: {side in px: count}; text_positions: decoder positions per row,
-    images included; head_positions: how many go through the head, over all rows (default: all). Matrix products and attention only;
-    softmax, norms and gathers are not counted.
+    images included; head_positions: how many go through the head, over all rows (default: all); lengths: of packed rows, lists of
+    their samples' lengths. Matrix products and attention only; softmax, norms and gathers are not counted.
     """
     s, c, g = cfg.sam, cfg.clip, cfg.gpt
     sam = clip = projector = 0
@@ -188,7 +205,7 @@ def forward_flops(cfg, views, text_positions, rows=1, head_positions=None):
         for i in range(s.depth):
             w = H if i in s.global_blocks else s.window
             padded = (-(-H // w) * w) ** 2
-            sam += n * (2 * padded * 4 * s.width ** 2 + 2 * H * H * 8 * s.width ** 2)
+            sam += n * 2 * H * H * 12 * s.width ** 2
             sam += n * padded * (4 * w * w * s.width + 4 * w * s.width)  # attention; relative positions of both axes
         sam += n * 2 * (H * H * (s.width * s.neck + 9 * s.neck ** 2) + (H // 2) ** 2 * 9 * s.neck * s.net_2
                         + (H // 4) ** 2 * 9 * s.net_2 * s.net_3)
@@ -197,6 +214,7 @@ def forward_flops(cfg, views, text_positions, rows=1, head_positions=None):
         projector += n * 2 * (T - 1) * (c.width + s.net_3) * g.n_embd
     T = text_positions
     kv = g.n_embd * g.n_kv_head // g.n_head
-    gpt = rows * g.n_layer * (2 * T * (2 * g.n_embd ** 2 + 2 * g.n_embd * kv + 8 * g.n_embd ** 2) + 2 * T * T * g.n_embd)  # causal: half of the square
+    squares = sum(n * n for row in lengths for n in row) if lengths else rows * T * T
+    gpt = g.n_layer * (2 * rows * T * (2 * g.n_embd ** 2 + 2 * g.n_embd * kv + 8 * g.n_embd ** 2) + 2 * squares * g.n_embd)  # causal: half of the square
     gpt += 2 * (rows * T if head_positions is None else head_positions) * g.n_embd * g.vocab_size
     return {"sam": sam, "clip": clip, "projector": projector, "gpt": gpt}

@@ -21,7 +21,7 @@ from PIL import Image
 
 from nanochat import loop
 from nanochat.dataloader import Mixture, Sampler, Stream, collate, loader, micro_batches, pack_rows
-from nanochat.gpt import block_diagonal
+from nanochat.layers import attention, packed_attention
 from nanochat.image_modes import MODES
 from scripts import vis_tok_train
 from scripts.data_bench import padding
@@ -160,12 +160,12 @@ def test_too_many_images(tokenizer, pages):
 # Packing
 
 
-def test_block_diagonal():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0]])  # samples of 3, 2 and 1, or of 3 and 2 and padding: the same
-    mask = block_diagonal(positions)
-    assert mask.shape == (1, 1, 7, 7) and mask.dtype == torch.bool
-    expected = torch.block_diag(*(torch.ones(n, n).tril() for n in (3, 2, 1, 1)))
-    assert torch.equal(mask[0, 0], expected.bool())
+def test_packed_attention_is_attention_under_a_block_diagonal_mask():
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    y = packed_attention(q, k, v, [[3, 2], [7]])  # two samples and padding, which attends to itself; one sample
+    for row, pieces in enumerate(((3, 2, 2), (7,))):
+        mask = torch.block_diag(*(torch.ones(n, n).tril() for n in pieces)).bool()
+        torch.testing.assert_close(y[row], attention(q, k, v, mask=mask)[row])
 
 
 def test_rows_hold_all_samples_within_their_limits():
@@ -191,7 +191,7 @@ def test_a_packed_row_has_the_losses_of_its_samples_alone(tokenizer, model, make
     packed = collate(samples, pack=256, max_images=3)
     assert 1 < len(packed.ids) < 10 and packed.counts["positions"] == sum(len(s.ids) - 1 for s in samples)
     assert packed.counts["slots"] == packed.ids.numel() and packed.images == 10
-    hidden = model.gpt(model.embed(packed), positions=packed.positions, mask=block_diagonal(packed.positions))
+    hidden = model.gpt(model.embed(packed), positions=packed.positions, lengths=packed.lengths)
     logp, seen = model.gpt.logits(hidden).log_softmax(-1), []
     for r, row in enumerate(packed.ids):
         starts = [t for t in range(len(row)) if packed.positions[r, t] == 0 and row[t] == tokenizer.get_bos_token_id()]
