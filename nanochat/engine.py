@@ -1,6 +1,7 @@
 """
 Generation: a batch of conversations with images in, texts out. Images are encoded once; the prompt fills the KV cache; then
-one token per row and step, until the row ends or its budget is spent. Finished rows leave the batch.
+one token per row and step, until the row ends or its budget is spent. Finished rows leave the batch. On CUDA a step is a graph
+that is replayed, since launching its kernels one by one takes longer than reading the weights.
 """
 import codecs
 import math
@@ -67,10 +68,29 @@ class NoRepeat:
                 if ids[i + k - 1:i + k] == last and ids[i:i + k] == ids[-k:] and ids[i + k] not in self.whitelist]
 
 
+GRAPH_STEPS = 16  # replayed at a time before the host looks at the tokens
+
+
+def captured(step, state):
+    """step(), which works in place on tensors that stay where they are, as a CUDA graph; state: the tensors that it changes."""
+    before, warming = [t.clone() for t in state], torch.cuda.Stream()
+    warming.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warming):
+        step()  # libraries take their memory now
+    torch.cuda.current_stream().wait_stream(warming)
+    for t, old in zip(state, before):
+        t.copy_(old)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 class Engine:
     """mode: a Mode, or a function (width, height) in px of the upright picture -> Mode; a conversation's own key "mode" overrides it."""
     def __init__(self, model, tokenizer, mode, no_repeat=None):
         self.model, self.tokenizer, self.mode, self.no_repeat = model, tokenizer, mode, no_repeat
+        self.graphs = model.device.type == "cuda"  # off, a step is launched kernel by kernel
         self.end = tokenizer.encode_special("<|assistant_end|>")
         # never generated: placeholders and every special token but the end
         self.banned = [i for i in map(tokenizer.encode_special, SPECIAL_TOKENS) if i != self.end]
@@ -135,36 +155,56 @@ class Engine:
             max_new_tokens = gpt.cfg.sequence_len - max(lengths)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1, beside a prompt of {max(lengths)} positions")
-        B = len(lengths)
         rng = torch.Generator(device).manual_seed(seed) if temperature > 0 else None
-        cache = KVCache(gpt.cfg, B, max(lengths) + max_new_tokens, device, model.dtype)
+        banned, greedy = torch.tensor(self.banned, device=device), rng is None and not self.no_repeat
+        replayed = self.graphs and greedy
+        cache, longest = KVCache(gpt.cfg, len(lengths), max(lengths) + max_new_tokens, device, model.dtype), max(lengths)
+        cache.reserve(longest)
         hidden = gpt(model.embed(batch), cache=cache)
         position = torch.tensor(lengths, device=device)  # where each row's next token goes
-        hidden = hidden[torch.arange(B, device=device), position - 1]
-        rows = list(range(B))                            # which conversation each live row is
-        said, banned = [[] for _ in rows], torch.tensor(self.banned, device=device)
-        for step in range(max_new_tokens):
-            logits = gpt.logits(hidden).index_fill_(1, banned, float("-inf"))
+        rows, said = list(range(len(lengths))), [[] for _ in lengths]  # which conversation each live row is; its tokens
+
+        def choose(logits):
+            logits.index_fill_(1, banned, float("-inf"))
             if self.no_repeat:
                 for live, row in enumerate(rows):
                     logits[live, self.no_repeat.banned(said[row])] = float("-inf")
             choice = logits.argmax(-1) if rng is None else \
                 torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
-            logprob = logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(-1)
-            news = list(zip(rows, choice.tolist(), logprob.tolist()))
-            yield news
-            for row, token, _ in news:
-                said[row].append(token)
-            alive = [live for live, (_, token, _) in enumerate(news) if token != self.end]
-            if not alive or step + 1 == max_new_tokens:
-                return
-            if len(alive) < len(rows):
-                rows, keep = [rows[live] for live in alive], torch.tensor(alive, device=device)
-                position, choice = position[keep], choice[keep]
-                cache.keep_rows(keep)
+            return choice, logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(-1)
+
+        def step():  # in place
             x = gpt.transformer.wte(choice)[:, None].to(model.dtype)
-            hidden = gpt(x, cache=cache, positions=position[:, None])[:, 0]
-            position = position + 1
+            logits = gpt.logits(gpt(x, cache=cache, positions=position[:, None])[:, 0])
+            for t, new in zip((choice, logprob, position), (*choose(logits), position + 1)):
+                t.copy_(new)
+
+        choice, logprob = choose(gpt.logits(hidden[torch.arange(len(rows), device=device), position - 1]))
+        news, done, over, advance = [(choice, logprob)], 0, set(), None  # over: live rows that have ended
+        while True:
+            for tokens, logprobs in zip(*(torch.stack(part).tolist() for part in zip(*news))):
+                told = [(row, token, lp) for live, (row, token, lp) in enumerate(zip(rows, tokens, logprobs)) if live not in over]
+                if told:
+                    yield told
+                for row, token, _ in told:
+                    said[row].append(token)
+                over.update(live for live, token in enumerate(tokens) if token == self.end)
+            done += len(news)
+            if len(over) == len(rows) or done == max_new_tokens:
+                return
+            n = min(GRAPH_STEPS if replayed else 1, max_new_tokens - done)
+            moved = cache.reserve(longest + done - 1 + n)
+            if over and (moved or not replayed):  # another number of rows is another graph
+                keep = [live for live in range(len(rows)) if live not in over]
+                rows, over, keep, advance = [rows[live] for live in keep], set(), torch.tensor(keep, device=device), None
+                choice, logprob, position = choice[keep], logprob[keep], position[keep]
+                cache.keep_rows(keep)
+            if moved or advance is None:
+                advance = captured(step, (choice, logprob, position)) if replayed else step
+            news = []
+            for _ in range(n):
+                advance()
+                news.append((choice.clone(), logprob.clone()))
 
 
 # -----------------------------------------------------------------------------

@@ -34,23 +34,24 @@ def rotate(x, cos, sin):
 class KVCache:
     """
     Keys and values of every layer for B rows of up to `length` positions. Rows may have different lengths: a row's next token
-    is written at its own position, over whatever padding its prompt had there. Room is made 64 positions at a time, so that
+    is written at its own position, over whatever padding its prompt had there. Room is made some positions at a time, so that
     a step attends to little more than what there is, in memory without gaps.
     """
+    ROOM = 64  # positions made at a time
+
     def __init__(self, cfg, rows, length, device, dtype):
         if length > cfg.sequence_len:
             raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; shorten prompt or max_new_tokens")
         shape = (cfg.n_layer, rows, cfg.n_kv_head, 0, cfg.n_embd // cfg.n_head)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length, self.used = length, 0
+        self.length = length
 
-    def extend(self, n):
-        """Room for n more positions in the longest row; -> positions there is room for."""
-        self.used += n
-        more = min(-(-self.used // 64) * 64, self.length) - self.k.size(3)
+    def reserve(self, n):
+        """Room for n positions in the longest row; -> whether that took other tensors."""
+        more = min(-(-n // self.ROOM) * self.ROOM, self.length) - self.k.size(3)
         if more > 0:
             self.k, self.v = (F.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
-        return self.k.size(3)
+        return more > 0
 
     def update(self, layer, k, v, positions):
         """Writes k, v (B, H, T, D) at `positions` (B, T); returns all keys and values."""
@@ -134,7 +135,7 @@ class GPT(nn.Module):
     def forward(self, x, cache=None, positions=None, lengths=None):
         """
         Embeddings (B, T, C), before their norm, -> hidden states (B, T, C), to be given to `logits`.
-        `positions` (B, T): default 0..T-1. With a cache, a query sees every cached key up to its own position.
+        `positions` (B, T): default 0..T-1. With a cache, which must have room for them, a query sees every key up to its own position.
         `lengths`: of packed rows, for each row those of its samples, in order; a position then sees its own sample alone.
         """
         (B, T, _), mask = x.shape, None
@@ -147,7 +148,7 @@ class GPT(nn.Module):
         else:
             cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         if cache is not None:
-            keys = torch.arange(cache.extend(T), device=x.device)
+            keys = torch.arange(cache.k.size(3), device=x.device)
             mask = keys[None, None, None, :] <= positions[:, None, :, None]
         return norm(run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, lengths, recompute=self.recompute))
 

@@ -9,6 +9,7 @@ python -m pytest tests/test_engine.py
 import pytest
 import torch
 
+from nanochat import engine as engine_module
 from nanochat import image_modes
 from nanochat.engine import Engine, NoRepeat, choose_mode
 from nanochat.image_modes import MODES, Mode
@@ -60,6 +61,32 @@ def test_equals_plain_decoding(engine, mixed):
     assert said == [plain(engine, c, 20) for c in mixed]
     assert len({tuple(ids) for ids in said}) == len(mixed) and all(len(set(ids)) > 3 for ids in said)  # no trivial output
     assert [r.text for r in results] == [engine.tokenizer.decode(ids[:-1] if r.finished else ids) for ids, r in zip(said, results)]
+
+
+def test_replayed_steps_say_the_same(engine, mixed, monkeypatch):
+    """The way on CUDA, where steps are replayed several at a time on fixed memory: here the step itself stands in for its graph."""
+    captures = []
+
+    def captured(step, state):
+        places = [t.data_ptr() for t in state]
+        captures.append(places)
+
+        def replay():
+            assert places == [t.data_ptr() for t in state]
+            step()
+        return replay
+    monkeypatch.setattr(engine_module, "captured", captured)
+    monkeypatch.setattr(engine_module.KVCache, "ROOM", 8)
+    engine.end = -1
+    endless, _ = tokens_of(engine, mixed, 40)
+    engine.end = next(t for ids in endless for t in ids[:10] if any(t not in other for other in endless))
+    expected, steps = tokens_of(engine, mixed, 40)[0], list(engine.decode(mixed, 40, 0.0, 0))
+    engine.graphs = True
+    assert tokens_of(engine, mixed, 40)[0] == expected and len(captures) > 1
+    replayed = list(engine.decode(mixed, 40, 0.0, 0))
+    assert [[(row, token) for row, token, _ in step] for step in replayed] == [[(row, token) for row, token, _ in step] for step in steps]
+    engine.no_repeat, captures[:] = NoRepeat(2, 10), []
+    assert tokens_of(engine, mixed[:1], 20)[0] == [plain(engine, mixed[0], 20)] and not captures  # it needs the host at each step
 
 
 def test_each_row_ends_by_itself(engine, mixed):

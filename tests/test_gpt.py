@@ -99,6 +99,7 @@ def test_cached_equals_uncached(n_kv_head):
     for row, n in enumerate(lengths):
         prompt[row, n:] = 49  # padding, which the cache must forget
     cache = KVCache(gpt.cfg, 3, 20, ids.device, torch.float32)
+    assert cache.reserve(20) and not cache.reserve(20)
     hidden = gpt(gpt.transformer.wte(prompt), cache=cache)
     for row, n in enumerate(lengths):
         assert (gpt.logits(hidden[row, :n]) - expected[row, :n]).abs().max() < 1e-5
