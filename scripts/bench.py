@@ -1,41 +1,62 @@
 """
 Where a step's time goes, and how much of the chip it uses: stage 1, stage 2 and generation, eager and compiled.
 
-    python -m scripts.bench                                              # nano, this machine
-    python -m scripts.bench --preset=base --mode=base --seq=8192 --batch=4 --recompute   # a GPU
-    python -m scripts.bench --what=generate --batch=64
+    python -m scripts.bench                                                # nano, this machine
+    python -m scripts.bench --against=5c218fe --what=stage1                # this tree and a commit's, step by step in turn: a ratio
+    python -m scripts.bench --suite                                        # every figure a GPU is asked for, each in a process of its own
+    python -m scripts.bench --preset=base --mode=base --what=stage2 --seq=8192 --pack=7 --batch=4 --recompute
+    python -m scripts.bench --preset=base --what=generate,attention --batch=64 --new-tokens=1000
 
 One JSON line for each of the runs asked for. MFU counts the FLOPs of nanochat/model.py's forward_flops (checked here against torch's
 FlopCounterMode) against a matrix product measured in the same run; recomputation is not counted as work.
 """
 import argparse
-import shutil
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.common import choose_dtype, compute_init, git_commit, json_line, matmul_rate, print0, run_main, synchronize
+from nanochat.common import choose_compile, choose_dtype, compute_init, git_commit, json_line, matmul_rate, print0, run_main, synchronize
 from nanochat.config import PRESETS
-from nanochat.dataloader import Batch
+from nanochat.dataloader import Batch, ahead
 from nanochat.engine import Engine
 from nanochat.image_modes import get_mode, plan
 from nanochat.model import LOSS_CHUNK, NanoDeepseekOCR, forward_flops
 from nanochat.optim import Optimizer
 
+SUITE = (  # a GPU's figures, the cheapest first; batches for 80 GB
+    "--preset=nano --batch=256",
+    "--preset=small --batch=64 --seq=768 --what=stage1,stage2",
+    "--preset=small --batch=64 --what=generate --new-tokens=1000",
+    "--preset=base --mode=base --batch=10 --what=attention",
+    "--preset=base --mode=base --batch=64 --what=generate --new-tokens=1000",
+    "--preset=base --mode=base --batch=8 --seq=1536 --what=stage1 --optimizer=adamw --recompute",
+    "--preset=base --mode=base --batch=4 --seq=8192 --what=stage2 --optimizer=adamw --recompute",
+    "--preset=base --mode=base --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw --recompute")
 
-def make_batch(model, mode, rows, seq):
-    """`rows` rows of `seq` positions: one random square page each, every other position supervised."""
-    p = plan(mode, mode.size, mode.size, model.cfg.token_stride)
-    if p.positions >= seq:
-        raise ValueError(f"--seq={seq}: mode {mode.name} alone takes {p.positions} positions")
+
+def make_batch(model, mode, rows, seq, pack=1):
+    """`rows` rows of `seq` positions: `pack` random square pages each, at equal distances, the text behind each supervised."""
+    p, length = plan(mode, mode.size, mode.size, model.cfg.token_stride), seq // pack
+    if p.positions >= length:
+        raise ValueError(f"--seq={seq} --pack={pack}: mode {mode.name} alone takes {p.positions} positions, a sample has {length}")
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(model.cfg.image_token_id, (rows, seq), generator=rng)
-    ids[:, :p.positions] = model.cfg.image_token_id
     targets = ids.roll(-1, 1)
-    targets[:, :p.positions - 1], targets[:, -1] = -1, -1
-    pixels = torch.randint(256, (rows, 3, mode.size, mode.size), generator=rng, dtype=torch.uint8)
-    return Batch(ids, targets, {mode.size: pixels}, [p] * rows, [p.positions] * rows).to(model.device)
+    for start in range(0, pack * length, length):
+        ids[:, start:start + p.positions] = model.cfg.image_token_id
+        targets[:, start:start + p.positions - 1], targets[:, start + length - 1] = -1, -1
+    targets[:, pack * length:] = -1
+    pixels = torch.randint(256, (rows * pack, 3, mode.size, mode.size), generator=rng, dtype=torch.uint8)
+    packed = dict(positions=(torch.arange(seq) % length).repeat(rows, 1), lengths=[[length] * pack] * rows) if pack > 1 else {}
+    batch = Batch(ids, targets, {mode.size: pixels}, [p] * (rows * pack), [p.positions * pack] * rows, **packed)
+    return next(ahead([batch.pin_memory() if model.device.type == "cuda" else batch], model.device))
 
 
 def seconds(device, call, repeats):
@@ -50,30 +71,34 @@ def seconds(device, call, repeats):
     return sorted(times)[len(times) // 2]
 
 
+def build(args, cfg, device):
+    with device:
+        model = NanoDeepseekOCR(cfg).init_weights(0)
+    model.dtype = choose_dtype(device, args.dtype)
+    return model
+
+
 def training(args, model, mode, stage, compiled, peak):
     """One training step: a record with speed, MFU, shares of time and peak memory."""
     device = model.device
-    model.encoder.sam_model.requires_grad_(stage == 1)
-    model.encoder.standardize.frozen = stage == 2
+    if stage == 2:
+        model.encoder.freeze_sam()
     model.train()
     model.recompute(args.recompute)
+    if compiled:
+        model.compile_blocks()
     optimizer = Optimizer(model, args.optimizer, lr=1e-5, matrix_lr=1e-5, dtype=model.dtype)
-    batch = make_batch(model, mode, args.batch, args.seq)
-    supervised = batch.supervised()
-    net = torch.compile(model) if compiled else model
-
-    def forward():
-        return net(batch) / supervised
+    batch = make_batch(model, mode, args.batch, args.seq, args.pack)
+    supervised, pixels, images = batch.supervised(), batch.views[mode.size], batch.images
 
     def forward_backward():
-        forward().backward()
+        (model(batch) / supervised).backward()
 
     def step():
         forward_backward()
         optimizer.clip_grad_norm(1.0)
         optimizer.step(1.0)
         optimizer.zero_grad()
-    pixels = batch.views[mode.size]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     dt = seconds(device, step, args.repeats)
@@ -82,18 +107,21 @@ def training(args, model, mode, stage, compiled, peak):
     with torch.no_grad():
         parts["encoder forward"] = seconds(device, lambda: model.project(pixels), args.repeats)
         x = torch.randn(args.batch, args.seq, model.cfg.gpt.n_embd, device=device, dtype=model.dtype)
-        parts["decoder forward"] = seconds(device, lambda: model.gpt(x), args.repeats)
-        hidden = x[batch.targets != -1][:max(1, LOSS_CHUNK // model.cfg.gpt.vocab_size)]
-        scale = supervised / len(hidden)
-        parts["loss forward"] = scale * seconds(device, lambda: model.chunk_loss(hidden, torch.zeros(len(hidden), dtype=torch.long, device=device)), args.repeats)
+        parts["decoder forward"] = seconds(device, lambda: model.gpt(x, lengths=batch.lengths), args.repeats)
+        hidden = x.flatten(0, 1)[:min(supervised, max(1, LOSS_CHUNK // model.cfg.gpt.vocab_size))]
+        targets = torch.zeros(len(hidden), dtype=torch.long, device=device)
+        parts["loss forward"] = supervised / len(hidden) * seconds(device, lambda: model.chunk_loss(hidden, targets), args.repeats)
     forward_backward()
     both = seconds(device, forward_backward, args.repeats)  # gradients add up, which takes no longer
     parts["backward"] = max(0.0, both - sum(parts.values()))
     parts["optimizer"] = max(0.0, dt - both)
-    optimizer.zero_grad()
-    f = forward_flops(model.cfg, {mode.size: args.batch}, args.seq, args.batch, head_positions=supervised)
+    if device.type == "cuda":
+        on_host = pixels.cpu().pin_memory()
+        parts["pixels to the device, meanwhile"] = seconds(device, lambda: on_host.to(device, non_blocking=True), args.repeats)
+    f = forward_flops(model.cfg, {mode.size: images}, args.seq, args.batch, supervised, batch.lengths)
     flops = 3 * sum(f.values()) - (2 * f["sam"] if stage == 2 else 0)
-    return {"seconds": dt, "images_per_sec": args.batch / dt, "tokens_per_sec": batch.ids.numel() / dt, "mfu": flops / dt / peak, "peak_gb": peak_gb,
+    return {"compiled": compiled, "seq": args.seq, "pack": args.pack, "recompute": args.recompute, "optimizer": args.optimizer, "seconds": dt,
+            "images_per_sec": images / dt, "tokens_per_sec": batch.ids.numel() / dt, "mfu": flops / dt / peak, "peak_gb": peak_gb,
             "share": {k: round(v / dt, 3) for k, v in parts.items()}}
 
 
@@ -106,41 +134,108 @@ class EndlessTokenizer:
         return -1 if name == "<|assistant_end|>" else self.image_token_id
 
 
-def generation(args, model, mode):
+def generation(args, model, mode, graphs):
     """Greedy generation of --new-tokens for --batch pages, no row ends early. Decoding is bound by reading weights and cache from memory."""
     model.eval()
+    for p in model.gpt.parameters():  # as engine.load_engine has it
+        p.data = p.data.to(model.dtype)
     batch = make_batch(model, mode, args.batch, plan(mode, mode.size, mode.size, model.cfg.token_stride).positions + 8)
     lengths = [batch.ids.size(1)] * args.batch
     engine, device = Engine(model, EndlessTokenizer(model), mode), model.device
-    engine.prompt_batch = lambda _: (batch, lengths)
+    engine.prompt_batch, engine.graphs = lambda _: (batch, lengths), graphs
     prefill = seconds(device, lambda: list(engine.decode(None, 1, 0.0, 0)), 3)
     whole = seconds(device, lambda: list(engine.decode(None, args.new_tokens, 0.0, 0)), 3)
     g, size = model.cfg.gpt, torch.finfo(model.dtype).bits // 8
-    cache = 2 * g.n_layer * args.batch * g.n_kv_head * (g.n_embd // g.n_head) * (lengths[0] + args.new_tokens) * size
-    weights = sum(p.numel() for p in model.gpt.parameters()) * size
+    cache = 2 * g.n_layer * args.batch * g.n_kv_head * (g.n_embd // g.n_head) * (lengths[0] + args.new_tokens / 2) * size  # as it grows, on average
+    weights = sum(p.numel() for p in model.gpt.transformer.h.parameters()) * size + g.vocab_size * g.n_embd * size
     a = torch.empty(1 << (28 if device.type == "cuda" else 24), dtype=torch.float32, device=device)
     bandwidth = 2 * a.numel() * 4 / seconds(device, lambda: a.add_(1), 5)  # read and written
     per_token = (whole - prefill) / (args.new_tokens - 1)
-    return {"seconds": whole, "pages_per_sec": args.batch / whole, "tokens_per_sec": args.batch * args.new_tokens / whole, "prefill_share": prefill / whole,
+    return {"graphs": graphs, "new_tokens": args.new_tokens, "seconds": whole, "pages_per_sec": args.batch / whole,
+            "tokens_per_sec": args.batch * args.new_tokens / whole, "prefill_share": prefill / whole,
             "bandwidth_share": (weights + cache) / per_token / bandwidth, "bandwidth_gb_per_sec": bandwidth / 1e9}
+
+
+def sam_attention(args, cfg, mode, device, dtype):
+    """
+    One global SAM attention core, forward and backward, three ways to the same numbers: the bias folded into the head's dimensions with
+    values padded to them (flash kernels), without that padding, and as a stored (HW, HW) mask. deepencoder.py uses the first.
+    """
+    s, H = cfg.sam, mode.size // cfg.sam.patch_size
+    d = s.width // s.n_head
+    extended, T = d + 2 * H + -(d + 2 * H) % 8, H * H
+    q, k, v, bias = (torch.randn(args.batch, s.n_head, T, n, device=device, dtype=dtype, requires_grad=True) for n in (extended, extended, d, T))
+
+    def folded(padded):
+        y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, extended - d)) if padded else v, scale=1.0)
+        y[..., :d].sum().backward()
+
+    def masked():
+        F.scaled_dot_product_attention(q[..., :d], k[..., :d], v, attn_mask=bias).sum().backward()
+    flops, found = 3 * 4 * args.batch * T * T * s.width, {}
+    for name, call in (("folded, values padded", lambda: folded(True)), ("folded", lambda: folded(False)), ("mask", masked)):
+        found[name] = {"seconds": (dt := seconds(device, call, args.repeats)), "useful_tflops": flops / dt / 1e12}
+    return found
+
+
+def run_suite():
+    """Every row of SUITE in a process of its own, so that one out of memory leaves the others."""
+    failed = []
+    for flags in SUITE:
+        if subprocess.run([sys.executable, "-m", "scripts.bench", *flags.split()]).returncode:
+            failed.append(flags)
+    json_line({"bench": "suite", "rows": len(SUITE), "failed": failed})
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(SUITE)} rows failed: {'; '.join(failed)}")
+
+
+def against(commit, flags, rounds):
+    """This tree's bench and that of a commit, in turn: what differs between the rounds of a busy machine differs for both."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = os.path.join(folder, "theirs")
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", theirs, commit], check=True)
+        try:
+            found = {}
+            for tree in (theirs, os.getcwd()) * rounds:
+                out = subprocess.run([sys.executable, "-m", "scripts.bench", *flags], cwd=tree, env={**os.environ, "PYTHONPATH": tree}, check=True,
+                                     capture_output=True, text=True).stdout
+                for r in (json.loads(line) for line in out.splitlines() if line.startswith("{")):
+                    found.setdefault(r["bench"], {}).setdefault("before" if tree == theirs else "after", []).append(r)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", theirs], check=True)
+    for what, sides in found.items():
+        best = {side: min(runs, key=lambda r: r["seconds"]) for side, runs in sides.items()}
+        json_line({"bench": what, "against": best["before"]["commit"], "commit": best["after"]["commit"], "rounds": rounds,
+                   "speedup": best["before"]["seconds"] / best["after"]["seconds"],
+                   **{f"{side}_{key}": best[side].get(key) for side in best for key in ("seconds", "mfu", "threads", "dtype", "device")}})
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--suite", action="store_true", help="run every row of SUITE, above, and nothing else")
+    parser.add_argument("--against", default="", help="a commit to compare with: its own scripts.bench runs with the same flags")
+    parser.add_argument("--rounds", type=int, default=3, help="with --against: how often each is run; the best counts")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
     parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="sizes of the model (nanochat/config.py)")
     parser.add_argument("--mode", default="", help="image mode, untiled; empty = the preset's first")
-    parser.add_argument("--what", default="stage1,stage2,generate", help="with commas")
+    parser.add_argument("--what", default="stage1,stage2,generate", help="of stage1, stage2, generate, attention, with commas")
     parser.add_argument("--compile", default="", choices=["", "no", "yes", "both"], help="torch.compile for training; empty = both on cuda, no elsewhere")
     parser.add_argument("--vocab-size", type=int, default=0, help="0 = the preset's")
     parser.add_argument("--optimizer", default="muon", choices=["muon", "adamw"])
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    parser.add_argument("--batch", type=int, default=32, help="pages")
+    parser.add_argument("--batch", type=int, default=32, help="rows")
     parser.add_argument("--seq", type=int, default=72, help="decoder positions of a row in training, the page's included")
+    parser.add_argument("--pack", type=int, default=1, help="samples in a row in training, each with a page")
     parser.add_argument("--new-tokens", type=int, default=200, help="generated per page")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps; the median counts")
     args = parser.parse_args(argv)
+    if args.suite:
+        return run_suite()
+    if args.against:
+        flags = [f for i, f in enumerate(argv or sys.argv[1:]) for before in [(argv or sys.argv[1:])[i - 1] if i else ""]
+                 if f.split("=")[0] not in ("--against", "--rounds") and before not in ("--against", "--rounds")]
+        return against(args.against, flags, args.rounds)
 
     device = compute_init(args.device_type)
     cfg = PRESETS[args.preset]()
@@ -148,14 +243,16 @@ def main(argv=None):
     cfg.image_token_id = cfg.gpt.vocab_size - 1
     mode = get_mode(args.mode or cfg.modes[0], cfg.modes)
     cfg.gpt.sequence_len = max(cfg.gpt.sequence_len, args.seq, plan(mode, 1, 1, cfg.token_stride).positions + 8 + args.new_tokens)
-    model = NanoDeepseekOCR(cfg).init_weights(0).to(device)
-    model.dtype = choose_dtype(device, args.dtype)
-    peak = matmul_rate(device, model.dtype)
+    choice = args.compile or ("both" if choose_compile(device) else "no")
+    if choice != "no":
+        choose_compile(device, "yes")  # an error where there is no compiler
+    peak = matmul_rate(device, choose_dtype(device, args.dtype))
 
     # counted against torch's own count, on one row
-    small = make_batch(model.eval(), mode, 1, args.seq)
+    model = build(args, cfg, device).eval()
+    one = make_batch(model, mode, 1, args.seq)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.project(small.views[mode.size])
+        model.project(one.views[mode.size])
         model.gpt.logits(model.gpt(torch.zeros(1, args.seq, cfg.gpt.n_embd, device=device, dtype=model.dtype)))
     ours = sum(forward_flops(cfg, {mode.size: 1}, args.seq, 1).values())
     print0(f"{args.preset} {mode.name}: {model.num_params():,} parameters, {device.type}, {str(model.dtype)[6:]}, matmul {peak / 1e12:.3f} TFLOP/s; forward of one "
@@ -163,17 +260,18 @@ def main(argv=None):
     common = {"preset": args.preset, "mode": mode.name, "batch": args.batch, "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
               "threads": torch.get_num_threads(), "dtype": str(model.dtype)[6:], "matmul_tflops": peak / 1e12, "flops_over_torch": ours / counter.get_total_flops(),
               "torch": torch.__version__, "commit": git_commit()}
-    choice = args.compile or ("both" if device.type == "cuda" else "no")
-    if choice != "no" and not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
-        raise ValueError("--compile needs a C++ compiler (g++), which is not here: --compile=no")
+    dtype, model = model.dtype, None
     for what in args.what.split(","):
         if what in ("stage1", "stage2"):
             for compiled in {"no": [False], "yes": [True], "both": [False, True]}[choice]:
-                json_line({"bench": what, "compiled": compiled, "seq": args.seq, **training(args, model, mode, int(what[-1]), compiled, peak), **common})
+                json_line({"bench": what, **training(args, build(args, cfg, device), mode, int(what[-1]), compiled, peak), **common})
         elif what == "generate":
-            json_line({"bench": what, "new_tokens": args.new_tokens, **generation(args, model, mode), **common})
+            for graphs in (False, True) if device.type == "cuda" else (False,):
+                json_line({"bench": what, **generation(args, build(args, cfg, device), mode, graphs), **common})
+        elif what == "attention":
+            json_line({"bench": what, "ways": sam_attention(args, cfg, mode, device, dtype), **common})
         else:
-            raise ValueError(f"--what={what}: must be stage1, stage2 or generate")
+            raise ValueError(f"--what={what}: must be stage1, stage2, generate or attention")
 
 
 if __name__ == "__main__":
