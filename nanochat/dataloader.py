@@ -91,7 +91,8 @@ class Sample(NamedTuple):
 
 class Sampler:
     """
-    Turns conversation i of a task into a Sample. Picklable: it travels to the loader's workers. Samples that do not fit:
+    Turns conversation i of a task into a Sample. Picklable: it travels to the loader's workers. mode: a Mode, or several, which
+    samples take in turn, shifted by one in every round of a mixture, so that no task keeps to one of them. Samples that do not fit:
     bad_data  raise | skip: null or empty text, unreadable picture, missing column, ...; what is skipped is counted and named on stderr
     too_long  raise | clip | drop: over max_tokens positions. Text is clipped at its end; a sample is dropped where that would cut an
               image or leave no answer, or if it has over max_images images
@@ -101,8 +102,10 @@ class Sampler:
     def __init__(self, task, tokenizer, mode, stride, max_tokens, bad_data="raise", too_long="raise", max_images=16, pack=0, multiple=1):
         if pack and pack < max_tokens:
             raise ValueError(f"--pack={pack}: a packed row must hold the longest sample, --max-seq-len={max_tokens} positions")
-        plan(mode, 1, 1, stride)  # a stride that does not fit the mode raises now: it is no fault of the data
-        self.task, self.tokenizer, self.mode, self.stride, self.max_tokens = task, tokenizer, mode, stride, max_tokens
+        self.modes = mode if isinstance(mode, list) else [mode]
+        for mode in self.modes:
+            plan(mode, 1, 1, stride)  # a stride that does not fit the mode raises now: it is no fault of the data
+        self.task, self.tokenizer, self.stride, self.max_tokens = task, tokenizer, stride, max_tokens
         self.bad_data, self.too_long, self.max_images, self.pack, self.multiple = bad_data, too_long, max_images, pack, multiple
         self.mixture = task if isinstance(task, Mixture) else Mixture([(task, 1)])
         self.counters = [*COUNTS, *(f"drawn/{name}" for name in self.mixture.names)]
@@ -112,10 +115,11 @@ class Sampler:
 
     def __getitem__(self, i):
         t, row = self.mixture.place(i)
-        return self.sample(t, f"{self.mixture.names[t]} row {row}", partial(self.mixture.tasks[t].__getitem__, row))
+        return self.sample(i, t, f"{self.mixture.names[t]} row {row}", partial(self.mixture.tasks[t].__getitem__, row))
 
-    def sample(self, t, where, get):
-        """Conversation get() of task number t of the mixture -> Sample. where: data set and row, for errors."""
+    def sample(self, i, t, where, get):
+        """Conversation get(), number i of the mixture and of its task number t -> Sample. where: data set and row, for errors."""
+        mode = self.modes[(i + i // len(self.mixture.cycle)) % len(self.modes)]
         counts = {f"drawn/{self.mixture.names[t]}": 1}
         try:
             conversation = get()
@@ -123,7 +127,7 @@ class Sampler:
                 parts = m["content"] if isinstance(m["content"], (list, tuple)) else [{"type": "text", "text": m["content"]}]
                 if m["role"] != "system" and not any(p["type"] == "image" or (p["text"] or "").strip() for p in parts):
                     raise BadSample(f"{where}: a message of the {m['role']} is null or empty")
-            images = [preprocess(open_image(image, where), self.mode, self.stride) for image in conversation["images"]]
+            images = [preprocess(open_image(image, where), mode, self.stride) for image in conversation["images"]]
             ids, mask = self.tokenizer.render_conversation(conversation, [p.positions for p, _, _ in images])
             if not any(mask):
                 raise BadSample(f"{where}: nothing for the assistant to say")
@@ -305,7 +309,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
             for drawn in range(drawn + 1, drawn + self.size + 1):
                 t, _ = mixture.cycle[(drawn - 1) % len(mixture.cycle)]
                 where, get, parts[t] = next(sources[t])
-                samples.append(self.sampler.sample(t, where, get))
+                samples.append(self.sampler.sample(drawn - 1, t, where, get))
             yield replace(self.collate(samples), state={"worker": worker, "workers": self.workers, "drawn": drawn, "parts": list(parts)})
 
 

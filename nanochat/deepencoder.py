@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.image_modes import MODES
 from nanochat.layers import Conv2d, LayerNorm, Linear, attention, run_blocks, trunc_normal_linears
 
 MIN_BATCH_FOR_STATISTICS = 8  # below this many images, batch statistics are too noisy: running ones are used
@@ -175,18 +176,28 @@ class Standardize(nn.Module):
 
     In training, statistics are the micro-batch's own on its own rank; a batch of fewer than 8 images, evaluation and a frozen
     module use running ones. Those lag behind fast-moving weights: `reestimate` before evaluating.
-    A per-position table is stored for one grid and interpolated for another.
+    Each grid of the model's modes has statistics of its own, those of `grid` without a suffix; a grid that was never trained on takes
+    (and interpolates, where they are per position) these. A variance below zero says "never trained on".
     """
-    def __init__(self, kind, channels, grid):
+    def __init__(self, kind, channels, grid, others=()):
         super().__init__()
         self.kind, self.frozen, self.eps, self.momentum = kind, False, 1e-5, 0.1
-        if kind != "none":
-            size = (grid, grid) if kind == "position" else (1, 1)
-            self.register_buffer("mean", torch.zeros(channels, *size))
-            self.register_buffer("var", torch.ones(channels, *size))
+        self.grids = {grid: "", **{g: f"_{g}" for g in others if g != grid}} if kind != "none" else {}  # tokens a side: suffix of its buffers
+        for g, suffix in self.grids.items():
+            size = (g, g) if kind == "position" else (1, 1)
+            self.register_buffer(f"mean{suffix}", torch.zeros(channels, *size))
+            self.register_buffer(f"var{suffix}", torch.full((channels, *size), -1.0 if suffix else 1.0))
+
+    def own(self, h, w):
+        """The running (mean, var) of a grid; None where none are kept."""
+        suffix = self.grids.get(h if h == w else None, None if self.kind == "position" else "")
+        return None if suffix is None else (getattr(self, f"mean{suffix}"), getattr(self, f"var{suffix}"))
 
     def tables(self, h, w):
-        if self.kind == "channel" or self.mean.shape[1:] == (h, w):
+        found = self.own(h, w)
+        if found is not None and (found[1] is self.var or found[1].min() >= 0):
+            return found
+        if self.kind == "channel":
             return self.mean, self.var
         return tuple(F.interpolate(t[None], size=(h, w), mode="bilinear", align_corners=False)[0] for t in (self.mean, self.var))
 
@@ -201,29 +212,31 @@ class Standardize(nn.Module):
         y = x.float()
         if self.training and not self.frozen and x.size(0) >= MIN_BATCH_FOR_STATISTICS:
             mean, var = self.statistics(y)
-            if self.kind == "channel" or mean.shape == self.mean.shape:  # another grid does not move this grid's table
+            if running := self.own(*x.shape[2:]):
                 with torch.no_grad():
-                    self.mean.lerp_(mean, self.momentum)
-                    self.var.lerp_(var, self.momentum)
+                    for t, new in zip(running, (mean, var)):
+                        t.lerp_(new, self.momentum)
         else:
             mean, var = self.tables(*x.shape[2:])
         return ((y - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
 
     @torch.no_grad()
-    def reestimate(self, batches):
-        """Sets the running statistics to those of all `batches` (of (B, C, h, w) outputs on the table's grid), over all ranks."""
+    def reestimate(self, batches, grid=None):
+        """Sets the running statistics of a grid, by default the first, to those of all `batches` of (B, C, grid, grid) outputs, over all ranks."""
         if self.kind == "none":
             return
-        dims = (0,) if self.kind == "position" else (0, 2, 3)
+        dims, grid = (0,) if self.kind == "position" else (0, 2, 3), grid or next(iter(self.grids))
+        if (running := self.own(grid, grid)) is None:
+            raise ValueError(f"no statistics per position are kept for {grid}x{grid} outputs, only for grids of {sorted(self.grids)}: train in "
+                             f"one of the preset's modes, or --standardize=channel")
         n, images = torch.zeros((), dtype=torch.float64), 0
-        total, square = (torch.zeros(self.mean.shape, dtype=torch.float64) for _ in range(2))
+        total, square = (torch.zeros(running[0].shape, dtype=torch.float64) for _ in range(2))
         for x in batches:
-            if self.kind == "position" and x.shape[1:] != self.mean.shape:
-                raise ValueError(f"re-estimating per-position statistics on outputs of {tuple(x.shape[1:])}, the table is {tuple(self.mean.shape)}: "
-                                 f"train in the mode whose size is the preset's image_size, or --standardize=channel")
+            if x.shape[2:] != (grid, grid):
+                raise ValueError(f"re-estimating the statistics of {grid}x{grid} outputs on some of {tuple(x.shape[1:])}")
             images += x.size(0)
             x = x.double().cpu()  # fp64 sums: var = E[x^2] - E[x]^2 would cancel in fp32
-            n += x.numel() / self.mean.numel()
+            n += x.numel() / total.numel()
             total += x.sum(dims, keepdim=True)[0]
             square += x.square().sum(dims, keepdim=True)[0]
         sums = torch.stack([total, square]).to(self.mean.device, torch.float64 if self.mean.device.type != "mps" else torch.float32)
@@ -235,14 +248,14 @@ class Standardize(nn.Module):
         if images < MIN_BATCH_FOR_STATISTICS:
             raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} images, got {int(images)}")
         mean, square = sums / n
-        self.mean.copy_(mean)
-        self.var.copy_((square - mean.square()).clamp(min=0))
+        running[0].copy_(mean)
+        running[1].copy_((square - mean.square()).clamp(min=0))
 
     @torch.no_grad()
     def average_over_ranks(self):
         """Each rank keeps its own running statistics while training; a checkpoint holds their mean."""
         if self.kind != "none" and not self.frozen and dist.is_initialized():
-            for t in (self.mean, self.var):
+            for t in self.buffers():
                 dist.all_reduce(t)
                 t.div_(dist.get_world_size())
 
@@ -343,7 +356,9 @@ class DeepEncoder(nn.Module):
         super().__init__()
         self.stride = cfg.token_stride
         self.sam_model = SAM(cfg.sam)
-        self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, cfg.sam.image_size // cfg.token_stride)
+        sides = {side for name in cfg.modes for side in (MODES[name].size, MODES[name].tile) if side}
+        self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, cfg.sam.image_size // cfg.token_stride,
+                                       sorted(side // cfg.token_stride for side in sides))
         self.vision_model = CLIP(cfg.clip)
 
     def init_weights(self):

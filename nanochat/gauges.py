@@ -11,15 +11,15 @@ from nanochat.metrics import one_minus_ned
 
 @torch.no_grad()
 def reestimate_statistics(model, batches):
-    """Running statistics of the compressor's output, anew from the pages of `batches` (each rank takes its share)."""
+    """Running statistics of the compressor's output, anew from the pages of `batches` in one mode (each rank takes its share)."""
     encoder, (rank, _, world) = model.encoder, dist_info()
     if encoder.standardize.kind == "none" or encoder.standardize.frozen:
         return
+    side = max(batches[0].views)  # of the global view
     def outputs():
         for batch in batches[rank::world]:
-            pixels = batch.views[max(batch.views)].to(model.device)  # the global view
-            yield encoder.sam_model(pixels.to(model.dtype) / 127.5 - 1.0)
-    encoder.standardize.reestimate(outputs())
+            yield encoder.sam_model(batch.views[side].to(model.device).to(model.dtype) / 127.5 - 1.0)
+    encoder.standardize.reestimate(outputs(), side // model.cfg.token_stride)
 
 
 def page_cosine(features):

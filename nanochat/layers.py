@@ -67,6 +67,8 @@ def run_blocks(blocks, x, *args, recompute=False):
     """x through `blocks` in turn. recompute (activation checkpointing): only each block's input is kept for the backward pass."""
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
+        if block._compiled_call_impl is not None:  # one kernel for any number of rows or images; other sizes are static
+            torch._dynamo.maybe_mark_dynamic(x, 0)
         x = checkpoint(block, x, *args, use_reentrant=False) if recompute else block(x, *args)
     return x
 

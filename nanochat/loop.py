@@ -43,7 +43,7 @@ def training_arguments(description, **defaults):
     flag("--workers", int, 0, help="data loader processes per rank")
     # Data
     flag("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
-    flag("--mode", default="", help="image mode; empty = the preset's first")
+    flag("--mode", default="", help="image mode, or several with commas, which samples take in turn (validated in the first); empty = the preset's first")
     flag("--data", default="synthdoc", help="training data, NAME[:ARG][=SHARE] with commas, e.g. folder:DIR=3,smoltalk=1; names in tasks/training.py; "
          "validated on held-out samples of the first")
     p.add_argument("--stream", action="store_true", help="read the hub's sets as streams, which need no disk")
@@ -157,9 +157,9 @@ def draw_curves(records, path):
 
 
 class Evaluator:
-    """Fixed, seeded validation pages and everything measured on them."""
-    def __init__(self, tokenizer, mode, stride, args, val_task, statistics_task):
-        def batches(task, n):
+    """Fixed, seeded validation pages, in the first of the modes, and everything measured on them; statistics for all."""
+    def __init__(self, tokenizer, modes, stride, args, val_task, statistics_task):
+        def batches(task, n, mode):
             """(batches of the first n usable samples, their indices)."""
             sampler = Sampler(task, tokenizer, mode, stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images)
             samples = ((i, sampler[i]) for i in range(len(task)))
@@ -170,8 +170,9 @@ class Evaluator:
                 print0(f"validation leaves out {left_out} samples that cannot be used (--bad-data, --too-long)")
             size = math.ceil(len(found) / math.ceil(len(found) / 32))  # no batch of one page: the gap needs another
             return [collate([s for _, s in found[k:k + size]]) for k in range(0, len(found), size)], [i for i, _ in found]
-        self.val, usable = batches(val_task, VAL_PAGES)
-        self.statistics, _ = batches(statistics_task, STATISTICS_PAGES)
+        mode = modes[0]
+        self.val, usable = batches(val_task, VAL_PAGES, mode)
+        self.statistics = [batches(statistics_task, STATISTICS_PAGES, mode)[0] for mode in modes]
         self.pages = [val_task[i] for i in usable[:GAUGE_PAGES]]
         self.gauge_pixels = self.val[0].views[mode.size][:GAUGE_PAGES]
         self.max_new_tokens = max(len(tokenizer.encode(p["messages"][-1]["content"])) for p in self.pages) + 16
@@ -179,7 +180,8 @@ class Evaluator:
     def __call__(self, model, tokenizer, mode):
         """-> (record, [(conversation, prediction, 1-NED)]). Leaves the model in training mode."""
         model.eval()
-        reestimate_statistics(model, self.statistics)
+        for batches in self.statistics:
+            reestimate_statistics(model, batches)
         record = validate(model, self.val)
         record.update({f"vision/cosine_{k}": v for k, v in cosines(model, self.gauge_pixels).items()})
         rows = read_pages(Engine(model, tokenizer, mode), self.pages, self.max_new_tokens)
@@ -218,7 +220,8 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     task: at least num_iterations * total batch size samples. -> summary (also the last line printed, as JSON).
     """
     rank, _, world = dist_info()
-    mode = get_mode(args.mode or model.cfg.modes[0], model.cfg.modes)
+    modes = [get_mode(name, model.cfg.modes) for name in (args.mode or model.cfg.modes[0]).split(",")]
+    mode = modes[0]
     per_pass, total_batch = args.device_batch_size * world, samples_per_step(args)
     accumulate = total_batch // per_pass
     model.dtype = choose_dtype(device, args.dtype)
@@ -227,7 +230,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder has {model.cfg.gpt.sequence_len} positions")
     compiled = choose_compile(device, args.compile)
     # compiled kernels are made for one shape each: rows then come in four lengths
-    sampler = Sampler(task, tokenizer, mode, model.cfg.token_stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images,
+    sampler = Sampler(task, tokenizer, modes, model.cfg.token_stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images,
                       args.pack, multiple=-(-(args.pack or args.max_seq_len) // 4) if compiled else 1)
 
     # start order: resume, else what the script put into the model
@@ -249,7 +252,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     if compiled:
         model.compile_blocks()
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    evaluator = Evaluator(tokenizer, mode, model.cfg.token_stride, args, val_task, statistics_task)
+    evaluator = Evaluator(tokenizer, modes, model.cfg.token_stride, args, val_task, statistics_task)
     step = start or 0
     streams = dict(state["streams"][rank]) if state["streams"] else {}
     batches = ahead(loader(sampler, args.device_batch_size, step * accumulate, args.num_iterations * accumulate, rank, world,

@@ -164,16 +164,17 @@ class NanoDeepseekOCR(nn.Module):
         for part in (self.encoder.sam_model, self.encoder.vision_model, self.gpt):
             part.recompute = on
 
-    def compile_blocks(self):
+    def compile_blocks(self, backend="inductor"):
         """
         torch.compile for every block, forward and backward: blocks of one kind and shape share their kernels, so this takes seconds where
-        the whole network takes minutes. The decoder's shapes are static (--max-seq-len's few multiples); the encoder's become
-        dynamic when a batch of another number of images comes. Evaluation stays eager (loop.py): its shapes change at every step.
+        the whole network takes minutes. Shapes are static but for the number of images or rows: a grid of patches, one of the four lengths
+        of rows that loop.py asks for. Evaluation stays eager: its shapes change at every step.
         """
-        for blocks, dynamic in ((self.encoder.sam_model.blocks, None), (self.encoder.vision_model.transformer.layers, None), (self.gpt.transformer.h, False)):
+        torch._dynamo.config.recompile_limit = 32  # lengths of rows, grids of several modes, numbers of packed rows
+        for blocks in (self.encoder.sam_model.blocks, self.encoder.vision_model.transformer.layers, self.gpt.transformer.h):
             for block in blocks:
-                block.compile(dynamic=dynamic)
-        self.chunk_loss = torch.compile(self.chunk_loss, dynamic=True)  # every batch supervises another number of positions
+                block.compile(dynamic=False, backend=backend)
+        self.chunk_loss = torch.compile(self.chunk_loss, dynamic=True, backend=backend)  # every batch supervises another number of positions
 
     @classmethod
     def from_pretrained(cls, source, device="cpu"):

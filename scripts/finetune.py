@@ -51,10 +51,11 @@ def main(argv=None):
     task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, args.num_iterations * samples_per_step(args), args.ramp)
 
     # run
-    before = read_held_out(model, tokenizer, get_mode(args.mode, model.cfg.modes), val_task)
+    mode = get_mode(args.mode.split(",")[0], model.cfg.modes)
+    before = read_held_out(model, tokenizer, mode, val_task)
     print0(f"before: {before}")
     summary = train(args, "fine-tuning", model, tokenizer, task, val_task, statistics_task, device)
-    summary |= {"before": before, "after": read_held_out(model, tokenizer, get_mode(args.mode, model.cfg.modes), val_task)}
+    summary |= {"before": before, "after": read_held_out(model, tokenizer, mode, val_task)}
     if dist_info()[0] == 0:
         ckpt.write_json(os.path.join(args.checkpoints, args.model_tag, "summary.json"), summary)
     json_line(summary)

@@ -17,7 +17,7 @@ from nanochat.model import NanoDeepseekOCR
 from tasks.synthchat import SynthChat
 from tasks.training import training_sets
 
-INHERITED = ("tokenizer", "chars", "faces", "min_px", "random_share", "max_seq_len")  # from stage 1 unless given here
+INHERITED = ("tokenizer", "mode", "chars", "faces", "min_px", "random_share", "max_seq_len")  # from stage 1 unless given here
 
 
 def main(argv=None):

@@ -228,7 +228,7 @@ def main(argv=None):
     by_character = importlib.util.find_spec("jieba") is None  # it cuts Chinese into words in Fox's script
     if by_character:
         print0("jieba is not installed: Chinese pages are scored by character in f1 and precision")
-    tasks = tasks_of(args, meta["user_config"], getattr(engine.mode, "size", engine.model.cfg.sam.image_size))
+    tasks = tasks_of(args, meta["user_config"], engine.model.cfg.sam.image_size)  # the same pages in every mode
     out = args.out or os.path.join(args.checkpoint if os.path.isdir(args.checkpoint) else ".", "eval_" + args.task.replace(",", "_"))
     check_settings(args, out, meta, by_character)
 

@@ -11,7 +11,7 @@ from scripts import bench, memory
 
 
 def test_bench_prints_a_line_for_each_run(capsys):
-    bench.main(["--preset=tiny", "--device-type=cpu", "--dtype=float32", "--batch=8", "--seq=24", "--new-tokens=4", "--repeats=1"])
+    bench.main(["--preset=tiny", "--device-type=cpu", "--dtype=float32", "--batch=8", "--seq=24", "--new-tokens=40", "--repeats=1"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [r["bench"] for r in lines] == ["stage1", "stage2", "generate"] and all(r["seconds"] > 1e-4 for r in lines)
     assert all(0.8 < r["flops_over_torch"] < 1.05 for r in lines) and lines[2]["bandwidth_share"] > 0

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from nanochat import loop
-from nanochat.dataloader import Mixture, Sampler, Stream, collate, loader, micro_batches, pack_rows
+from nanochat.dataloader import Mixture, Sampler, Stream, ahead, collate, loader, micro_batches, pack_rows
 from nanochat.layers import attention, packed_attention
-from nanochat.image_modes import MODES
+from nanochat.image_modes import MODES, Mode
 from scripts import vis_tok_train
 from scripts.data_bench import padding
 from tasks.common import BadSample, ocr_conversation
@@ -154,6 +154,34 @@ def test_too_many_images(tokenizer, pages):
         Sampler([three], tokenizer, MODES["test"], 32, 128, max_images=2)[0]
     assert Sampler([three], tokenizer, MODES["test"], 32, 128, max_images=2, too_long="clip")[0].counts["dropped"] == 1
     assert len(Sampler([three], tokenizer, MODES["test"], 32, 128, max_images=3)[0].images) == 3
+
+
+@torch.no_grad()
+def test_several_modes_share_a_batch(tokenizer, model, make_batch, pages, chats):
+    """Each task is seen in each mode, and a row has the loss it has alone."""
+    modes = [MODES["test"], Mode("double", 128, stretch=True)]
+    sampler = Sampler(Mixture([(pages, 1), (pages[::-1], 1)]), tokenizer, modes, 32, max_tokens=256)
+    seen = [(i % 2, sampler[i].images[0][0].mode.size) for i in range(8)]
+    assert sorted(seen) == sorted([(0, 64), (0, 128), (1, 64), (1, 128)] * 2)
+    batch = collate([sampler[i] for i in range(8)])
+    assert {side: len(v) for side, v in batch.views.items()} == {64: 4, 128: 4}
+    model.eval()
+    alone = [model(collate([sampler[i]])) for i in range(8)]
+    torch.testing.assert_close(model(batch), sum(alone), rtol=1e-5, atol=0)
+    assert model(batch.deranged()) != model(batch)
+
+
+def test_rows_come_in_few_lengths(tokenizer, pages):
+    sampler = Sampler(pages, tokenizer, MODES["test"], 32, max_tokens=256, multiple=64)
+    plain, padded = (next(loader(s, 4, 0, 1)) for s in (Sampler(pages, tokenizer, MODES["test"], 32, max_tokens=256), sampler))
+    assert padded.ids.size(1) % 64 == 0 and padded.ids.size(1) - 64 < plain.ids.size(1) and padded.counts["slots"] > plain.counts["slots"]
+    assert torch.equal(padded.targets[:, :plain.ids.size(1)], plain.targets) and (padded.targets[:, plain.ids.size(1):] == -1).all()
+
+
+def test_pixels_sent_ahead_are_the_same_batches(tokenizer, pages):
+    sampler = Sampler(pages, tokenizer, MODES["test"], 32, max_tokens=256)
+    sent, plain = list(ahead(loader(sampler, 2, 0, 5), torch.device("cpu"))), list(loader(sampler, 2, 0, 5))
+    assert len(sent) == 5 and all(torch.equal(a.ids, b.ids) and torch.equal(a.views[64], b.views[64]) for a, b in zip(sent, plain))
 
 
 # -----------------------------------------------------------------------------

@@ -293,6 +293,23 @@ def test_another_grid_interpolates_and_does_not_move_the_tables():
     torch.testing.assert_close(removed, rows[:, None].expand_as(x), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["channel", "position"])
+def test_every_grid_has_its_own_statistics(kind):
+    standardize, small, large = Standardize(kind, 6, 4, others=(4, 8)), features(16), 3 * features(16, side=8) + 5
+    standardize.reestimate([small])
+    standardize.eval()
+    fallback = standardize(large)  # not yet trained on: the first grid's
+    assert fallback.mean() > 1
+    standardize.train()(large)
+    assert torch.equal(standardize.mean, standardize.tables(4, 4)[0])
+    standardize.reestimate([large], 8)
+    assert standardize.eval()(large).mean().abs() < 1e-3 and standardize(small).mean().abs() < 1e-3
+    assert sorted(standardize.state_dict()) == ["mean", "mean_8", "var", "var_8"]
+    with pytest.raises(ValueError, match="re-estimating the statistics of 4x4 outputs on some of"):
+        standardize.reestimate([large])
+
+
+
 def test_none_is_the_identity():
     standardize, x = Standardize("none", 6, 4), features()
     assert standardize(x) is x and standardize.eval()(x) is x and not standardize.state_dict()

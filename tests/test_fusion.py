@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.dataloader import Sampler, collate
+from nanochat.image_modes import MODES
 from nanochat.model import fuse
 
 
@@ -149,3 +151,28 @@ def test_the_loss_is_that_of_the_supervised_tokens(model, make_batch, pages):
     logp = model.gpt.logits(model.gpt(model.embed(batch))).log_softmax(-1)
     expected = -sum(logp[b, t, target] for b, row in enumerate(batch.targets) for t, target in enumerate(row) if target != -1)
     torch.testing.assert_close(model(batch), expected)
+
+
+@pytest.mark.parametrize("pack", [0, 256])
+def test_compiled_blocks_learn_the_same(make_model, tokenizer, pages, chats, pack):
+    """Traced and differentiated by torch's compiler, without its code generator; another number of unpacked rows needs no graph of its own."""
+    sampler = Sampler([c for pair in zip(pages, chats) for c in pair], tokenizer, MODES["test"], 32, max_tokens=128, pack=pack, multiple=64)
+    eager, compiled = make_model().train(), make_model().train()
+    torch._dynamo.reset()
+    compiled.compile_blocks(backend="aot_eager")
+    graphs = []
+    for rows in (8, 8, 6):
+        batch = collate([sampler[i] for i in range(rows)], pack, max_images=4, multiple=128)
+        losses = []
+        for model in (eager, compiled):
+            loss = model(batch) / batch.supervised()
+            loss.backward()
+            losses.append(loss.item())
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    for p, q in zip(eager.parameters(), compiled.parameters()):
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    assert 0 < graphs[0] == graphs[2] or pack
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(batch), eager.eval()(batch))
