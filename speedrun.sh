@@ -3,11 +3,13 @@
 #
 #   bash speedrun.sh           nano: two CPU cores, no GPU, no hub, about 16 minutes (the default everywhere)
 #   bash speedrun.sh small     dense pages at the paper's geometry: one CUDA GPU, no hub, 16 minutes of training
+#   bash speedrun.sh gpu       the same after every benchmark of scripts/bench.py: all the figures that a GPU is asked for
 #   bash speedrun.sh full      the published sizes, with the hub's weights and data sets, on a GPU node
 #
 # Every stage that is done is skipped and a stage that was cut short goes on where it was: run it again after any interruption.
 # PYTHON=... uses an environment that stands; TORCH_INDEX_URL=... chooses torch's build; WANDB_RUN=name logs to W&B;
-# CHECKPOINTS=... writes elsewhere than ./checkpoints; GPUS=... of a node (full; default all); FLAGS=... goes to both stages.
+# CHECKPOINTS=... writes elsewhere than ./checkpoints; GPUS=... of a node (full; default all); FLAGS=... goes to both stages;
+# TRIAL=1 runs the commands of small at toy size, on a CPU, to see that they run.
 set -euo pipefail
 cd "$(dirname "$0")"
 STARTED=$(date +%s)
@@ -16,18 +18,18 @@ RUN=${WANDB_RUN:-dummy}
 require() {  # says at once what is missing for small and full, before anything is installed
     nvidia-smi -L >/dev/null 2>&1 ||
         { echo "error: speedrun.sh $KIND needs a CUDA GPU and nvidia-smi finds none. On a CPU: bash speedrun.sh nano" >&2; exit 1; }
-    [ "$KIND" = small ] || "${PYTHON:-python3}" -c 'from nanochat.hub import online; raise SystemExit(not online())' ||
+    [ "$KIND" != full ] || "${PYTHON:-python3}" -c 'from nanochat.hub import online; raise SystemExit(not online())' ||
         { echo "error: speedrun.sh full needs the Hugging Face hub (published weights and data sets), which does not answer. Without it:" \
                "bash speedrun.sh nano (a CPU) or small (a GPU)" >&2; exit 1; }
 }
 case "$KIND" in
-small|full) require ;;
+small|gpu|full) [ -n "${TRIAL:-}" ] || require ;;
 esac
 case "$KIND" in
 nano)  OUT=${CHECKPOINTS:-checkpoints}; . ./setup_env.sh ;;
-small) OUT=${CHECKPOINTS:-checkpoints/small}; . ./setup_env.sh ;;
+small|gpu) OUT=${CHECKPOINTS:-checkpoints/small}; . ./setup_env.sh ;;
 full)  OUT=${CHECKPOINTS:-checkpoints/full}; . ./setup_env.sh datasets huggingface_hub ;;
-*)     echo "error: unknown kind '$KIND': use nano, small or full" >&2; exit 1 ;;
+*)     echo "error: unknown kind '$KIND': use nano, small, gpu or full" >&2; exit 1 ;;
 esac
 
 resume() {  # --resume when the run folder $1 is there
@@ -58,20 +60,37 @@ nano)
     "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout,heldout_words,random_chars --chars 31-41 --out "$OUT/stage2/eval"
     "$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED"
     ;;
-small)
-    # Pages grow from a few large words to 1,300 characters; whichever of the two limits comes first ends a stage.
+small|gpu)
+    # Pages grow from a few large words to 1,300 characters; whichever of the two limits comes first ends a stage. Both modes of the
+    # paper's study (640 px and 100 tokens, 512 px and 64) are trained together and read apart.
+    MODE=small,tiny EVALUATIONS=""
+    if [ -n "${TRIAL:-}" ]; then
+        MODE=tiny COMMON=(--preset mini --num-iterations 2 --device-batch-size 8) READ=(--max-problems 2 --max-new-tokens 20)
+    else
+        COMMON=(--preset small --num-iterations 20000 --device-batch-size 64) READ=(--max-new-tokens 2400)
+    fi
+    if [ "$KIND" = gpu ] && [ ! -e "$OUT/bench.jsonl" ]; then
+        echo "== benchmarks"
+        mkdir -p "$OUT"
+        "$PYTHON" -m scripts.bench --suite | tee "$OUT/bench.jsonl.part"
+        mv "$OUT/bench.jsonl.part" "$OUT/bench.jsonl"
+    fi
     echo "== tokenizer"
     tokenizer 1024
-    COMMON=(--workers 12 --max-seq-len 1536 --device-batch-size 64 --random-share 0.1 --save-every 1000 --eval-every 500)
+    COMMON+=(--mode "$MODE" --workers "$(($(nproc) > 2 ? $(nproc) - 2 : 1))" --max-seq-len 1536 --random-share 0.1 --save-every 1000 --eval-every 500
+             --data "synthdoc=1,synthpage=1")
     echo "== stage 1"
-    stage vis_tok_train --preset small --tokenizer "$OUT/tokenizer" --data synthdoc=1,synthpage=1 --chars 40-1300 --ramp 200000 --max-minutes 10 \
-        --num-iterations 20000 "${COMMON[@]}" $(resume stage1)
+    stage vis_tok_train --tokenizer "$OUT/tokenizer" --chars 40-1300 --ramp 200000 --max-minutes 10 "${COMMON[@]}" $(resume stage1)
     echo "== stage 2"
-    stage vis_mid_train --encoder "$OUT/stage1" --data synthdoc=1,synthpage=1 --ramp 20000 --max-minutes 6 --num-iterations 20000 "${COMMON[@]}" $(resume stage2)
-    echo "== evaluation"
-    "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task fox_like,omnidocbench_like --max-new-tokens 2400 --out "$OUT/stage2/eval"
-    "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout --chars 190-210,390-410,590-610,790-810,990-1010,1190-1210 \
-        --max-new-tokens 1000 --out "$OUT/stage2/curve"
+    stage vis_mid_train --encoder "$OUT/stage1" --ramp 20000 --max-minutes 6 "${COMMON[@]:2}" $(resume stage2)
+    for MODE in ${MODE//,/ }; do
+        echo "== evaluation, mode $MODE"
+        "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --mode "$MODE" --task heldout --out "$OUT/stage2/curve_$MODE" \
+            --chars 120-136,248-264,376-392,504-520,632-648,792-808,1192-1208 "${READ[@]}"
+        "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --mode "$MODE" --task fox_like,omnidocbench_like --out "$OUT/stage2/pages_$MODE" "${READ[@]}"
+        EVALUATIONS+="${EVALUATIONS:+,}curve_$MODE,pages_$MODE"
+    done
+    "$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED" --evaluations "$EVALUATIONS"
     ;;
 full)
     # The paper's two stages (section 3.5) on FineVision's document sets, from the published SAM, CLIP and nanochat weights.

@@ -81,7 +81,7 @@ def captured(step, state):
     for t, old in zip(state, before):
         t.copy_(old)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader pins memory meanwhile, in a thread of its own
         step()
     return graph.replay
 

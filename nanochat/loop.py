@@ -235,7 +235,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
 
     # start order: resume, else what the script put into the model
     run_dir, start = open_run(args)
-    state = {"seconds": 0.0, "flops": 0.0, "best": None, "best_step": None, "best_saved": None, "best_saved_step": None, "last_eval": None,
+    state = {"seconds": 0.0, "flops": 0.0, "waited": 0.0, "images": 0, "best": None, "best_step": None, "best_saved": None, "best_saved_step": None, "last_eval": None,
              "data": {}, "streams": None}  # samples counted so far; of each rank, {worker: state}
     if start is not None:
         meta = ckpt.load_training_state(run_dir, start, model, optimizer)
@@ -335,6 +335,8 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         tokens, images, positions = (counts.pop(k) for k in ("slots", "images", "positions"))
         state["data"] = {k: state["data"].get(k, 0) + int(n) for k, n in counts.items()}
         state["seconds"] += dt
+        state["waited"] += wait
+        state["images"] += int(images)
         state["flops"] += flops * world
         step += 1
         record = {"step": step - 1, "train/loss": train_loss, "train/lr": args.lr * scale, "train/grad_norm": gnorm, "train/dt": dt,
@@ -347,7 +349,9 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
                f"gnorm {gnorm:.2f} | dt {dt * 1000:.0f} ms (data {100 * wait / dt:.0f}%) | {tokens / dt:,.0f} tok/s | {images / dt:.1f} img/s | "
                f"mfu {100 * flops / dt / peak:.1f}% | {state['seconds'] / 60:.1f} min | eta {eta / 60:.1f} min")
 
-    summary = {"stage": stage, "steps": step, "minutes": round(state["seconds"] / 60, 2), "min_val_loss": state["best"],
+    summary = {"stage": stage, "steps": step, "minutes": round(state["seconds"] / 60, 2), "images_per_sec": state["images"] / state["seconds"],
+               "mfu": state["flops"] / world / state["seconds"] / peak, "data_wait": state["waited"] / state["seconds"],
+               "params": model.num_params(), "min_val_loss": state["best"],
                "min_val_loss_step": state["best_step"], **state["last_eval"], "data": state["data"], "commit": meta["commit"], "seed": args.seed}
     if rank == 0:
         draw_curves(records.read(), os.path.join(run_dir, "curves.png"))

@@ -75,8 +75,8 @@ def verdict(rows, controls):
 
 def breakdown(rows, key):
     """
-    {value of attribute `key`: [mean 1-NED, pages]} over the pages that have it, {} if they all have the same. A page with several
-    values counts in each.
+    {value of attribute `key`: [mean 1-NED, pages, its 95 % interval]} over the pages that have it, {} if they all have the same. A page
+    with several values counts in each.
     """
     groups = defaultdict(list)
     for row in rows:
@@ -84,7 +84,8 @@ def breakdown(rows, key):
         for value in values if isinstance(values, list) else [] if values is None else [values]:
             groups[str(value)].append(row["one_minus_ned"])
     in_order = sorted(groups, key=lambda value: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", value)])
-    return {value: [round(float(np.mean(groups[value])), 3), len(groups[value])] for value in in_order} if len(groups) > 1 else {}
+    return {value: [round(float(np.mean(scores)), 3), len(scores), [round(v, 3) for v in bootstrap_ci(scores)]]
+            for value in in_order for scores in [groups[value]]} if len(groups) > 1 else {}
 
 
 def step_of(values):
@@ -200,7 +201,7 @@ def write_html(path, title, summary, sections, curves, png, limit):
         for name, task, rows in sections:
             f.write(f"<h2>{html.escape(name)}</h2>")
             for key in (key for key in summary[name] if key.startswith("by_")):
-                f.write(html_table([{key: value, "1-NED": score, "pages": n} for value, (score, n) in summary[name][key].items()]))
+                f.write(html_table([{key: value, "1-NED": score, "95 %": "{}-{}".format(*ci95), "pages": n} for value, (score, n, ci95) in summary[name][key].items()]))
             shown = sorted(rows, key=lambda row: row["one_minus_ned"])[:limit]
             f.write(f"<p>{len(shown)} of {len(rows)} pages, worst first: page, truth (<del>missed</del>), reading (<ins>wrong</ins>)</p>")
             f.writelines(page_html(row, task) for row in shown)

@@ -247,7 +247,8 @@ def main(argv=None):
         for kind, of_control in figures["controls"].items():
             print0(f"  control {kind} ({CONTROLS[kind]}): 1-NED {of_control['one_minus_ned']:.4f} on {of_control['samples']} pages")
         for key in (key for key in figures if key.startswith("by_")):
-            print0(f"  1-NED by {key[3:]}: " + ", ".join(f"{value} {score:.3f} ({n})" for value, (score, n) in figures[key].items()))
+            print0(f"  1-NED by {key[3:]}: " + ", ".join(f"{value} {score:.3f} ({low:.3f}-{high:.3f}, {n})"
+                                                        for value, (score, n, (low, high)) in figures[key].items()))
         for r in rows[:args.samples]:
             print0(f"  {r['one_minus_ned']:.2f}  truth {(r['truth'] or '')[:200]!r}\n        reads {r['prediction'][:200]!r}")
         if figures["failed"]:

@@ -27,7 +27,8 @@ from tasks.common import Task, ocr_conversation
 from tasks.damage import damage_image, parse_damage
 from tasks.omnidocbench import NO_SPACE, page_truth
 from tasks.synthdoc import (FACES, MIN_PX, NUMBER_SHARE, PROSE_SHARE, RANDOM_SHARE, SPLITS, Box, Page, PageFull, advance, font, font_folder,
-                            held_out_words, line_height, prose, random_string, ranked, stable_hash, text_width, train_words, wrap)
+                            held_out_words, line_height, on_paper, print_line, prose, random_string, ranked, stable_hash, text_width, train_words,
+                            wrap)
 
 BOLD = {"serif": "serif-bold", "sans": "sans-bold", "sans-oblique": "sans-bold", "stix": "stix-bold"}  # for titles
 FUNCTION_WORDS = "the the the of of and and to to in in a is for with on by as at from it was that are or be".split()
@@ -273,17 +274,8 @@ def set_page(rng, blocks, notes, faces, columns, width, height, min_px):
                    "lower chars or columns")
 
 
-@lru_cache(1 << 15)
-def glyph(face, px, char):
-    """(advance, left, top, right, bottom, uint8 ink) of a letter: pasting it costs a fifth of having the font draw it again."""
-    left, top, right, bottom = font(face, px).getbbox(char)
-    image = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(image).text((-left, -top), char, 255, font(face, px))
-    return int(advance(face, px, char)), left, top, right, bottom, np.asarray(image)
-
-
 def render(page):
-    """PIL "L" image, width x height px; every bbox is tightened from the room of its box to its ink."""
+    """PIL "L" image, width x height px."""
     mask = np.zeros((page.height, page.width), np.uint8)
     for left, top, right, bottom in page.rules:
         mask[top:bottom, left:right] = 255
@@ -292,19 +284,9 @@ def render(page):
             if box.kind == "figure":
                 chart = draw_chart(random.Random(text), px, box.bbox[3] - y, face)[0]
                 mask[y:box.bbox[3], x:x + px] = 255 - np.asarray(chart.convert("L"))
-                continue
-            for char in text:
-                step, left, top, right, bottom, ink = glyph(face, px, char)
-                if char != " ":
-                    there = mask[y + top:y + bottom, x + left:x + right]
-                    np.maximum(there, ink, out=there)
-                x += step
-    image = Image.fromarray(mask)
-    for box in page.boxes:
-        left, top = max(0, box.bbox[0]), box.bbox[1]
-        l, t, r, b = image.crop((left, top, *box.bbox[2:])).getbbox()
-        box.bbox = (left + l, top + t, left + r, top + b)
-    return image.point([page.paper + (page.ink - page.paper) * v // 255 for v in range(256)])
+            else:
+                print_line(mask, x, y, face, px, text)
+    return on_paper(page, mask)
 
 
 # -----------------------------------------------------------------------------

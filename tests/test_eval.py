@@ -213,8 +213,8 @@ def test_curve_in_the_papers_form():
 
 def test_breakdown():
     rows = [row(1, 1.0, size=10, tags=["a", "b"]), row(1, 0.5, size=9, tags=["a"]), row(1, 0.0, size=9)]
-    assert list(report.breakdown(rows, "size").items()) == [("9", [0.25, 2]), ("10", [1.0, 1])]
-    assert report.breakdown(rows, "tags") == {"a": [0.75, 2], "b": [1.0, 1]}
+    assert list(report.breakdown(rows, "size").items()) == [("9", [0.25, 2, [0.0, 0.5]]), ("10", [1.0, 1, [1.0, 1.0]])]
+    assert report.breakdown(rows, "tags") == {"a": [0.75, 2, [0.5, 1.0]], "b": [1.0, 1, [1.0, 1.0]]}
     assert report.breakdown(rows[1:], "size") == {}  # nothing to compare
 
 

@@ -47,7 +47,7 @@ def test_ink_is_inside_its_box_inside_the_page(image_size, chars, titles):
         task = SynthDoc(split, 60, image_size=image_size, chars=chars, titles=titles)
         for conversation in task:
             page, image = conversation["page"], conversation["images"][0]
-            assert image.mode == "RGB" and image.size == (page.width, page.height) == (task.width, task.height)
+            assert image.mode == "L" and image.size == (page.width, page.height) == (task.width, task.height)
             lefts, tops, rights, bottoms = zip(*(box.bbox for box in page.boxes))
             assert ink_box(image, page.paper) == (min(lefts), min(tops), max(rights), max(bottoms))
             assert min(lefts) > 0 and min(tops) > 0 and max(rights) < page.width and max(bottoms) < page.height
