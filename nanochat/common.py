@@ -68,8 +68,8 @@ def choose_dtype(device, name="auto"):
 
 def choose_compile(device, name="auto"):
     """
-    Whether to torch.compile. auto: on CUDA where a compiler is found; not on a CPU, where a nano step gains an eighth (python -m
-    scripts.bench --compile=both) and compiling takes what a short run saves.
+    Whether to torch.compile. auto: on CUDA where a compiler is found; not on a CPU, where compiling takes what a short run saves
+    (python -m scripts.bench --compile=both).
     """
     found = any(map(shutil.which, ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")))
     if name == "yes" and not found:

@@ -90,14 +90,18 @@ class SAMBlock(nn.Module):
         keys and values are the bias alone, so only real positions go through the two projections (4,096 of 4,900 at 1024 px).
         """
         (B, H, W, C), w = x.shape, self.window
-        qkv = self.attn.qkv(x)
-        if H % w or W % w:
-            padded = self.attn.qkv.bias.to(x.dtype).expand(B, H + -H % w, W + -W % w, 3 * C).clone()
-            padded[:, :H, :W] = qkv
-            qkv = padded
-        nh, nw = qkv.size(1) // w, qkv.size(2) // w
-        y = self.attn.attend(qkv.view(B, nh, w, nw, w, 3 * C).transpose(2, 3).reshape(B * nh * nw, w, w, 3 * C))
-        y = y.view(B, nh, nw, w, w, C).transpose(2, 3).reshape(B, nh * w, nw * w, C)
+        down, right = -H % w, -W % w
+        nh, nw = (H + down) // w, (W + right) // w
+
+        def windows(x):  # (B, nh * w, nw * w, D) -> (B * nh * nw, w, w, D)
+            return x.view(B, nh, w, nw, w, -1).transpose(2, 3).reshape(B * nh * nw, w, w, -1)
+        if down or right:
+            padded = self.attn.qkv.bias.to(x.dtype).expand(B, H + down, W + right, 3 * C).clone()
+            padded[:, :H, :W] = self.attn.qkv(x)
+            qkv = windows(padded)
+        else:
+            qkv = self.attn.qkv(windows(x))  # a third of the memory to move
+        y = self.attn.attend(qkv).view(B, nh, nw, w, w, C).transpose(2, 3).reshape(B, nh * w, nw * w, C)
         return self.attn.proj(y[:, :H, :W])
 
 
