@@ -69,20 +69,18 @@ small|gpu)
     else
         COMMON=(--preset small --num-iterations 20000 --device-batch-size 64) READ=(--max-new-tokens 2400)
     fi
-    if [ "$KIND" = gpu ] && [ ! -e "$OUT/bench.jsonl" ]; then
+    if [ "$KIND" = gpu ]; then
         echo "== benchmarks"
-        mkdir -p "$OUT"
-        "$PYTHON" -m scripts.bench --suite | tee "$OUT/bench.jsonl.part"
-        mv "$OUT/bench.jsonl.part" "$OUT/bench.jsonl"
+        "$PYTHON" -m scripts.bench --suite "$OUT/bench.jsonl" || STATUS=1  # what failed is said there; training does not depend on it
     fi
     echo "== tokenizer"
     tokenizer 1024
-    COMMON+=(--mode "$MODE" --workers "$(($(nproc) > 2 ? $(nproc) - 2 : 1))" --max-seq-len 1536 --random-share 0.1 --save-every 1000 --eval-every 500
-             --data "synthdoc=1,synthpage=1")
+    COMMON+=(--mode "$MODE" --workers "$(($(nproc) > 2 ? $(nproc) - 2 : 1))" --max-seq-len 1536 --random-share 0.1 --save-every 1000 --eval-every 500)
     echo "== stage 1"
-    stage vis_tok_train --tokenizer "$OUT/tokenizer" --chars 40-1300 --ramp 200000 --max-minutes 10 "${COMMON[@]}" $(resume stage1)
+    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 --chars 40-1300 --ramp 100000 --max-minutes 10 \
+        "${COMMON[@]}" $(resume stage1)
     echo "== stage 2"
-    stage vis_mid_train --encoder "$OUT/stage1" --ramp 20000 --max-minutes 6 "${COMMON[@]:2}" $(resume stage2)
+    stage vis_mid_train --encoder "$OUT/stage1" --data synthdoc=1,synthpage=1 --ramp 20000 --max-minutes 6 "${COMMON[@]:2}" $(resume stage2)
     for MODE in ${MODE//,/ }; do
         echo "== evaluation, mode $MODE"
         "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --mode "$MODE" --task heldout --out "$OUT/stage2/curve_$MODE" \
@@ -91,6 +89,7 @@ small|gpu)
         EVALUATIONS+="${EVALUATIONS:+,}curve_$MODE,pages_$MODE"
     done
     "$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED" --evaluations "$EVALUATIONS"
+    exit "${STATUS:-0}"
     ;;
 full)
     # The paper's two stages (section 3.5) on FineVision's document sets, from the published SAM, CLIP and nanochat weights.

@@ -198,12 +198,15 @@ class Standardize(nn.Module):
         return None if suffix is None else (getattr(self, f"mean{suffix}"), getattr(self, f"var{suffix}"))
 
     def tables(self, h, w):
-        found = self.own(h, w)
-        if found is not None and (found[1] is self.var or found[1].min() >= 0):
-            return found
-        if self.kind == "channel":
-            return self.mean, self.var
-        return tuple(F.interpolate(t[None], size=(h, w), mode="bilinear", align_corners=False)[0] for t in (self.mean, self.var))
+        first, found = (self.mean, self.var), self.own(h, w)
+        if found is not None and found[1] is self.var:
+            return first
+        if self.kind == "position":
+            first = tuple(F.interpolate(t[None], size=(h, w), mode="bilinear", align_corners=False)[0] for t in first)
+        if found is None:
+            return first
+        seen = found[1].amin() >= 0  # stays on the device
+        return tuple(torch.where(seen, t, instead) for t, instead in zip(found, first))
 
     def statistics(self, x):
         dims = (0,) if self.kind == "position" else (0, 2, 3)

@@ -76,10 +76,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache, positions, lengths):
         B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        q, k = (norm(rotate(t, cos, sin)).to(x.dtype).transpose(1, 2) for t in (q, k))
+        qk = torch.cat([self.c_q(x), self.c_k(x)], -1).view(B, T, -1, self.head_dim)  # together: half as many kernels
+        q, k = norm(rotate(qk, cos, sin)).to(x.dtype).transpose(1, 2).split([self.n_head, self.n_kv_head], 1)  # (B, H, T, D)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
         y = packed_attention(q, k, v, lengths) if lengths else attention(q, k, v, mask=mask, causal=mask is None)
@@ -149,7 +148,8 @@ class GPT(nn.Module):
             cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         if cache is not None:
             keys = torch.arange(cache.k.size(3), device=x.device)
-            mask = keys[None, None, None, :] <= positions[:, None, :, None]
+            later = keys[None, None, None, :] > positions[:, None, :, None]
+            mask = x.new_zeros(later.shape).masked_fill_(later, float("-inf"))  # added to the scores, made once for all layers
         return norm(run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, lengths, recompute=self.recompute))
 
     def logits(self, x):

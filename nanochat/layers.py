@@ -32,16 +32,16 @@ WRITTEN_OUT_ON = {"cpu"}  # device types where small attention is written out
 
 def attention(q, k, v, scale=None, mask=None, causal=False):
     """
-    softmax(q k^T * scale) v over (B, H, T, D); v's D may differ. `mask`: boolean, True = may attend. k, v may have fewer heads.
+    softmax(q k^T * scale + mask) v over (B, H, T, D); v's D may differ. k, v may have fewer heads.
     Written out on the CPU up to 512 x 512 positions: torch's fused CPU kernel was several times slower there in bf16 with its
     backward (torch 2.13, AVX-512 BF16). Elsewhere it is SDPA.
     """
     if q.device.type in WRITTEN_OUT_ON and q.size(1) == k.size(1) and q.size(2) * k.size(2) <= 512 ** 2:
         scores = (q * (scale or q.size(-1) ** -0.5)) @ k.mT
         if causal:
-            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1), float("-inf"))
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores + mask
         return scores.softmax(-1) @ v
     pad = q.size(-1) - v.size(-1)
     y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)) if pad else v, attn_mask=mask, is_causal=causal, scale=scale,

@@ -229,14 +229,14 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
     if args.max_seq_len > model.cfg.gpt.sequence_len:
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder has {model.cfg.gpt.sequence_len} positions")
     compiled = choose_compile(device, args.compile)
-    # compiled kernels are made for one shape each: rows then come in four lengths
+    longest = args.pack or args.max_seq_len  # compiled kernels are made for one shape each: rows then come in four lengths
     sampler = Sampler(task, tokenizer, modes, model.cfg.token_stride, args.max_seq_len, args.bad_data, args.too_long, args.max_images,
-                      args.pack, multiple=-(-(args.pack or args.max_seq_len) // 4) if compiled else 1)
+                      args.pack, multiple=1 if not compiled else longest if longest % 4 else longest // 4)
 
     # start order: resume, else what the script put into the model
     run_dir, start = open_run(args)
-    state = {"seconds": 0.0, "flops": 0.0, "waited": 0.0, "images": 0, "best": None, "best_step": None, "best_saved": None, "best_saved_step": None, "last_eval": None,
-             "data": {}, "streams": None}  # samples counted so far; of each rank, {worker: state}
+    state = {"seconds": 0.0, "flops": 0.0, "waited": 0.0, "images": 0, "best": None, "best_step": None, "best_saved": None, "best_saved_step": None,
+             "last_eval": None, "data": {}, "streams": None}  # samples counted so far; of each rank, {worker: state}
     if start is not None:
         meta = ckpt.load_training_state(run_dir, start, model, optimizer)
         state = meta["loop_state"]

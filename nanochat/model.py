@@ -141,7 +141,7 @@ class NanoDeepseekOCR(nn.Module):
         positions, at, targets = (None if t is None else t.to(self.device, non_blocking=True)
                                   for t in (batch.positions, batch.supervised_at, batch.targets))
         hidden = self.gpt(self.embed(batch), positions=positions, lengths=batch.lengths)
-        hidden, targets = hidden.flatten(0, 1)[at], targets.flatten()[at]  # the head and its softmax run where there is something to learn
+        hidden, targets = hidden.flatten(0, 1).index_select(0, at), targets.flatten()[at]  # the head and its softmax run where there is something to learn
         rows = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
         if len(targets) <= rows:
             return self.chunk_loss(hidden, targets)

@@ -3,7 +3,7 @@ Where a step's time goes, and how much of the chip it uses: stage 1, stage 2 and
 
     python -m scripts.bench                                                # nano, this machine
     python -m scripts.bench --against=5c218fe --what=stage1                # this tree and a commit's, step by step in turn: a ratio
-    python -m scripts.bench --suite                                        # every figure a GPU is asked for, each in a process of its own
+    python -m scripts.bench --suite=checkpoints/bench.jsonl                # every figure a GPU is asked for, each in a process of its own
     python -m scripts.bench --preset=base --mode=base --what=stage2 --seq=8192 --pack=7 --batch=4 --recompute
     python -m scripts.bench --preset=base --what=generate,attention --batch=64 --new-tokens=1000
 
@@ -24,11 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat.common import choose_compile, choose_dtype, compute_init, git_commit, json_line, matmul_rate, print0, run_main, synchronize
 from nanochat.config import PRESETS
-from nanochat.dataloader import Batch, ahead
+from nanochat.dataloader import Batch, Sampler, ahead, loader
 from nanochat.engine import Engine
 from nanochat.image_modes import get_mode, plan
 from nanochat.model import LOSS_CHUNK, NanoDeepseekOCR, forward_flops
 from nanochat.optim import Optimizer
+from nanochat.tokenizer import Tokenizer
+from tasks.synthdoc import SynthDoc
+from tasks.training import text_pages
 
 SUITE = (  # a GPU's figures, the cheapest first; batches for 80 GB
     "--preset=nano --batch=256",
@@ -37,8 +40,8 @@ SUITE = (  # a GPU's figures, the cheapest first; batches for 80 GB
     "--preset=base --mode=base --batch=10 --what=attention",
     "--preset=base --mode=base --batch=64 --what=generate --new-tokens=1000",
     "--preset=base --mode=base --batch=8 --seq=1536 --what=stage1 --optimizer=adamw --recompute",
-    "--preset=base --mode=base --batch=4 --seq=8192 --what=stage2 --optimizer=adamw --recompute",
-    "--preset=base --mode=base --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw --recompute")
+    "--preset=base --mode=base --batch=4 --seq=8192 --what=stage2 --optimizer=adamw",
+    "--preset=base --mode=base --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw")
 
 
 def make_batch(model, mode, rows, seq, pack=1):
@@ -115,6 +118,7 @@ def training(args, model, mode, stage, compiled, peak):
     both = seconds(device, forward_backward, args.repeats)  # gradients add up, which takes no longer
     parts["backward"] = max(0.0, both - sum(parts.values()))
     parts["optimizer"] = max(0.0, dt - both)
+    parts["rendering, meanwhile where there are workers"] = rendering(args, model, mode)
     if device.type == "cuda":
         on_host = pixels.cpu().pin_memory()
         parts["pixels to the device, meanwhile"] = seconds(device, lambda: on_host.to(device, non_blocking=True), args.repeats)
@@ -123,6 +127,15 @@ def training(args, model, mode, stage, compiled, peak):
     return {"compiled": compiled, "seq": args.seq, "pack": args.pack, "recompute": args.recompute, "optimizer": args.optimizer, "seconds": dt,
             "images_per_sec": images / dt, "tokens_per_sec": batch.ids.numel() / dt, "mfu": flops / dt / peak, "peak_gb": peak_gb,
             "share": {k: round(v / dt, 3) for k, v in parts.items()}}
+
+
+def rendering(args, model, mode):
+    """Seconds in which --workers processes render the pages of a step, tokens and all: below a step's own, no step waits for data."""
+    side = mode.size
+    pages = text_pages("train", 1 << 40, side, [(400, 1300, 1)], 0) if side >= 512 else SynthDoc("train", 1 << 40, side, chars=(31, 41))
+    sampler = Sampler(pages, Tokenizer(bytes([i]) for i in range(256)), mode, model.cfg.token_stride, 1 << 20)
+    batches = loader(sampler, args.batch * args.pack, 0, args.repeats + 2)
+    return seconds(torch.device("cpu"), lambda: next(batches), args.repeats) / max(1, args.workers)
 
 
 class EndlessTokenizer:
@@ -178,15 +191,26 @@ def sam_attention(args, cfg, mode, device, dtype):
     return found
 
 
-def run_suite():
-    """Every row of SUITE in a process of its own, so that one out of memory leaves the others."""
-    failed = []
+def run_suite(path):
+    """Every row of SUITE in a process of its own, so that one out of memory leaves the others; rows already in `path` are not run again."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    done = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
     for flags in SUITE:
-        if subprocess.run([sys.executable, "-m", "scripts.bench", *flags.split()]).returncode:
-            failed.append(flags)
-    json_line({"bench": "suite", "rows": len(SUITE), "failed": failed})
+        if any(r["flags"] == flags for r in done):
+            continue
+        p = subprocess.run([sys.executable, "-m", "scripts.bench", *flags.split()], capture_output=True, text=True)
+        rows = [{"flags": flags, **json.loads(line)} for line in p.stdout.splitlines() if line.startswith("{")]
+        if p.returncode:
+            rows.append({"flags": flags, "failed": p.stderr.strip()[-2000:]})
+        with open(path, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        done += rows
+        for row in rows:
+            json_line(row)
+    failed = [r["flags"] for r in done if "failed" in r]
+    json_line({"bench": "suite", "rows": len(SUITE), "failed": failed, "path": path})
     if failed:
-        raise ValueError(f"{len(failed)} of {len(SUITE)} rows failed: {'; '.join(failed)}")
+        raise ValueError(f"{len(failed)} of {len(SUITE)} rows failed, {path} says why; delete their lines to run them again: {'; '.join(failed)}")
 
 
 def against(commit, flags, rounds):
@@ -212,7 +236,7 @@ def against(commit, flags, rounds):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--suite", action="store_true", help="run every row of SUITE, above, and nothing else")
+    parser.add_argument("--suite", default="", help="FILE.jsonl: run every row of SUITE, above, that it does not hold yet, and nothing else")
     parser.add_argument("--against", default="", help="a commit to compare with: its own scripts.bench runs with the same flags")
     parser.add_argument("--rounds", type=int, default=3, help="with --against: how often each is run; the best counts")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
@@ -228,16 +252,19 @@ def main(argv=None):
     parser.add_argument("--seq", type=int, default=72, help="decoder positions of a row in training, the page's included")
     parser.add_argument("--pack", type=int, default=1, help="samples in a row in training, each with a page")
     parser.add_argument("--new-tokens", type=int, default=200, help="generated per page")
+    parser.add_argument("--workers", type=int, default=-1, help="processes that render pages; -1 = all cores but two on cuda, none elsewhere")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps; the median counts")
     args = parser.parse_args(argv)
     if args.suite:
-        return run_suite()
+        return run_suite(args.suite)
     if args.against:
         flags = [f for i, f in enumerate(argv or sys.argv[1:]) for before in [(argv or sys.argv[1:])[i - 1] if i else ""]
                  if f.split("=")[0] not in ("--against", "--rounds") and before not in ("--against", "--rounds")]
         return against(args.against, flags, args.rounds)
 
     device = compute_init(args.device_type)
+    if args.workers < 0:
+        args.workers = max(1, os.cpu_count() - 2) if device.type == "cuda" else 0
     cfg = PRESETS[args.preset]()
     cfg.gpt.vocab_size = args.vocab_size or cfg.gpt.vocab_size
     cfg.image_token_id = cfg.gpt.vocab_size - 1
@@ -258,7 +285,7 @@ def main(argv=None):
     print0(f"{args.preset} {mode.name}: {model.num_params():,} parameters, {device.type}, {str(model.dtype)[6:]}, matmul {peak / 1e12:.3f} TFLOP/s; forward of one "
            f"row {ours / 1e9:.3f} GFLOP by our count, {counter.get_total_flops() / 1e9:.3f} by torch's (which counts the upper half of causal attention too)")
     common = {"preset": args.preset, "mode": mode.name, "batch": args.batch, "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-              "threads": torch.get_num_threads(), "dtype": str(model.dtype)[6:], "matmul_tflops": peak / 1e12, "flops_over_torch": ours / counter.get_total_flops(),
+              "threads": torch.get_num_threads(), "workers": args.workers, "dtype": str(model.dtype)[6:], "matmul_tflops": peak / 1e12, "flops_over_torch": ours / counter.get_total_flops(),
               "torch": torch.__version__, "commit": git_commit()}
     dtype, model = model.dtype, None
     for what in args.what.split(","):

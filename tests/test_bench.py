@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from nanochat import config
+from nanochat.model import forward_flops
 from scripts import bench, memory
 
 
@@ -26,3 +28,20 @@ def test_memory_knows_what_batch_length_and_recomputation_do(capsys):
 def test_bench_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="takes 7 positions"):
         bench.main(["--preset=tiny", "--device-type=cpu", "--seq=7"])
+
+
+def test_suite_goes_on_past_a_row_that_fails(monkeypatch, tmp_path, capsys):
+    good = "--preset=tiny --device-type=cpu --dtype=float32 --batch=8 --seq=24 --what=stage2 --repeats=1"
+    path = tmp_path / "new" / "bench.jsonl"
+    monkeypatch.setattr(bench, "SUITE", ("--preset=tiny --device-type=cpu --seq=7", good))
+    for _ in range(2):  # the second time both rows are there
+        with pytest.raises(ValueError, match="1 of 2 rows failed, .* --seq=7"):
+            bench.main([f"--suite={path}"])
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert "takes 7 positions" in rows[0]["failed"] and rows[1]["flags"] == good and rows[1]["mfu"] > 0 and len(rows) == 2
+
+
+def test_packed_rows_have_the_flops_of_their_samples():
+    cfg = config.tiny()
+    whole, packed = (sum(forward_flops(cfg, {64: 2}, 48, 1, lengths=lengths).values()) for lengths in (None, [[24, 24]]))
+    assert whole - packed == cfg.gpt.n_layer * 2 * cfg.gpt.n_embd * (48 ** 2 - 2 * 24 ** 2)

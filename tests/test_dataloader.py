@@ -192,7 +192,7 @@ def test_packed_attention_is_attention_under_a_block_diagonal_mask():
     q, k, v = torch.randn(3, 2, 4, 7, 8)
     y = packed_attention(q, k, v, [[3, 2], [7]])  # two samples and padding, which attends to itself; one sample
     for row, pieces in enumerate(((3, 2, 2), (7,))):
-        mask = torch.block_diag(*(torch.ones(n, n).tril() for n in pieces)).bool()
+        mask = torch.where(torch.block_diag(*(torch.ones(n, n).tril() for n in pieces)).bool(), 0.0, float("-inf"))
         torch.testing.assert_close(y[row], attention(q, k, v, mask=mask)[row])
 
 

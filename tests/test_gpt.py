@@ -130,8 +130,9 @@ def test_attention(T, kind):
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 5)  # values may be narrower
     allowed = {"full": torch.ones(T, T), "causal": torch.ones(T, T).tril(), "mask": (torch.rand(T, T) > 0.5) + torch.eye(T)}[kind] > 0
-    expected = (0.3 * q.double() @ k.double().mT + torch.where(allowed, 0.0, -math.inf)).softmax(-1) @ v.double()
-    y = attention(q, k, v, scale=0.3, mask=allowed[None, None] if kind == "mask" else None, causal=kind == "causal")
+    mask = torch.where(allowed, 0.0, -math.inf)
+    expected = (0.3 * q.double() @ k.double().mT + mask).softmax(-1) @ v.double()
+    y = attention(q, k, v, scale=0.3, mask=mask[None, None] if kind == "mask" else None, causal=kind == "causal")
     assert y.shape == v.shape and (y - expected).abs().max() < 1e-5
 
 
