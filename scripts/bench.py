@@ -39,7 +39,7 @@ SUITE = (  # a GPU's figures, the cheapest first; batches for 80 GB
     "--preset=small --batch=64 --what=generate --new-tokens=1000",
     "--preset=base --mode=base --batch=10 --what=attention",
     "--preset=base --mode=base --batch=64 --what=generate --new-tokens=1000",
-    "--preset=base --mode=base --batch=8 --seq=1536 --what=stage1 --optimizer=adamw --recompute",
+    "--preset=base --mode=base --batch=8 --seq=1536 --what=stage1 --optimizer=adamw",
     "--preset=base --mode=base --batch=4 --seq=8192 --what=stage2 --optimizer=adamw",
     "--preset=base --mode=base --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw")
 
