@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job: from nothing to a model that reads pages it has never seen.
 #
-#   bash speedrun.sh           nano: two CPU cores, no GPU, no hub, about 16 minutes (the default everywhere)
+#   bash speedrun.sh           nano: two CPU cores, no GPU, no hub, about 14 minutes (the default everywhere)
 #   bash speedrun.sh small     dense pages at the paper's geometry: one CUDA GPU, no hub, 16 minutes of training
 #   bash speedrun.sh gpu       the same after every benchmark of scripts/bench.py: all the figures that a GPU is asked for
 #   bash speedrun.sh full      the published sizes, with the hub's weights and data sets, on a GPU node
