@@ -173,6 +173,7 @@ def sam_attention(args, cfg, mode, device, dtype):
     """
     One global SAM attention core, forward and backward, three ways to the same numbers: the bias folded into the head's dimensions with
     values padded to them (flash kernels), without that padding, and as a stored (HW, HW) mask. deepencoder.py uses the first.
+    -> {way: {seconds, useful_tflops}}
     """
     s, H = cfg.sam, mode.size // cfg.sam.patch_size
     d = s.width // s.n_head
@@ -185,10 +186,23 @@ def sam_attention(args, cfg, mode, device, dtype):
 
     def masked():
         F.scaled_dot_product_attention(q[..., :d], k[..., :d], v, attn_mask=bias).sum().backward()
-    flops, found = 3 * 4 * args.batch * T * T * s.width, {}
-    for name, call in (("folded, values padded", lambda: folded(True)), ("folded", lambda: folded(False)), ("mask", masked)):
-        found[name] = {"seconds": (dt := seconds(device, call, args.repeats)), "useful_tflops": flops / dt / 1e12}
-    return found
+    ways = {"folded, values padded": lambda: folded(True), "folded": lambda: folded(False), "mask": masked}
+    flops, found = 3 * 4 * args.batch * T * T * s.width, {name: seconds(device, call, args.repeats) for name, call in ways.items()}
+    return {name: {"seconds": dt, "useful_tflops": flops / dt / 1e12} for name, dt in found.items()}
+
+
+@torch.inference_mode()
+def decode_attention(args, cfg, device, dtype):
+    """One decoding step's attention to --new-tokens cached positions, by SDPA (layers.py on CUDA) and written out. -> {way: {seconds, gb_per_sec}}"""
+    g, T = cfg.gpt, -(-args.new_tokens // 64) * 64
+    q, k, v = (torch.randn(args.batch, heads, n, g.n_embd // g.n_head, device=device, dtype=dtype)
+               for heads, n in ((g.n_head, 1), (g.n_kv_head, T), (g.n_kv_head, T)))
+    mask = torch.zeros(args.batch, 1, 1, T, device=device, dtype=dtype)
+    ways = {"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=g.n_head != g.n_kv_head)}
+    if g.n_head == g.n_kv_head:
+        ways["written out"] = lambda: ((q * q.size(-1) ** -0.5) @ k.mT + mask).softmax(-1) @ v
+    found = {name: seconds(device, call, args.repeats) for name, call in ways.items()}
+    return {name: {"seconds": dt, "gb_per_sec": 2 * k.numel() * k.element_size() / dt / 1e9} for name, dt in found.items()}
 
 
 def run_suite(path):
@@ -296,7 +310,7 @@ def main(argv=None):
             for graphs in (False, True) if device.type == "cuda" else (False,):
                 json_line({"bench": what, **generation(args, build(args, cfg, device), mode, graphs), **common})
         elif what == "attention":
-            json_line({"bench": what, "ways": sam_attention(args, cfg, mode, device, dtype), **common})
+            json_line({"bench": what, "sam": sam_attention(args, cfg, mode, device, dtype), "decoding": decode_attention(args, cfg, device, dtype), **common})
         else:
             raise ValueError(f"--what={what}: must be stage1, stage2, generate or attention")
 
