@@ -9,7 +9,7 @@
 # Every stage that is done is skipped and a stage that was cut short goes on where it was: run it again after any interruption.
 # PYTHON=... uses an environment that stands; TORCH_INDEX_URL=... chooses torch's build; WANDB_RUN=name logs to W&B;
 # CHECKPOINTS=... writes elsewhere than ./checkpoints; GPUS=... of a node (full; default all); FLAGS=... goes to both stages;
-# TRIAL=1 runs the commands of small at toy size, on a CPU, to see that they run.
+# MINUTES1=10 and MINUTES2=6 are what small trains at most in its stages; TRIAL=1 runs its commands at toy size, on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")"
 STARTED=$(date +%s)
@@ -65,9 +65,9 @@ small|gpu)
     # paper's study (640 px and 100 tokens, 512 px and 64) are trained together and read apart.
     MODE=small,tiny EVALUATIONS=""
     if [ -n "${TRIAL:-}" ]; then
-        MODE=tiny COMMON=(--preset mini --num-iterations 2 --device-batch-size 8) READ=(--max-problems 2 --max-new-tokens 20)
+        MODE=tiny COMMON=(--preset mini --num-iterations 2 --device-batch-size 8) READ=(--max-problems 2)
     else
-        COMMON=(--preset small --num-iterations 20000 --device-batch-size 64) READ=(--max-new-tokens 2400)
+        COMMON=(--preset small --num-iterations 20000 --device-batch-size 64) READ=()
     fi
     if [ "$KIND" = gpu ]; then
         echo "== benchmarks"
@@ -77,15 +77,16 @@ small|gpu)
     tokenizer 1024
     COMMON+=(--mode "$MODE" --workers "$(($(nproc) > 2 ? $(nproc) - 2 : 1))" --max-seq-len 1536 --random-share 0.1 --save-every 1000 --eval-every 500)
     echo "== stage 1"
-    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 --chars 40-1300 --ramp 100000 --max-minutes 10 \
+    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 --chars 40-1300 --ramp 100000 --max-minutes "${MINUTES1:-10}" \
         "${COMMON[@]}" $(resume stage1)
     echo "== stage 2"
-    stage vis_mid_train --encoder "$OUT/stage1" --data synthdoc=1,synthpage=1 --ramp 20000 --max-minutes 6 "${COMMON[@]:2}" $(resume stage2)
+    stage vis_mid_train --encoder "$OUT/stage1" --data synthdoc=1,synthpage=1 --ramp 20000 --max-minutes "${MINUTES2:-6}" "${COMMON[@]:2}" $(resume stage2)
     for MODE in ${MODE//,/ }; do
         echo "== evaluation, mode $MODE"
         "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --mode "$MODE" --task heldout --out "$OUT/stage2/curve_$MODE" \
-            --chars 120-136,248-264,376-392,504-520,632-648,792-808,1192-1208 "${READ[@]}"
-        "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --mode "$MODE" --task fox_like,omnidocbench_like --out "$OUT/stage2/pages_$MODE" "${READ[@]}"
+            --chars 120-136,248-264,376-392,504-520,632-648,792-808,1192-1208 --max-new-tokens 1000 "${READ[@]}"
+        "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --mode "$MODE" --task fox_like,omnidocbench_like --out "$OUT/stage2/pages_$MODE" \
+            --max-new-tokens 2400 "${READ[@]}"
         EVALUATIONS+="${EVALUATIONS:+,}curve_$MODE,pages_$MODE"
     done
     "$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED" --evaluations "$EVALUATIONS"

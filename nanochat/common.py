@@ -40,6 +40,9 @@ def compute_init(device_type=""):
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        # cuDNN's attention, which torch prefers on Hopper, plans anew for every shape, on the host: packed samples and a growing cache have
+        # many. Flash and memory-efficient kernels do not (scripts.bench --cudnn measures what it would give where shapes are fixed).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device
@@ -106,7 +109,10 @@ def matmul_rate(device, dtype):
     """FLOP/s of a large matrix product, measured here and now: what MFU is a share of. Never a guess from a table."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
+    best, begin = float("inf"), time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() - begin < 0.5:  # an idle GPU's clocks are low
+        a @ b
+        synchronize(device)
     for _ in range(6):
         synchronize(device)
         start = time.perf_counter()

@@ -48,8 +48,8 @@ class SAMAttention(nn.Module):
         d = C // self.n_head
         q, k, v = qkv.view(B, H * W, 3, self.n_head, d).permute(2, 0, 3, 1, 4)  # 3 x (B, n_head, HW, d)
         grid_q = q.reshape(B, self.n_head, H, W, d)
-        bias_h = torch.einsum("bnhwd,hkd->bnhwk", grid_q, relative_positions(self.rel_pos_h.to(q.dtype), H))
-        bias_w = torch.einsum("bnhwd,wkd->bnhwk", grid_q, relative_positions(self.rel_pos_w.to(q.dtype), W))
+        bias_h = torch.einsum("bnhwd,hkd->bnhwk", grid_q, relative_positions(self.rel_pos_h, H).to(q.dtype))
+        bias_w = torch.einsum("bnhwd,wkd->bnhwk", grid_q, relative_positions(self.rel_pos_w, W).to(q.dtype))
         rows = torch.eye(H, device=q.device, dtype=q.dtype).repeat_interleave(W, 0)  # (HW, H)
         cols = torch.eye(W, device=q.device, dtype=q.dtype).repeat(H, 1)             # (HW, W)
         code = torch.cat([rows, cols], -1).expand(B, self.n_head, -1, -1)
@@ -117,7 +117,7 @@ class PatchEmbed(nn.Module):
         self.proj = Conv2d(3, width, patch_size, stride=patch_size)
 
     def forward(self, x):  # (B, 3, S, S) -> (B, H, W, C)
-        return self.proj(x).permute(0, 2, 3, 1)
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()  # the layout of every block behind it
 
 
 class SAM(nn.Module):

@@ -7,7 +7,7 @@ import codecs
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from PIL import ImageOps
@@ -69,11 +69,17 @@ class NoRepeat:
 
 
 GRAPH_STEPS = 16  # replayed at a time before the host looks at the tokens
+GRAPH_ROOM = 128  # positions the cache grows by: each time, the step is captured anew
+
+
+@lru_cache(None)
+def warming_stream():
+    return torch.cuda.Stream()  # one for all captures: libraries keep memory for every stream
 
 
 def captured(step, state):
     """step(), which works in place on tensors that stay where they are, as a CUDA graph; state: the tensors that it changes."""
-    before, warming = [t.clone() for t in state], torch.cuda.Stream()
+    before, warming = [t.clone() for t in state], warming_stream()
     warming.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warming):
         step()  # libraries take their memory now
@@ -158,7 +164,8 @@ class Engine:
         rng = torch.Generator(device).manual_seed(seed) if temperature > 0 else None
         banned, greedy = torch.tensor(self.banned, device=device), rng is None and not self.no_repeat
         replayed = self.graphs and greedy
-        cache, longest = KVCache(gpt.cfg, len(lengths), max(lengths) + max_new_tokens, device, model.dtype), max(lengths)
+        longest = max(lengths)
+        cache = KVCache(gpt.cfg, len(lengths), longest + max_new_tokens, device, model.dtype, **({"room": GRAPH_ROOM} if replayed else {}))
         cache.reserve(longest)
         hidden = gpt(model.embed(batch), cache=cache)
         position = torch.tensor(lengths, device=device)  # where each row's next token goes

@@ -34,21 +34,19 @@ def rotate(x, cos, sin):
 class KVCache:
     """
     Keys and values of every layer for B rows of up to `length` positions. Rows may have different lengths: a row's next token
-    is written at its own position, over whatever padding its prompt had there. Room is made some positions at a time, so that
+    is written at its own position, over whatever padding its prompt had there. Room is made `room` positions at a time, so that
     a step attends to little more than what there is, in memory without gaps.
     """
-    ROOM = 64  # positions made at a time
-
-    def __init__(self, cfg, rows, length, device, dtype):
+    def __init__(self, cfg, rows, length, device, dtype, room=64):
         if length > cfg.sequence_len:
             raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; shorten prompt or max_new_tokens")
         shape = (cfg.n_layer, rows, cfg.n_kv_head, 0, cfg.n_embd // cfg.n_head)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = length
+        self.length, self.room = length, room
 
     def reserve(self, n):
         """Room for n positions in the longest row; -> whether that took other tensors."""
-        more = min(-(-n // self.ROOM) * self.ROOM, self.length) - self.k.size(3)
+        more = min(-(-n // self.room) * self.room, self.length) - self.k.size(3)
         if more > 0:
             self.k, self.v = (F.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
         return more > 0

@@ -317,8 +317,9 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
             f = forward_flops(model.cfg, {s: len(v) for s, v in batch.views.items()}, batch.ids.size(1), batch.ids.size(0),
                               batch.supervised(), batch.lengths)
             flops += 3 * sum(f.values()) - (0 if sam_trains else 2 * f["sam"])  # backward costs two forwards, unless frozen
-        train_loss = all_reduce(float(total), device)
-        gnorm = optimizer.clip_grad_norm(args.grad_clip).item()
+        gnorm = optimizer.clip_grad_norm(args.grad_clip)
+        total, gnorm = torch.stack([total, gnorm.to(total)]).tolist()
+        train_loss = all_reduce(total, device)
         if not math.isfinite(train_loss) or not math.isfinite(gnorm):
             raise ValueError(f"step {step}: loss {train_loss}, gradient norm {gnorm}: not finite, stopped before the update; "
                              f"lower --lr / --matrix-lr or look at the batch of this step")

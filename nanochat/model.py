@@ -171,6 +171,7 @@ class NanoDeepseekOCR(nn.Module):
         of rows that loop.py asks for. Evaluation stays eager: its shapes change at every step.
         """
         torch._dynamo.config.recompile_limit = 32  # lengths of rows, grids of several modes, numbers of packed rows
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block where a bucket of gradients is full
         for blocks in (self.encoder.sam_model.blocks, self.encoder.vision_model.transformer.layers, self.gpt.transformer.h):
             for block in blocks:
                 block.compile(dynamic=False, backend=backend)

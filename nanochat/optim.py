@@ -40,7 +40,10 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum"] for p in params]
             grads = [p.grad for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             for p, u in zip(params, torch._foreach_lerp(grads, buffers, group["momentum"])):

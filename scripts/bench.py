@@ -11,6 +11,7 @@ One JSON line for each of the runs asked for. MFU counts the FLOPs of nanochat/m
 FlopCounterMode) against a matrix product measured in the same run; recomputation is not counted as work.
 """
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -41,6 +42,7 @@ SUITE = (  # a GPU's figures, the cheapest first; batches for 80 GB
     "--preset=base --mode=base --batch=64 --what=generate --new-tokens=1000",
     "--preset=base --mode=base --batch=8 --seq=1536 --what=stage1 --optimizer=adamw",
     "--preset=base --mode=base --batch=4 --seq=8192 --what=stage2 --optimizer=adamw",
+    "--preset=base --mode=base --batch=4 --seq=8192 --what=stage2 --optimizer=adamw --compile=yes --cudnn",
     "--preset=base --mode=base --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw")
 
 
@@ -75,6 +77,7 @@ def seconds(device, call, repeats):
 
 
 def build(args, cfg, device):
+    gc.collect()  # a compiled model is a reference cycle, and its memory would count as this one's
     with device:
         model = NanoDeepseekOCR(cfg).init_weights(0)
     model.dtype = choose_dtype(device, args.dtype)
@@ -148,7 +151,10 @@ class EndlessTokenizer:
 
 
 def generation(args, model, mode, graphs):
-    """Greedy generation of --new-tokens for --batch pages, no row ends early. Decoding is bound by reading weights and cache from memory."""
+    """
+    Greedy generation of --new-tokens for --batch pages, no row ends early. Decoding is bound by reading weights and cache from memory: its
+    share of the bandwidth counts them once a token, and captures, the cache's growth and the unused room in it as lost time.
+    """
     model.eval()
     for p in model.gpt.parameters():  # as engine.load_engine has it
         p.data = p.data.to(model.dtype)
@@ -180,11 +186,17 @@ def sam_attention(args, cfg, mode, device, dtype):
     extended, T = d + 2 * H + -(d + 2 * H) % 8, H * H
     q, k, v, bias = (torch.randn(args.batch, s.n_head, T, n, device=device, dtype=dtype, requires_grad=True) for n in (extended, extended, d, T))
 
+    def anew():
+        for t in (q, k, v, bias):
+            t.grad = None
+
     def folded(padded):
+        anew()
         y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, extended - d)) if padded else v, scale=1.0)
         y[..., :d].sum().backward()
 
     def masked():
+        anew()
         F.scaled_dot_product_attention(q[..., :d], k[..., :d], v, attn_mask=bias).sum().backward()
     ways = {"folded, values padded": lambda: folded(True), "folded": lambda: folded(False), "mask": masked}
     flops, found = 3 * 4 * args.batch * T * T * s.width, {name: seconds(device, call, args.repeats) for name, call in ways.items()}
@@ -266,6 +278,7 @@ def main(argv=None):
     parser.add_argument("--seq", type=int, default=72, help="decoder positions of a row in training, the page's included")
     parser.add_argument("--pack", type=int, default=1, help="samples in a row in training, each with a page")
     parser.add_argument("--new-tokens", type=int, default=200, help="generated per page")
+    parser.add_argument("--cudnn", action="store_true", help="let torch choose cuDNN's attention, as training does not")
     parser.add_argument("--workers", type=int, default=-1, help="processes that render pages; -1 = all cores but two on cuda, none elsewhere")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps; the median counts")
     args = parser.parse_args(argv)
@@ -277,6 +290,7 @@ def main(argv=None):
         return against(args.against, flags, args.rounds)
 
     device = compute_init(args.device_type)
+    torch.backends.cuda.enable_cudnn_sdp(args.cudnn)
     if args.workers < 0:
         args.workers = max(1, os.cpu_count() - 2) if device.type == "cuda" else 0
     cfg = PRESETS[args.preset]()
@@ -299,7 +313,7 @@ def main(argv=None):
     print0(f"{args.preset} {mode.name}: {model.num_params():,} parameters, {device.type}, {str(model.dtype)[6:]}, matmul {peak / 1e12:.3f} TFLOP/s; forward of one "
            f"row {ours / 1e9:.3f} GFLOP by our count, {counter.get_total_flops() / 1e9:.3f} by torch's (which counts the upper half of causal attention too)")
     common = {"preset": args.preset, "mode": mode.name, "batch": args.batch, "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-              "threads": torch.get_num_threads(), "workers": args.workers, "dtype": str(model.dtype)[6:], "matmul_tflops": peak / 1e12, "flops_over_torch": ours / counter.get_total_flops(),
+              "threads": torch.get_num_threads(), "cudnn": args.cudnn, "workers": args.workers, "dtype": str(model.dtype)[6:], "matmul_tflops": peak / 1e12, "flops_over_torch": ours / counter.get_total_flops(),
               "torch": torch.__version__, "commit": git_commit()}
     dtype, model = model.dtype, None
     for what in args.what.split(","):

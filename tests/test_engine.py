@@ -76,7 +76,7 @@ def test_replayed_steps_say_the_same(engine, mixed, monkeypatch):
             step()
         return replay
     monkeypatch.setattr(engine_module, "captured", captured)
-    monkeypatch.setattr(engine_module.KVCache, "ROOM", 8)
+    monkeypatch.setattr(engine_module, "GRAPH_ROOM", 8)
     engine.end = -1
     endless, _ = tokens_of(engine, mixed, 40)
     engine.end = next(t for ids in endless for t in ids[:10] if any(t not in other for other in endless))
