@@ -77,7 +77,7 @@ small|gpu)
     tokenizer 1024
     COMMON+=(--mode "$MODE" --workers "$(($(nproc) > 2 ? $(nproc) - 2 : 1))" --max-seq-len 1536 --random-share 0.1 --save-every 1000 --eval-every 500)
     echo "== stage 1"
-    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 --chars 40-1300 --ramp 100000 --max-minutes "${MINUTES1:-10}" \
+    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 --chars 40-1300 --ramp 150000 --max-minutes "${MINUTES1:-10}" \
         "${COMMON[@]}" $(resume stage1)
     echo "== stage 2"
     stage vis_mid_train --encoder "$OUT/stage1" --data synthdoc=1,synthpage=1 --ramp 20000 --max-minutes "${MINUTES2:-6}" "${COMMON[@]:2}" $(resume stage2)

@@ -1,6 +1,6 @@
 """
-Sizes of the model, and the presets: `nano` (two CPU cores), `mini` (the recipe of `small`, tried on a CPU), `small` (one GPU) and `base`
-(the published DeepEncoder and a nanochat d20).
+Sizes of the model, and the presets: `nano` (two CPU cores), `dense` and `mini` (where recipes for dense pages are tried on a CPU), `small`
+(one GPU) and `base` (the published DeepEncoder and a nanochat d20).
 Every class of the model is built from these dataclasses alone; nothing in the model knows a preset's name.
 """
 from dataclasses import asdict, dataclass, field, fields
@@ -106,6 +106,13 @@ def small():
         standardize="position", modes=("small", "tiny"))
 
 
+def dense():
+    """nano on pages of 128 px: as many patches and tokens, in print that can be told apart up to 8 characters a token (16 px a line)."""
+    cfg = nano()
+    cfg.sam.image_size, cfg.sam.patch_size, cfg.modes = 128, 8, ("dense",)
+    return cfg
+
+
 def mini():
     """The geometry of `small` at 512 px, narrow: two CPU cores see in an hour whether a recipe for dense pages takes off."""
     return ModelConfig(
@@ -126,4 +133,4 @@ def tiny():
         standardize="position", modes=("test",))
 
 
-PRESETS = {"nano": nano, "mini": mini, "small": small, "base": ModelConfig, "tiny": tiny}
+PRESETS = {"nano": nano, "dense": dense, "mini": mini, "small": small, "base": ModelConfig, "tiny": tiny}

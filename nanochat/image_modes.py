@@ -24,7 +24,7 @@ MODES = {m.name: m for m in (
     Mode("tiny", 512, stretch=True), Mode("small", 640, stretch=True), Mode("base", 1024), Mode("large", 1280),
     Mode("gundam", 1024, tile=640, max_tiles=6), Mode("gundam-m", 1280, tile=1024, max_tiles=6),
     Mode("gundam-9", 1024, tile=640, max_tiles=9), Mode("gundam-m-9", 1280, tile=1024, max_tiles=9),
-    Mode("nano", 64, stretch=True), Mode("test", 64, stretch=True))}
+    Mode("nano", 64, stretch=True), Mode("dense", 128, stretch=True), Mode("test", 64, stretch=True))}
 
 
 def get_mode(name, supported=None):

@@ -6,8 +6,10 @@ python -m pytest tests/test_bench.py
 import json
 
 import pytest
+import torch
 
-from nanochat import config
+from nanochat import common, config
+from nanochat.common import choose_compile
 from nanochat.model import forward_flops
 from scripts import bench, memory
 
@@ -45,3 +47,13 @@ def test_packed_rows_have_the_flops_of_their_samples():
     cfg = config.tiny()
     whole, packed = (sum(forward_flops(cfg, {64: 2}, 48, 1, lengths=lengths).values()) for lengths in (None, [[24, 24]]))
     assert whole - packed == cfg.gpt.n_layer * 2 * cfg.gpt.n_embd * (48 ** 2 - 2 * 24 ** 2)
+
+
+def test_compile_needs_a_compiler(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(common.shutil, "which", lambda name: "/usr/bin/gcc" if name in ("gcc", "g++") else None)
+    assert [choose_compile(cpu), choose_compile(cpu, "yes"), choose_compile(cuda), choose_compile(cuda, "no")] == [False, True, True, False]
+    monkeypatch.setattr(common.shutil, "which", lambda name: None)
+    assert not choose_compile(cuda)
+    with pytest.raises(ValueError, match="--compile=yes needs a C"):
+        choose_compile(cuda, "yes")
