@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.image_modes import MODES
+from nanochat.image_modes import get_mode
 from nanochat.layers import Conv2d, LayerNorm, Linear, attention, run_blocks, trunc_normal_linears
 
 MIN_BATCH_FOR_STATISTICS = 8  # below this many images, batch statistics are too noisy: running ones are used
@@ -363,7 +363,7 @@ class DeepEncoder(nn.Module):
         super().__init__()
         self.stride = cfg.token_stride
         self.sam_model = SAM(cfg.sam)
-        sides = {side for name in cfg.modes for side in (MODES[name].size, MODES[name].tile) if side}
+        sides = {side for mode in map(get_mode, cfg.modes) for side in (mode.size, mode.tile) if side}
         self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, cfg.sam.image_size // cfg.token_stride,
                                        sorted(side // cfg.token_stride for side in sides))
         self.vision_model = CLIP(cfg.clip)
