@@ -65,7 +65,7 @@ small|gpu)
     # paper's study (640 px and 100 tokens, 512 px and 64) are trained together and read apart.
     MODE=small,tiny EVALUATIONS=""
     if [ -n "${TRIAL:-}" ]; then
-        MODE=tiny COMMON=(--preset mini --num-iterations 2 --device-batch-size 8) READ=(--max-problems 2)
+        MODE=tiny COMMON=(--preset mini --num-iterations 2 --device-batch-size 8) READ=(--max-problems 2 --max-new-tokens 20)
     else
         COMMON=(--preset small --num-iterations 20000 --device-batch-size 64) READ=(--max-problems 256)
     fi

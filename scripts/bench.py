@@ -285,9 +285,10 @@ def main(argv=None):
     if args.suite:
         return run_suite(args.suite)
     if args.against:
-        flags = [f for i, f in enumerate(argv or sys.argv[1:]) for before in [(argv or sys.argv[1:])[i - 1] if i else ""]
-                 if f.split("=")[0] not in ("--against", "--rounds") and before not in ("--against", "--rounds")]
-        return against(args.against, flags, args.rounds)
+        ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        ours.add_argument("--against")
+        ours.add_argument("--rounds")
+        return against(args.against, ours.parse_known_args(argv)[1], args.rounds)
 
     device = compute_init(args.device_type)
     torch.backends.cuda.enable_cudnn_sdp(args.cudnn)
