@@ -107,6 +107,10 @@ def training(args, model, mode, stage, compiled, peak):
         optimizer.zero_grad()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    first = time.perf_counter() - start  # with compiling
     dt = seconds(device, step, args.repeats)
     peak_gb = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     parts = {}
@@ -127,7 +131,8 @@ def training(args, model, mode, stage, compiled, peak):
         parts["pixels to the device, meanwhile"] = seconds(device, lambda: on_host.to(device, non_blocking=True), args.repeats)
     f = forward_flops(model.cfg, {mode.size: images}, args.seq, args.batch, supervised, batch.lengths)
     flops = 3 * sum(f.values()) - (2 * f["sam"] if stage == 2 else 0)
-    return {"compiled": compiled, "seq": args.seq, "pack": args.pack, "recompute": args.recompute, "optimizer": args.optimizer, "seconds": dt,
+    return {"compiled": compiled, "seq": args.seq, "pack": args.pack, "recompute": args.recompute, "optimizer": args.optimizer, "first_step_seconds": first,
+            "seconds": dt,
             "images_per_sec": images / dt, "tokens_per_sec": batch.ids.numel() / dt, "mfu": flops / dt / peak, "peak_gb": peak_gb,
             "share": {k: round(v / dt, 3) for k, v in parts.items()}}
 

@@ -5,8 +5,6 @@ it should, and that the model lays tiles, newlines and separator out in the publ
 python -m pytest tests/test_image_modes.py
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch

@@ -17,8 +17,7 @@ from tasks import synthpage
 from tasks.damage import LIMITS, damage_image, parse_damage
 from tasks.omnidocbench import OmniDocBench
 from tasks.synthdoc import FACES, PageFull, held_out_words, letters, prose
-from tasks.synthpage import (FOX_PAGES, SynthChart, SynthPage, annotation, fox_like, omnidocbench_like, prose_sentences, set_page,
-                             write_folder)
+from tasks.synthpage import (FOX_PAGES, SynthChart, SynthPage, annotation, fox_like, omnidocbench_like, prose_sentences, write_folder)
 
 FURNITURE = ("header", "footer", "page_number")
 
