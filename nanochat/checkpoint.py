@@ -9,19 +9,13 @@ import re
 import shutil
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import dist_info
+from nanochat.common import barrier, dist_info, read_json, write_json
 from nanochat.config import ModelConfig
-from nanochat.model import NanoDeepseekOCR
+from nanochat.model import DeepseekOCR
 from nanochat.tokenizer import Tokenizer
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def steps_of(run_dir, prefix="model"):
@@ -38,16 +32,6 @@ def resuming(args):
 
 def checkpoint_dir(run_dir, step, prefix="model"):
     return os.path.join(run_dir, f"{prefix}_{step:06d}")
-
-
-def write_json(path, value):
-    with open(path, "w") as f:
-        json.dump(value, f, indent=1)
-
-
-def read_json(path):
-    with open(path) as f:
-        return json.load(f)
 
 
 def need_disk_space(folder, bytes_needed):
@@ -142,11 +126,11 @@ def resolve(path, prefix="model"):
     return checkpoint_dir(path, steps[-1], prefix)
 
 
-def load_model(path, device):
+def load_model(path, device, kind=DeepseekOCR):
     """-> (model in eval mode, tokenizer, meta) from a checkpoint or run folder."""
     path = resolve(path)
     cfg = ModelConfig.from_dict(read_json(os.path.join(path, "config.json")))
-    model = NanoDeepseekOCR(cfg)
+    model = kind(cfg)
     load_weights(model, read_tensors(os.path.join(path, "model.safetensors")), path)
     model.tokenizer, model.meta = Tokenizer.load(path), read_json(os.path.join(path, "meta.json"))
     return model.to(device).eval(), model.tokenizer, model.meta
@@ -155,8 +139,8 @@ def load_model(path, device):
 def load_encoder(path, model):
     """Stage-1 encoder into `model`; its sizes must be the model's. -> its meta."""
     path = resolve(path, "deepencoder")
-    theirs, ours = read_json(os.path.join(path, "config.json")), model.cfg.to_dict()
-    for part in ("sam", "clip", "standardize"):
+    theirs, ours = ModelConfig.from_dict(read_json(os.path.join(path, "config.json"))).to_dict(), model.cfg.to_dict()
+    for part in ("sam", "second_stage", "standardize"):
         theirs_part, ours_part = json.loads(json.dumps(theirs[part])), json.loads(json.dumps(ours[part]))
         if theirs_part != ours_part:
             raise ValueError(f"{path} was trained with {part}={theirs_part}, this run has {ours_part}: use the same preset")

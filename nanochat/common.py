@@ -1,4 +1,5 @@
 """Process set-up, devices and printing: the same few lines in every script."""
+import hashlib
 import json
 import os
 import shutil
@@ -98,6 +99,11 @@ def gather(value):
     return values
 
 
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -120,6 +126,21 @@ def matmul_rate(device, dtype):
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n ** 3 / best
+
+
+def stable_hash(text):
+    """An int that is the same in every process and on every machine, which Python's own hash() is not."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def write_json(path, value):
+    with open(path, "w") as f:
+        json.dump(value, f, indent=1)
+
+
+def read_json(path):
+    with open(path) as f:
+        return json.load(f)
 
 
 def git_commit():

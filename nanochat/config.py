@@ -5,6 +5,10 @@ Every class of the model is built from these dataclasses alone; nothing in the m
 """
 from dataclasses import asdict, dataclass, field, fields
 
+from nanochat.clip import CLIP, CLIPConfig
+
+SECOND_STAGES = {"clip": (CLIPConfig, CLIP)}  # kind: what it is built from, and it
+
 
 @dataclass
 class SAMConfig:
@@ -22,17 +26,6 @@ class SAMConfig:
 
 
 @dataclass
-class CLIPConfig:
-    """CLIP ViT fed by the compressor in place of patch embeddings (defaults are the published ViT-L/14)."""
-    grid: int = 16                   # the position table is stored for grid x grid tokens and a class token
-    width: int = 1024
-    depth: int = 24
-    n_head: int = 16
-    ffn: int = 4096
-    patch_size: int = 14             # CLIP's own patch convolution: published, kept, never run; 0 = absent
-
-
-@dataclass
 class GPTConfig:
     """nanochat's decoder, October 2025 form."""
     sequence_len: int = 2048
@@ -46,20 +39,20 @@ class GPTConfig:
 @dataclass
 class ModelConfig:
     sam: SAMConfig = field(default_factory=SAMConfig)
-    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    second_stage: CLIPConfig = field(default_factory=CLIPConfig)  # or another of SECOND_STAGES
     gpt: GPTConfig = field(default_factory=GPTConfig)
     standardize: str = "none"        # compressor output over the batch: none (published weights) | channel | position
     modes: tuple = ("tiny", "small", "base", "large", "gundam", "gundam-m", "gundam-9", "gundam-m-9")  # image modes this model is made for
     image_token_id: int = -1         # set from the tokenizer
 
     def __post_init__(self):
-        s, c, g = self.sam, self.clip, self.gpt
+        s, c, g = self.sam, self.second_stage, self.gpt
         s.global_blocks, self.modes = tuple(s.global_blocks), tuple(self.modes)
-        for what, width, heads in (("sam", s.width, s.n_head), ("clip", c.width, c.n_head), ("gpt", g.n_embd, g.n_head)):
+        for what, width, heads in (("sam", s.width, s.n_head), (c.kind, c.width, c.n_head), ("gpt", g.n_embd, g.n_head)):
             if width % heads:
                 raise ValueError(f"{what}: width {width} is not a multiple of its {heads} heads")
         if s.net_3 != c.width:
-            raise ValueError(f"compressor gives {s.net_3} channels but CLIP is {c.width} wide: net_3 must equal clip.width")
+            raise ValueError(f"compressor gives {s.net_3} channels but {c.kind} is {c.width} wide: net_3 must equal its width")
         if s.image_size % (4 * s.patch_size):
             raise ValueError(f"image_size {s.image_size} must be a multiple of 4 patches ({4 * s.patch_size} px)")
         if g.n_head % g.n_kv_head:
@@ -83,7 +76,13 @@ class ModelConfig:
             if names != set(values):
                 raise ValueError(f"{kind.__name__}: unknown keys {sorted(set(values) - names)}, missing keys {sorted(names - set(values))}")
             return kind(**values)
-        parts = {"sam": SAMConfig, "clip": CLIPConfig, "gpt": GPTConfig}
+        d = dict(d)
+        if "clip" in d:  # checkpoints of before December 2026 knew no other second stage
+            d["second_stage"] = {"kind": "clip", **d.pop("clip")}
+        kind = d.get("second_stage", {}).get("kind")
+        if kind not in SECOND_STAGES:
+            raise ValueError(f"second stage of the encoder {kind!r}: must be one of {sorted(SECOND_STAGES)}")
+        parts = {"sam": SAMConfig, "second_stage": SECOND_STAGES[kind][0], "gpt": GPTConfig}
         return build(cls, {k: build(parts[k], v) if k in parts else v for k, v in d.items()})
 
 
@@ -91,7 +90,7 @@ def nano():
     return ModelConfig(
         sam=SAMConfig(image_size=64, patch_size=4, width=128, depth=3, n_head=2, window=8, global_blocks=(2,),
                       neck=128, net_2=192, net_3=256),
-        clip=CLIPConfig(grid=4, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
+        second_stage=CLIPConfig(grid=4, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(sequence_len=512, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=192),
         standardize="position", modes=("nano",))
 
@@ -101,7 +100,7 @@ def small():
     return ModelConfig(
         sam=SAMConfig(image_size=640, patch_size=16, width=256, depth=6, n_head=4, window=8, global_blocks=(2, 5),
                       neck=256, net_2=320, net_3=512),
-        clip=CLIPConfig(grid=10, width=512, depth=3, n_head=8, ffn=2048, patch_size=0),
+        second_stage=CLIPConfig(grid=10, width=512, depth=3, n_head=8, ffn=2048, patch_size=0),
         gpt=GPTConfig(sequence_len=4096, vocab_size=1024, n_layer=5, n_head=6, n_kv_head=6, n_embd=384),
         standardize="position", modes=("small", "tiny"))
 
@@ -118,7 +117,7 @@ def mini():
     return ModelConfig(
         sam=SAMConfig(image_size=512, patch_size=16, width=128, depth=4, n_head=2, window=8, global_blocks=(1, 3),
                       neck=128, net_2=192, net_3=256),
-        clip=CLIPConfig(grid=8, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
+        second_stage=CLIPConfig(grid=8, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(sequence_len=2048, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=256),
         standardize="position", modes=("tiny",))
 
@@ -128,7 +127,7 @@ def tiny():
     return ModelConfig(
         sam=SAMConfig(image_size=64, patch_size=8, width=32, depth=2, n_head=2, window=5, global_blocks=(1,),
                       neck=16, net_2=24, net_3=32),
-        clip=CLIPConfig(grid=2, width=32, depth=1, n_head=2, ffn=64, patch_size=0),
+        second_stage=CLIPConfig(grid=2, width=32, depth=1, n_head=2, ffn=64, patch_size=0),
         gpt=GPTConfig(sequence_len=256, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32),
         standardize="position", modes=("test",))
 

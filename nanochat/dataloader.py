@@ -3,90 +3,18 @@ From conversations to batches: task -> tokens and pixels -> Batch. Micro-batch k
 indices, so any step can be rebuilt, and a resumed run sees exactly what the unbroken one would have seen. Where a set can only be
 read in order (Stream), a batch carries the state that does the same.
 """
-import math
-import random
 import sys
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from itertools import islice
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from nanochat.batch import COUNTS, Sample, collate
+from nanochat.conversation import BadSample, open_image
 from nanochat.image_modes import plan, preprocess
-from tasks.common import BadSample, open_image
+from nanochat.mixture import Mixture, Stream, draws
 
-IGNORE = -1
 UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError)  # what malformed rows give rise to
-COUNTS = ("images", "positions", "slots", "bad", "clipped", "dropped")  # slots: positions and padding
-
-
-@dataclass
-class Batch:
-    """B rows of T positions, padded on the right: a conversation a row, or several when packed. Images of all rows in order."""
-    ids: torch.Tensor                # (B, T) int64
-    targets: torch.Tensor            # (B, T) int64: the next token where the assistant speaks, else -1
-    views: dict = field(default_factory=dict)   # {side in px: (N, 3, side, side) uint8}, an image's tiles before its global view
-    plans: list = field(default_factory=list)   # image_modes.Plan per image
-    features_per_row: list = field(default_factory=list)
-    characters: int = 0              # supervised characters
-    positions: torch.Tensor = None   # (B, T) int64 of packed rows: each sample counts from 0; None = 0..T-1
-    lengths: list = None             # of packed rows: for each row the lengths of its samples
-    owners: list = field(default_factory=list)  # number of the conversation per image
-    counts: dict = field(default_factory=dict)  # COUNTS, and "drawn/<task>": samples drawn
-    state: dict = None               # of a stream's worker after this batch: what `loader` goes on from
-    supervised_at: torch.Tensor = field(init=False)  # (n,) int64: where targets are not -1, as indices into B * T
-
-    def __post_init__(self):
-        self.supervised_at = (self.targets.flatten() != IGNORE).nonzero()[:, 0]  # on the host: asked of a device, one has to wait for it
-
-    @property
-    def images(self):
-        return len(self.plans)
-
-    def supervised(self):
-        return len(self.supervised_at)
-
-    def map(self, f):
-        """The same batch with every tensor t as f(t)."""
-        return replace(self, ids=f(self.ids), targets=f(self.targets), views={s: f(v) for s, v in self.views.items()},
-                       positions=None if self.positions is None else f(self.positions))
-
-    def to(self, device):
-        return self.map(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self):
-        batch = self.map(torch.Tensor.pin_memory)
-        batch.supervised_at = batch.supervised_at.pin_memory()
-        return batch
-
-    def deranged(self):
-        """The same text beside other pages: every image gets the pixels of one with an equal plan from another conversation."""
-        source = list(range(self.images))  # whose pixels each image gets
-        for shape in dict.fromkeys(self.plans):
-            group = [i for i, p in enumerate(self.plans) if p == shape]
-            shift = max(Counter(self.owners[i] for i in group).values())  # past the images of one's own conversation
-            if len(group) < 2 * shift:
-                raise ValueError(f"deranging needs each shape of image in two conversations or more; of {shape.mode.name} with "
-                                 f"{shape.cols}x{shape.rows} tiles there are {len(group)}, {shift} in one of them: use larger batches "
-                                 f"or an untiled mode")
-            for i, j in zip(group, group[-shift:] + group[:-shift]):
-                source[i] = j
-        if not source:
-            raise ValueError("deranging needs images, this batch has none")
-        pieces = {side: v.split([p.views.get(side, 0) for p in self.plans]) for side, v in self.views.items()}
-        return replace(self, views={side: torch.cat([pieces[side][i] for i in source]) for side in self.views})
-
-
-class Sample(NamedTuple):
-    """One conversation ready for `collate`; one that cannot be used has no ids, only counts."""
-    ids: list
-    mask: list = ()
-    images: list = ()                # [(plan, global view, tiles), ...]
-    characters: int = 0
-    counts: dict = {}
 
 
 class Sampler:
@@ -151,141 +79,9 @@ class Sampler:
         return Sample(ids, mask, images, len(self.tokenizer.decode(said)), counts)
 
 
-def pack_rows(lengths, images, row_length, max_images):
-    """
-    Rows, lists of sample numbers, of at most row_length positions and max_images images: the fewest in which all find a place, the
-    longest sample first, each in the emptiest row with room. Only the samples of one micro-batch share rows, so which samples it holds
-    stays arithmetic on indices and a resume needs no state. Emptiest, not first fit: rows come out nearly equal, and T is the longest.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for n in range(-(-sum(lengths) // row_length), len(lengths) + 1):
-        rows, used, pictures = [[] for _ in range(n)], [0] * n, [0] * n
-        for i in order:
-            fit = [r for r in range(n) if used[r] + lengths[i] <= row_length and pictures[r] + images[i] <= max_images]
-            if not fit:
-                break
-            r = min(fit, key=used.__getitem__)
-            rows[r], used[r], pictures[r] = [*rows[r], i], used[r] + lengths[i], pictures[r] + images[i]
-        else:
-            return [sorted(row) for row in rows]
-
-
-def collate(samples, pack=0, max_images=0, multiple=1):
-    """Samples -> Batch, its rows padded to a multiple of `multiple`; samples that cannot be used leave only their counts."""
-    samples = [Sample(*s) for s in samples]
-    counts = sum((Counter(s.counts) for s in samples), Counter())
-    samples = [s for s in samples if s.ids] or [Sample([0, 0], [0, 0])]  # nothing to use: a row that teaches nothing
-    lengths = [len(s.ids) - 1 for s in samples]
-    rows = pack_rows(lengths, [len(s.images) for s in samples], pack, max_images) if pack else [[i] for i in range(len(samples))]
-    T = -(-max(sum(lengths[i] for i in row) for row in rows) // multiple) * multiple
-    ids, positions = (np.zeros((len(rows), T), dtype=np.int64) for _ in range(2))
-    targets = np.full((len(rows), T), IGNORE, dtype=np.int64)
-    views, plans, owners, per_row = {}, [], [], []
-    for r, row in enumerate(rows):
-        at = 0
-        for i in row:
-            (tokens, mask, images, *_), n = samples[i], lengths[i]
-            ids[r, at:at + n] = tokens[:-1]
-            targets[r, at:at + n] = np.where(mask[1:], tokens[1:], IGNORE)  # position t predicts token t + 1
-            positions[r, at:at + n] = np.arange(n)
-            at += n
-            for p, view, tiles in images:
-                plans.append(p)
-                owners.append(i)
-                if p.rows:
-                    views.setdefault(p.mode.tile, []).extend(tiles)
-                views.setdefault(p.mode.size, []).append(view)
-        per_row.append(sum(p.positions for i in row for p, _, _ in samples[i].images))
-    counts.update(images=len(plans), positions=sum(lengths), slots=ids.size)
-    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), {s: torch.from_numpy(np.stack(v)) for s, v in views.items()}, plans,
-                 per_row, sum(s.characters for s in samples), torch.from_numpy(positions) if pack else None,
-                 [[lengths[i] for i in row] for row in rows] if pack else None, owners, dict(counts))
-
-
-class Mixture:
-    """
-    Tasks in fixed integer shares, e.g. [(ocr, 9), (chat, 1)]: every run of sum(shares) samples has exactly these counts. With a
-    Stream among them it has no length, and each of the loader's workers mixes what it draws.
-    """
-    def __init__(self, parts):
-        for task, share in parts:
-            if share < 1 or share != int(share):
-                raise ValueError(f"share {share} of {type(task).__name__}: must be a positive integer")
-        # a mixture among the parts is taken apart: its tasks are counted, and streamed, like any other
-        scale = math.prod(sum(task.shares) for task, _ in parts if isinstance(task, Mixture))
-        parts = [part for task, share in parts for part in (
-            [(inner, share * scale // sum(task.shares) * n) for inner, n in zip(task.tasks, task.shares)] if isinstance(task, Mixture) else [(task, share * scale)])]
-        self.tasks = [task for task, _ in parts]
-        names = [getattr(task, "name", type(task).__name__) for task in self.tasks]
-        self.names = [name if names.count(name) == 1 else f"{name}-{t}" for t, name in enumerate(names)]
-        divisor = math.gcd(*(share for _, share in parts))
-        parts = [(task, share // divisor) for task, share in parts]
-        total = sum(share for _, share in parts)
-        # spread each task evenly over the cycle: slot at (j + 1/2) / share
-        order = sorted(((j + 0.5) / share, t) for t, (_, share) in enumerate(parts) for j in range(share))
-        self.cycle = [(t, sum(1 for _, u in order[:pos] if u == t)) for pos, (_, t) in enumerate(order)]
-        self.shares = [share for _, share in parts]
-        self.streams = any(isinstance(task, Stream) for task in self.tasks)
-        self.length = 0 if self.streams else min(len(task) // share for task, share in parts) * total
-
-    def __len__(self):
-        return self.length
-
-    def place(self, i):
-        """(number of the task, its row) of sample i."""
-        turn, slot = divmod(i, len(self.cycle))
-        t, nth = self.cycle[slot]
-        return t, turn * self.shares[t] + nth
-
-    def __getitem__(self, i):
-        t, row = self.place(i)
-        return self.tasks[t][row]
-
-
 def micro_batches(start, stop, size, rank, world):
     """The samples of this rank's micro-batches start..stop-1: number k holds (k * world + rank) * size ... + size."""
     return [range(first, first + size) for first in ((k * world + rank) * size for k in range(start, stop))]
-
-
-class Stream:
-    """
-    A set read in order, epoch after epoch, which may be larger than the disk. rows: a `datasets` IterableDataset, which shards itself
-    over ranks and workers. Its pictures stay undecoded (Image(decode=False)) and rows raw until to_conversation(row, where), a plain
-    function: an error inside the generators of `datasets` would end them. window: so many rows are shuffled among themselves (the
-    buffer of `rows.shuffle` is lost on resume; a window is read again).
-    """
-    def __init__(self, rows, to_conversation, name, window=1, seed=0):
-        self.rows, self.to_conversation, self.name, self.window, self.seed = rows, to_conversation, name, window, seed
-
-    def draws(self, rank, world, worker, workers, state):
-        """Endless (where, function that gives the conversation, state to go on after it)."""
-        from datasets.distributed import split_dataset_by_node
-        rows = split_dataset_by_node(self.rows, rank, world)  # a copy: the epoch of self.rows is shared by all workers
-        state = state or {"epoch": 0, "rows": None, "row": 0, "taken": 0}  # rows: where the window begins; taken: of the window
-        while True:
-            epoch, at, row, taken = (state[key] for key in ("epoch", "rows", "row", "taken"))
-            rows.set_epoch(epoch)
-            if at:
-                rows.load_state_dict(at)
-            reader = iter(rows)
-            while window := list(islice(reader, self.window)):
-                order = random.Random(f"{self.seed}/{epoch}/{rank}/{worker}/{row}").sample(range(len(window)), len(window))
-                for taken in range(taken + 1, len(window) + 1):
-                    nth = order[taken - 1]
-                    where = f"{self.name} epoch {epoch}, row {row + nth} of worker {worker} of rank {rank}"
-                    yield where, partial(self.to_conversation, window[nth], where), dict(state, rows=at, row=row, taken=taken)
-                at, row, taken = rows.state_dict(), row + len(window), 0
-            if row == 0:
-                raise ValueError(f"{self.name} has no row for worker {worker} of {workers} on rank {rank} of {world}: give --workers "
-                                 f"no more than its {rows.num_shards} shards on this rank")
-            state = {"epoch": epoch + 1, "rows": None, "row": 0, "taken": 0}
-
-
-def draws(task, name, rank, world, worker, workers, state):
-    """As Stream.draws, for a task with indices beside a Stream: every so-many-th row, epoch after epoch."""
-    for n in range(state or 0, sys.maxsize):
-        row = (n * world * workers + rank * workers + worker) % len(task)
-        yield f"{name} row {row}", partial(task.__getitem__, row), n + 1
 
 
 class StreamBatches(torch.utils.data.IterableDataset):

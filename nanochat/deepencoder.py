@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.config import SECOND_STAGES
 from nanochat.image_modes import get_mode
 from nanochat.layers import Conv2d, LayerNorm, Linear, attention, run_blocks, trunc_normal_linears
 
@@ -268,91 +269,6 @@ class Standardize(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# CLIP ViT
-
-class CLIPEmbeddings(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.zeros(cfg.width))
-        if cfg.patch_size:  # part of the published weights, never run: no gradient
-            self.patch_embedding = Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
-            self.patch_embedding.requires_grad_(False)
-        self.position_embedding = nn.Embedding(cfg.grid ** 2 + 1, cfg.width)
-
-    def forward(self, x):  # (B, C, h, w) compressor output -> (B, 1 + hw, C)
-        B, C, h, w = x.shape
-        table, grid = self.position_embedding.weight, int((self.position_embedding.num_embeddings - 1) ** 0.5)
-        if (h, w) != (grid, grid):
-            patches = table[1:].float().view(1, grid, grid, C).permute(0, 3, 1, 2)
-            patches = F.interpolate(patches, size=(h, w), mode="bicubic", antialias=True, align_corners=False)
-            table = torch.cat([table[:1], patches.flatten(2)[0].t().to(table.dtype)])
-        cls = self.class_embedding.to(x.dtype).expand(B, 1, C)
-        return torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + table.to(x.dtype)
-
-
-class CLIPAttention(nn.Module):
-    def __init__(self, width, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.qkv_proj = Linear(width, 3 * width)
-        self.out_proj = Linear(width, width)
-
-    def forward(self, x):  # (B, T, C)
-        B, T, C = x.shape
-        q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        return self.out_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, C))
-
-
-class CLIPMLP(nn.Module):
-    def __init__(self, width, ffn):
-        super().__init__()
-        self.fc1 = Linear(width, ffn)
-        self.fc2 = Linear(ffn, width)
-
-    def forward(self, x):
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick GELU
-
-
-class CLIPBlock(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.layer_norm1 = LayerNorm(cfg.width, eps=1e-5)
-        self.self_attn = CLIPAttention(cfg.width, cfg.n_head)
-        self.layer_norm2 = LayerNorm(cfg.width, eps=1e-5)
-        self.mlp = CLIPMLP(cfg.width, cfg.ffn)
-
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class CLIPTransformer(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.layers = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.depth))
-
-
-class CLIP(nn.Module):
-    """CLIP ViT without final norm, pooling or text tower: (B, C, h, w) -> (B, hw, C), the class token dropped."""
-    def __init__(self, cfg):
-        super().__init__()
-        self.embeddings = CLIPEmbeddings(cfg)
-        self.pre_layrnorm = LayerNorm(cfg.width, eps=1e-5)  # the published name, sic
-        self.transformer = CLIPTransformer(cfg)
-        self.recompute = False
-
-    def init_weights(self):
-        trunc_normal_linears(self)
-        nn.init.normal_(self.embeddings.class_embedding, std=0.02)
-        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
-
-    def forward(self, x):
-        x = self.pre_layrnorm(self.embeddings(x))
-        return run_blocks(self.transformer.layers, x, recompute=self.recompute)[:, 1:]
-
-
-# -----------------------------------------------------------------------------
 
 class DeepEncoder(nn.Module):
     """
@@ -366,7 +282,10 @@ class DeepEncoder(nn.Module):
         sides = {side for mode in map(get_mode, cfg.modes) for side in (mode.size, mode.tile) if side}
         self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, cfg.sam.image_size // cfg.token_stride,
                                        sorted(side // cfg.token_stride for side in sides))
-        self.vision_model = CLIP(cfg.clip)
+        second_stage = SECOND_STAGES[cfg.second_stage.kind][1]
+        self.vision_model = second_stage(cfg.second_stage)  # the published name of CLIP's place
+        self.kind = cfg.second_stage.kind
+        self.width = self.vision_model.width + (cfg.sam.net_3 if self.vision_model.layout == "grid" else 0)
 
     def init_weights(self):
         self.sam_model.init_weights()
@@ -383,7 +302,9 @@ class DeepEncoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.sam_model.net_3.weight.requires_grad):
             x = self.sam_model(x, taps)
             x = self.standardize(x)
-        clip = self.vision_model(x)
+        y = self.vision_model(x)
         if taps is not None:
-            taps["clip"] = clip
-        return torch.cat([clip, x.flatten(2).transpose(1, 2)], -1)
+            taps[self.kind] = y
+        if self.vision_model.layout == "sequence":
+            return y
+        return torch.cat([y, x.flatten(2).transpose(1, 2)], -1)

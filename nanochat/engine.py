@@ -7,18 +7,14 @@ import codecs
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from PIL import ImageOps
 
-from nanochat import image_modes
-from nanochat.checkpoint import load_model
-from nanochat.pretrained import fetch
-from nanochat.common import choose_dtype
-from nanochat.dataloader import collate
+from nanochat.batch import collate
 from nanochat.gpt import KVCache
-from nanochat.image_modes import get_mode, plan, preprocess
+from nanochat.image_modes import plan, preprocess
 from nanochat.metrics import repetition
 from nanochat.tokenizer import SPECIAL_TOKENS
 
@@ -212,33 +208,3 @@ class Engine:
             for _ in range(n):
                 advance()
                 news.append((choice.clone(), logprob.clone()))
-
-
-# -----------------------------------------------------------------------------
-# The same few flags and steps in every script that reads with a trained model
-
-
-def choose_mode(name, supported):
-    """The Mode of a name; for "auto" a function (width, height) -> Mode."""
-    return partial(image_modes.auto_mode, supported) if name == "auto" else get_mode(name, supported)
-
-
-def add_arguments(parser):
-    parser.add_argument("--checkpoint", default="checkpoints/stage2", help="model_<step> folder, or a run folder (then its last)")
-    parser.add_argument("--mode", default="", help="image mode, or auto; empty = the one the model was trained in")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
-    parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens a page may take")
-    parser.add_argument("--no-repeat", default="", help="N,WINDOW: no N tokens twice in a row within WINDOW, e.g. 30,90; empty = off")
-
-
-def load_engine(args, device):
-    """-> (Engine, meta) for the flags of `add_arguments`."""
-    model, tokenizer, meta = load_model(fetch(args.checkpoint), device)
-    if not 1 <= args.max_new_tokens < model.cfg.gpt.sequence_len:
-        raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {model.cfg.gpt.sequence_len - 1}, the decoder's positions")
-    model.dtype = choose_dtype(device, args.dtype)
-    for p in model.gpt.parameters():  # cast once: they would be at each step, to the same numbers
-        p.data = p.data.to(model.dtype)
-    mode = choose_mode(args.mode or meta["mode"], model.cfg.modes)
-    return Engine(model, tokenizer, mode, NoRepeat.parse(args.no_repeat, tokenizer)), meta

@@ -34,7 +34,7 @@ def cosines(model, pixels):
     """{"sam": , "compressor": , "clip": , "projector": } for (N, 3, S, S) uint8 pages; compressor before standardisation."""
     taps = {}
     model.project(pixels, taps)
-    return {name: page_cosine(taps[name]) for name in ("sam", "compressor", "clip", "projector")}
+    return {name: page_cosine(features) for name, features in taps.items()}
 
 
 @torch.no_grad()
@@ -47,8 +47,8 @@ def validate(model, batches):
     right = wrong = tokens = characters = 0.0
     for batch in batches[rank::world]:
         batch = batch.to(model.device)
-        right += model(batch).item()
-        wrong += model(batch.deranged()).item()
+        right += model(batch)["text"][0].item()
+        wrong += model(batch.deranged())["text"][0].item()
         tokens += batch.supervised()
         characters += batch.characters
     right, wrong, tokens, characters = (all_reduce(v, model.device) for v in (right, wrong, tokens, characters))

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nanochat import checkpoint as ckpt
-from nanochat.common import (all_reduce, banner, choose_compile, choose_dtype, dist_info, gather, git_commit, init_wandb, matmul_rate, print0)
-from nanochat.dataloader import Sampler, ahead, collate, loader
+from nanochat.common import (all_reduce, banner, barrier, choose_compile, choose_dtype, dist_info, gather, git_commit, init_wandb, matmul_rate, print0, read_json, write_json)
+from nanochat.dataloader import Sampler, ahead, loader
+from nanochat.batch import collate
 from nanochat.engine import Engine
 from nanochat.gauges import cosines, read_pages, reestimate_statistics, validate
 from nanochat.image_modes import get_mode
@@ -44,7 +45,7 @@ def training_arguments(description, **defaults):
     # Data
     flag("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
     flag("--mode", default="", help="image mode, or several with commas, which samples take in turn (validated in the first); empty = the preset's first")
-    flag("--data", default="synthdoc", help="training data, NAME[:ARG][=SHARE] with commas, e.g. folder:DIR=3,smoltalk=1; names in tasks/training.py; "
+    flag("--data", default="synthdoc", help="training data, NAME[:ARG][=SHARE] with commas, e.g. folder:DIR=3,smoltalk=1; names in tasks/registry.py; "
          "validated on held-out samples of the first")
     p.add_argument("--stream", action="store_true", help="read the hub's sets as streams, which need no disk")
     flag("--val-share", float, 0.1, help="share of a folder's pages that is held out")
@@ -94,17 +95,17 @@ def open_run(args):
     if (steps or os.path.exists(config_path)) and not args.resume:
         raise FileExistsError(f"{run_dir} holds a run: --resume goes on with it, another --model-tag keeps it, or delete it")
     if os.path.exists(config_path):
-        old = ckpt.read_json(config_path)
+        old = read_json(config_path)
         changed = [f"--{k.replace('_', '-')} was {old.get(k)!r}, now {config.get(k)!r}" for k in sorted({*old, *config})
                    if old.get(k) != config.get(k)]
         if changed:
             raise ValueError(f"cannot resume {run_dir} under a changed config: {'; '.join(changed)}")
-    ckpt.barrier()  # no rank writes before every rank has looked
+    barrier()  # no rank writes before every rank has looked
     if dist_info()[0] == 0:
         os.makedirs(run_dir, exist_ok=True)
-        ckpt.write_json(config_path + ".tmp", config)
+        write_json(config_path + ".tmp", config)
         os.replace(config_path + ".tmp", config_path)
-    ckpt.barrier()
+    barrier()
     if args.resume and not steps:
         print0(f"{run_dir} has no whole checkpoint: starting from the beginning")
     return run_dir, steps[-1] if steps else None
@@ -311,7 +312,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
         for i, batch in enumerate(micro):
             if world > 1:
                 net.require_backward_grad_sync = i == accumulate - 1
-            loss = net(batch) / supervised
+            loss = net(batch)["text"][0] / supervised
             (loss * world).backward()  # DDP averages over ranks; the loss is a mean over the step's supervised tokens
             total += loss.detach().double() if device.type != "mps" else loss.detach()
             f = forward_flops(model.cfg, {s: len(v) for s, v in batch.views.items()}, batch.ids.size(1), batch.ids.size(0),
@@ -356,7 +357,7 @@ def train(args, stage, model, tokenizer, task, val_task, statistics_task, device
                "min_val_loss_step": state["best_step"], **state["last_eval"], "data": state["data"], "commit": meta["commit"], "seed": args.seed}
     if rank == 0:
         draw_curves(records.read(), os.path.join(run_dir, "curves.png"))
-        ckpt.write_json(os.path.join(run_dir, "summary.json"), summary)
+        write_json(os.path.join(run_dir, "summary.json"), summary)
     wandb_run.finish()
     print0(f"min val loss {state['best']:.4f} at step {state['best_step']}; curves in {os.path.join(run_dir, 'curves.png')}")
     return summary

@@ -1,5 +1,5 @@
 """
-NanoDeepseekOCR: DeepEncoder + linear projector + GPT. Image features take the places of <|image|> placeholders in the
+DeepseekOCR: DeepEncoder + linear projector + GPT. Image features take the places of <|image|> placeholders in the
 token embeddings (`fuse`); from there on the decoder reads one sequence.
 """
 import torch
@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.config import SECOND_STAGES
 from nanochat.deepencoder import DeepEncoder
 from nanochat.gpt import GPT
 from nanochat.layers import Linear
@@ -40,15 +41,14 @@ class Projector(nn.Module):
         return self.layers(x)
 
 
-class NanoDeepseekOCR(nn.Module):
+class DeepseekOCR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.dtype = torch.float32  # compute dtype; parameters are fp32
-        self.tokenizer = self.meta = None  # what came with it (from_pretrained)
         n_embd = cfg.gpt.n_embd
         self.encoder = DeepEncoder(cfg)
-        self.projector = Projector(cfg.clip.width + cfg.sam.net_3, n_embd)
+        self.projector = Projector(self.encoder.width, n_embd)
         self.image_newline = nn.Parameter(torch.zeros(n_embd))
         self.view_seperator = nn.Parameter(torch.zeros(n_embd))  # the published name, sic
         self.gpt = GPT(cfg.gpt)
@@ -112,31 +112,15 @@ class NanoDeepseekOCR(nn.Module):
             row = next(r for r, n in enumerate(placeholders) if n)
             raise ValueError(f"row {row} has <|image|> placeholders but the batch has no images")
         elif self.training:
-            # A batch without images still sends one blank page through the encoder, at weight zero: every parameter then has
-            # a gradient on every rank and step. One image is below the limit for batch statistics, so it leaves no trace.
-            side = self.cfg.sam.image_size
-            blank = self.rows_with_newline(self.project(torch.zeros(1, 3, side, side, dtype=torch.uint8)))
-            x = x + 0.0 * (blank.sum() + self.view_seperator.sum()).to(x.dtype)
+            # Parameters that a batch has no use for take part at weight zero: every parameter then has a gradient on every rank and step.
+            seeing = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("gpt.")]
+            x = x + 0.0 * sum(p.sum() for p in seeing).to(x.dtype)
         return x
-
-    def read(self, image, mode=None, prompt=None, max_new_tokens=None, no_repeat=None):
-        """
-        Text of a PIL image, greedily. mode: name, "auto" or Mode, default the one trained in; prompt: a question in place of reading
-        the page; max_new_tokens: default as many as the decoder has positions left; no_repeat: an engine.NoRepeat.
-        """
-        from nanochat.engine import Engine, choose_mode  # on top of this file
-        from tasks.common import OCR_PROMPT, ocr_conversation
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer to read with: load it by NanoDeepseekOCR.from_pretrained, or set model.tokenizer")
-        mode = mode or (self.meta or {}).get("mode", self.cfg.modes[0])
-        engine = Engine(self, self.tokenizer, choose_mode(mode, self.cfg.modes) if isinstance(mode, str) else mode, no_repeat)
-        conversation = ocr_conversation(image, "", "image", "\n" + prompt if prompt else OCR_PROMPT)
-        return engine.generate([conversation], max_new_tokens)[0].text
 
     def forward(self, batch):
         """
-        Summed next-token loss in nats over the batch's supervised positions (targets != -1). The batch may stay on the host: what is
-        needed goes to the device as it is needed, and the host waits for nothing.
+        -> {name: (sum in nats, number it is summed over)}. "text": next-token loss over the batch's supervised positions (targets != -1).
+        The batch may stay on the host: what is needed goes to the device as it is needed, and the host waits for nothing.
         """
         positions, at, targets = (None if t is None else t.to(self.device, non_blocking=True)
                                   for t in (batch.positions, batch.supervised_at, batch.targets))
@@ -144,15 +128,17 @@ class NanoDeepseekOCR(nn.Module):
         hidden, targets = hidden.flatten(0, 1).index_select(0, at), targets.flatten()[at]  # the head and its softmax run where there is something to learn
         rows = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
         if len(targets) <= rows:
-            return self.chunk_loss(hidden, targets)
-        return sum(checkpoint(self.chunk_loss, h, t, use_reentrant=False) for h, t in zip(hidden.split(rows), targets.split(rows)))
+            text = self.chunk_loss(hidden, targets)
+        else:
+            text = sum(checkpoint(self.chunk_loss, h, t, use_reentrant=False) for h, t in zip(hidden.split(rows), targets.split(rows)))
+        return {"text": (text, batch.supervised())}
 
     def chunk_loss(self, hidden, targets):
         return F.cross_entropy(self.gpt.logits(hidden), targets, reduction="sum")
 
     def freeze(self, parts):
         """Parts that do not learn: sam-core (SAM as published, without the compressor behind it), clip, gpt. Gradients still pass through them."""
-        found = {"sam-core": self.encoder.sam_model.core, "clip": self.encoder.vision_model.parameters, "gpt": self.gpt.parameters}
+        found = {"sam-core": self.encoder.sam_model.core, self.encoder.kind: self.encoder.vision_model.parameters, "gpt": self.gpt.parameters}
         for part in parts:
             if part not in found:
                 raise ValueError(f"--freeze={part}: must be of {', '.join(found)}")
@@ -172,22 +158,10 @@ class NanoDeepseekOCR(nn.Module):
         """
         torch._dynamo.config.recompile_limit = 32  # lengths of rows, grids of several modes, numbers of packed rows
         torch._dynamo.config.optimize_ddp = False  # it would cut a block where a bucket of gradients is full
-        for blocks in (self.encoder.sam_model.blocks, self.encoder.vision_model.transformer.layers, self.gpt.transformer.h):
+        for blocks in (self.encoder.sam_model.blocks, self.encoder.vision_model.blocks, self.gpt.transformer.h):
             for block in blocks:
                 block.compile(dynamic=False, backend=backend)
         self.chunk_loss = torch.compile(self.chunk_loss, dynamic=True, backend=backend)  # every batch supervises another number of positions
-
-    @classmethod
-    def from_pretrained(cls, source, device="cpu"):
-        """A checkpoint, run or saved folder, or a hub name ("owner/name") -> model in eval mode, with its tokenizer and meta."""
-        from nanochat.checkpoint import load_model
-        from nanochat.pretrained import fetch
-        return load_model(fetch(source), device)[0]
-
-    def save_pretrained(self, folder, results=None):
-        """Writes a new folder that from_pretrained reads; `results`, the summary of scripts.vision_eval, goes into its model card."""
-        from nanochat.pretrained import save
-        save(self, folder, results)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -199,8 +173,9 @@ def forward_flops(cfg, views, text_positions, rows=1, head_positions=None, lengt
     images included; head_positions: how many go through the head, over all rows (default: all); lengths: of packed rows, lists of
     their samples' lengths. Matrix products and attention only; softmax, norms and gathers are not counted.
     """
-    s, c, g = cfg.sam, cfg.clip, cfg.gpt
-    sam = clip = projector = 0
+    s, c, g = cfg.sam, cfg.second_stage, cfg.gpt
+    second_stage = SECOND_STAGES[c.kind][1]
+    sam = second = projector = 0
     for side, n in views.items():
         H = side // s.patch_size
         sam += n * 2 * H * H * 3 * s.patch_size ** 2 * s.width
@@ -211,12 +186,11 @@ def forward_flops(cfg, views, text_positions, rows=1, head_positions=None, lengt
             sam += n * padded * (4 * w * w * s.width + 4 * w * s.width)  # attention; relative positions of both axes
         sam += n * 2 * (H * H * (s.width * s.neck + 9 * s.neck ** 2) + (H // 2) ** 2 * 9 * s.neck * s.net_2
                         + (H // 4) ** 2 * 9 * s.net_2 * s.net_3)
-        T = (H // 4) ** 2 + 1
-        clip += n * c.depth * (2 * T * (4 * c.width ** 2 + 2 * c.width * c.ffn) + 4 * T * T * c.width)
-        projector += n * 2 * (T - 1) * (c.width + s.net_3) * g.n_embd
+        second += n * second_stage.flops(c, H // 4, H // 4)
+        projector += n * 2 * second_stage.tokens(c, H // 4, H // 4) * (c.width + s.net_3) * g.n_embd
     T = text_positions
     kv = g.n_embd * g.n_kv_head // g.n_head
     squares = sum(n * n for row in lengths for n in row) if lengths else rows * T * T
     gpt = g.n_layer * (2 * rows * T * (2 * g.n_embd ** 2 + 2 * g.n_embd * kv + 8 * g.n_embd ** 2) + 2 * squares * g.n_embd)  # causal: half of the square
     gpt += 2 * (rows * T if head_positions is None else head_positions) * g.n_embd * g.vocab_size
-    return {"sam": sam, "clip": clip, "projector": projector, "gpt": gpt}
+    return {"sam": sam, c.kind: second, "projector": projector, "gpt": gpt}

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from nanochat import checkpoint as ckpt
 from nanochat.config import GPTConfig
-from nanochat.common import print0
+from nanochat.common import print0, read_json, write_json
 from nanochat.hub import download, list_files
 from nanochat.tokenizer import IMAGE_TOKEN, Tokenizer
 
@@ -44,7 +44,7 @@ def safetensors_of(source, name="model.safetensors"):
     if name not in (files := list_files(source)):
         if name + ".index.json" not in files:
             raise FileNotFoundError(f"{source} has neither {name} nor {name}.index.json; only safetensors are read. It holds {files[:10]}")
-        index = ckpt.read_json(download(source, name + ".index.json"))["weight_map"]
+        index = read_json(download(source, name + ".index.json"))["weight_map"]
         paths = {shard: download(source, shard) for shard in sorted(set(index.values()))}
         found = {key: path for path in paths.values() for key in keys_of(path)}
         if missing := sorted(set(index) - set(found)):
@@ -184,7 +184,7 @@ def newest(files, pattern, source):
 
 def nanochat_config(source):
     """-> (GPTConfig, Tokenizer) of a nanochat checkpoint. Sizes are its meta file's; the vocabulary has grown by <|image|>."""
-    meta = ckpt.read_json(download(source, newest(list_files(source), "meta_*.json", source)))
+    meta = read_json(download(source, newest(list_files(source), "meta_*.json", source)))
     if "model_config" not in meta:
         raise ValueError(f"{source}: its meta file has no model_config, only {sorted(meta)}; sizes are never guessed")
     sizes = meta["model_config"]
@@ -251,11 +251,11 @@ def save(model, folder, results=None):
         raise ValueError("the model has no tokenizer: set model.tokenizer, or load the model with from_pretrained")
     os.makedirs(folder)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, os.path.join(folder, "model.safetensors"))
-    ckpt.write_json(os.path.join(folder, "config.json"), model.cfg.to_dict())
-    ckpt.write_json(os.path.join(folder, "meta.json"), model.meta)
+    write_json(os.path.join(folder, "config.json"), model.cfg.to_dict())
+    write_json(os.path.join(folder, "meta.json"), model.meta)
     model.tokenizer.save(folder)
     with open(os.path.join(folder, "README.md"), "w") as f:
-        f.write(model_card(model, model.meta, "```python\nfrom nanochat.model import NanoDeepseekOCR\n"
+        f.write(model_card(model, model.meta, "```python\nfrom nanochat.reader import NanoDeepseekOCR\n"
                            "model = NanoDeepseekOCR.from_pretrained(\"THIS REPOSITORY\")\nprint(model.read(image))\n```", results))
 
 
@@ -303,7 +303,7 @@ def export_deepseek(model, folder):
 
 def vision_config(cfg):
     """The encoder's sizes in the names of transformers' UnlimitedOcrVisionConfig."""
-    s, c = cfg.sam, cfg.clip
+    s, c = cfg.sam, cfg.second_stage
     patch = c.patch_size or 14
     return {"sam_config": {"hidden_size": s.width, "output_channels": s.neck, "num_hidden_layers": s.depth, "mlp_dim": 4 * s.width,
                            "num_attention_heads": s.n_head, "image_size": s.image_size, "patch_size": s.patch_size, "window_size": s.window,

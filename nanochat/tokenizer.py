@@ -116,7 +116,7 @@ class Tokenizer:
 
     def render_conversation(self, conversation, image_positions=(), max_tokens=None):
         """
-        (ids, mask) of a conversation (its format: tasks/common.py), as
+        (ids, mask) of a conversation (its format: nanochat/conversation.py), as
             <|bos|><|user_start|>...<|user_end|><|assistant_start|>...<|assistant_end|><|user_start|>...
         image_positions has one int for each image: how many <|image|> placeholders stand for it.
         mask is 1 on what the assistant has to say, its text and <|assistant_end|>, and 0 elsewhere.

@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from nanochat.checkpoint import read_json
+from nanochat.common import read_json
 from nanochat.common import git_commit, json_line, run_main
 
 VARIANTS = ";".join([f"standardize={kind} optimizer=muon" for kind in ("none", "channel", "position")]

@@ -25,14 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat.common import choose_compile, choose_dtype, compute_init, git_commit, json_line, matmul_rate, print0, run_main, synchronize
 from nanochat.config import PRESETS
-from nanochat.dataloader import Batch, Sampler, ahead, loader
+from nanochat.dataloader import Sampler, ahead, loader
+from nanochat.batch import Batch
 from nanochat.engine import Engine
 from nanochat.image_modes import get_mode, plan
-from nanochat.model import LOSS_CHUNK, NanoDeepseekOCR, forward_flops
+from nanochat.model import LOSS_CHUNK, DeepseekOCR, forward_flops
 from nanochat.optim import Optimizer
 from nanochat.tokenizer import Tokenizer
 from tasks.synthdoc import SynthDoc
-from tasks.training import text_pages
+from tasks.registry import text_pages
 
 SUITE = (  # a GPU's figures, the cheapest first; batches for 80 GB
     "--preset=nano --batch=256",
@@ -79,7 +80,7 @@ def seconds(device, call, repeats):
 def build(args, cfg, device):
     gc.collect()  # a compiled model is a reference cycle, and its memory would count as this one's
     with device:
-        model = NanoDeepseekOCR(cfg).init_weights(0)
+        model = DeepseekOCR(cfg).init_weights(0)
     model.dtype = choose_dtype(device, args.dtype)
     return model
 
@@ -98,7 +99,7 @@ def training(args, model, mode, stage, compiled, peak):
     supervised, pixels, images = batch.supervised(), batch.views[mode.size], batch.images
 
     def forward_backward():
-        (model(batch) / supervised).backward()
+        (model(batch)["text"][0] / supervised).backward()
 
     def step():
         forward_backward()

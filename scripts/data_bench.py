@@ -12,7 +12,8 @@ import time
 import numpy as np
 
 from nanochat.common import json_line, run_main
-from nanochat.dataloader import Sampler, loader, pack_rows
+from nanochat.dataloader import Sampler, loader
+from nanochat.batch import pack_rows
 from nanochat.image_modes import get_mode, plan
 from nanochat.tokenizer import Tokenizer
 from scripts import tok_train, vis_tok_train

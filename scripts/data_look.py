@@ -4,7 +4,7 @@ What a data set is and what the model gets of it: counts, lengths, and a sheet o
     python -m scripts.data_look folder:DIR
     python -m scripts.data_look chartqa --preset=base --mode=gundam --out=sheet.png
 
-Names of data sets: tasks/training.py. A sample that cannot be used is counted, and its reason printed.
+Names of data sets: tasks/registry.py. A sample that cannot be used is counted, and its reason printed.
 """
 import argparse
 import textwrap
@@ -14,11 +14,12 @@ from PIL import Image, ImageDraw
 
 from nanochat.common import json_line, run_main
 from nanochat.config import PRESETS
-from nanochat.dataloader import IGNORE, Sampler, collate
+from nanochat.dataloader import Sampler
+from nanochat.batch import IGNORE, collate
 from nanochat.image_modes import get_mode
 from nanochat.tokenizer import Tokenizer
 from tasks.synthdoc import FACES, font
-from tasks.training import open_set, parse_data
+from tasks.registry import open_set, parse_data
 
 SHOWN, VIEW, TEXT = 8, 256, 480  # samples on the sheet; px: side of a view there, width of the text beside it
 

@@ -10,10 +10,9 @@ The model card holds the figures of --results, a summary.json of scripts.vision_
 import argparse
 import os
 
-from nanochat import checkpoint as ckpt
 from nanochat import pretrained
-from nanochat.common import json_line, run_main
-from nanochat.model import NanoDeepseekOCR
+from nanochat.common import json_line, read_json, run_main
+from nanochat.reader import NanoDeepseekOCR
 
 
 def main(argv=None):
@@ -34,7 +33,7 @@ def main(argv=None):
     elif args.format == "encoder":
         pretrained.save_encoder(model, args.out)
     elif args.results or os.path.exists(results):
-        model.save_pretrained(args.out, ckpt.read_json(results))
+        model.save_pretrained(args.out, read_json(results))
     else:
         model.save_pretrained(args.out)
     if args.push:

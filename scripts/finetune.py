@@ -9,14 +9,14 @@ Weights, tokenizer, mode and page settings are the checkpoint's. Writes checkpoi
 import os
 
 from nanochat import checkpoint as ckpt
-from nanochat.common import choose_dtype, compute_cleanup, compute_init, dist_info, json_line, print0, run_main
+from nanochat.common import choose_dtype, compute_cleanup, compute_init, dist_info, json_line, print0, run_main, write_json
 from nanochat.engine import Engine
 from nanochat.gauges import read_pages
 from nanochat.image_modes import get_mode
 from nanochat.loop import samples_per_step, train, training_arguments
 from nanochat.metrics import score_page, summarize
 from tasks.synthdoc import MIN_PX
-from tasks.training import training_sets
+from tasks.registry import training_sets
 
 INHERITED = ("chars", "faces", "min_px", "random_share", "max_seq_len")
 MAX_PAGES, BATCH = 256, 32  # held-out pages read before and after
@@ -57,7 +57,7 @@ def main(argv=None):
     summary = train(args, "fine-tuning", model, tokenizer, task, val_task, statistics_task, device)
     summary |= {"before": before, "after": read_held_out(model, tokenizer, mode, val_task)}
     if dist_info()[0] == 0:
-        ckpt.write_json(os.path.join(args.checkpoints, args.model_tag, "summary.json"), summary)
+        write_json(os.path.join(args.checkpoints, args.model_tag, "summary.json"), summary)
     json_line(summary)
     compute_cleanup()
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from nanochat.common import compute_init, json_line, print0, run_main, synchronize
-from nanochat.engine import add_arguments, load_engine
+from nanochat.reader import add_arguments, load_engine
 from nanochat.gpt import rotary_tables
 from scripts.parity import transformers_gpt
 from tasks.synthdoc import SynthDoc

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 
 from nanochat.common import git_commit, json_line, print0, run_main
 from nanochat.config import PRESETS
-from nanochat.dataloader import Batch
-from nanochat.deepencoder import CLIPBlock, SAMBlock
+from nanochat.batch import Batch
+from nanochat.clip import CLIPBlock
+from nanochat.deepencoder import SAMBlock
 from nanochat.gpt import Block
 from nanochat.image_modes import get_mode, plan
 from nanochat.layers import WRITTEN_OUT_ON
-from nanochat.model import LOSS_CHUNK, NanoDeepseekOCR
+from nanochat.model import LOSS_CHUNK, DeepseekOCR
 from nanochat.optim import Optimizer
 from nanochat.pretrained import load_deepseek
 
@@ -80,7 +81,7 @@ def build(args, device):
     cfg.image_token_id = cfg.gpt.vocab_size - 1
     cfg.gpt.sequence_len = max(cfg.gpt.sequence_len, *args.seqs)
     with torch.device(device):
-        model = NanoDeepseekOCR(cfg)
+        model = DeepseekOCR(cfg)
     if args.stage == 2:
         model.encoder.freeze_sam()
     model.dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
@@ -134,7 +135,7 @@ def load_encoder(args):
     """Peak bytes of loading DeepSeek-OCR's encoder and projector into a model without decoder layers."""
     cfg = PRESETS[args.preset]()
     cfg.gpt.n_layer, cfg.gpt.vocab_size, cfg.standardize = 0, 1, "none"
-    load_deepseek(NanoDeepseekOCR(cfg).init_weights(0), args.load)
+    load_deepseek(DeepseekOCR(cfg).init_weights(0), args.load)
     return peak_rss()
 
 
@@ -147,7 +148,7 @@ def measure(args, rows, seq, recompute):
     optimizer = Optimizer(model, "adamw", lr=1e-5)
     batch = batch_of(args, model, rows, seq).to(model.device)
     for _ in range(2):
-        loss = model(batch) / batch.supervised()
+        loss = model(batch)["text"][0] / batch.supervised()
         loss.backward()
         norm = optimizer.clip_grad_norm(1.0)
         optimizer.step(1.0)

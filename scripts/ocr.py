@@ -23,8 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanochat.common import compute_init, run_main
-from nanochat.engine import add_arguments, load_engine
-from tasks.common import FORMATS, MAX_PIXELS, OCR_PROMPT, ocr_conversation
+from nanochat.reader import add_arguments, load_engine
+from nanochat.conversation import FORMATS, MAX_PIXELS, OCR_PROMPT, ocr_conversation
 
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 

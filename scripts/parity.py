@@ -14,7 +14,7 @@ import torch
 from nanochat.common import git_commit, json_line, print0, run_main
 from nanochat.config import PRESETS
 from nanochat.gpt import EPS, GPT
-from nanochat.model import NanoDeepseekOCR
+from nanochat.model import DeepseekOCR
 from nanochat.pretrained import clip_keys, sam_key, vision_config
 
 LIMIT = 1e-4
@@ -85,10 +85,10 @@ def main(argv=None):
     gpt_sizes, cfg.gpt = cfg.gpt, type(cfg.gpt)(n_layer=0, n_embd=cfg.gpt.n_embd, n_head=cfg.gpt.n_head, n_kv_head=cfg.gpt.n_kv_head, vocab_size=1)
     torch.manual_seed(args.seed)
     with torch.inference_mode(False):
-        model = NanoDeepseekOCR(cfg).eval()
+        model = DeepseekOCR(cfg).eval()
         randomise(model)
         theirs = transformers_encoder(model.encoder, cfg)
-        projector = torch.nn.Linear(cfg.clip.width + cfg.sam.net_3, cfg.gpt.n_embd)
+        projector = torch.nn.Linear(model.encoder.width, cfg.gpt.n_embd)
         projector.load_state_dict(model.projector.layers.state_dict())
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in
              (("sam", model.encoder.sam_model), ("clip", model.encoder.vision_model), ("projector", model.projector))}

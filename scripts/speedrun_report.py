@@ -7,7 +7,7 @@ import argparse
 import os
 import time
 
-from nanochat.checkpoint import read_json
+from nanochat.common import read_json
 from nanochat.common import json_line, run_main
 
 TRAINING = ("steps", "minutes", "images_per_sec", "mfu", "data_wait", "vision/gap", "commit")

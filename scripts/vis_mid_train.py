@@ -10,12 +10,12 @@ Sizes come from the encoder's checkpoint. Writes checkpoints/<model-tag>/model_<
 """
 from nanochat import checkpoint as ckpt
 from nanochat import pretrained
-from nanochat.common import compute_cleanup, compute_init, json_line, print0, run_main
-from nanochat.dataloader import Mixture
+from nanochat.common import compute_cleanup, compute_init, json_line, print0, read_json, run_main
+from nanochat.mixture import Mixture
 from nanochat.loop import samples_per_step, train, training_arguments
-from nanochat.model import NanoDeepseekOCR
+from nanochat.model import DeepseekOCR
 from tasks.synthchat import SynthChat
-from tasks.training import training_sets
+from tasks.registry import training_sets
 
 INHERITED = ("tokenizer", "mode", "chars", "faces", "min_px", "random_share", "max_seq_len")  # from stage 1 unless given here
 
@@ -33,8 +33,8 @@ def main(argv=None):
 
     # what stage 1 was, and what of it holds here
     encoder_dir = pretrained.fetch(args.encoder, "deepencoder")
-    cfg = ckpt.ModelConfig.from_dict(ckpt.read_json(f"{encoder_dir}/config.json"))
-    stage1 = ckpt.read_json(f"{encoder_dir}/meta.json")
+    cfg = ckpt.ModelConfig.from_dict(read_json(f"{encoder_dir}/config.json"))
+    stage1 = read_json(f"{encoder_dir}/meta.json")
     for name in INHERITED:
         theirs, ours = stage1["user_config"].get(name, inherited_defaults[name]), getattr(args, name)
         if ours is None:
@@ -47,7 +47,7 @@ def main(argv=None):
     tokenizer = pretrained.choose_decoder(cfg, args)
     if tokenizer.fingerprint() != stage1["tokenizer"]:
         print0("NOTE: another tokenizer than stage 1's; the decoder is fresh, so this is allowed")
-    model = NanoDeepseekOCR(cfg).init_weights(args.seed + 1)  # another seed: the decoder is not stage 1's initial one
+    model = DeepseekOCR(cfg).init_weights(args.seed + 1)  # another seed: the decoder is not stage 1's initial one
     ckpt.load_encoder(encoder_dir, model)
     if args.gpt and not ckpt.resuming(args):
         pretrained.load_nanochat(model.gpt, args.gpt)

@@ -12,8 +12,8 @@ from nanochat import pretrained
 from nanochat.common import compute_cleanup, compute_init, json_line, run_main
 from nanochat.config import PRESETS
 from nanochat.loop import samples_per_step, train, training_arguments
-from nanochat.model import NanoDeepseekOCR
-from tasks.training import training_sets
+from nanochat.model import DeepseekOCR
+from tasks.registry import training_sets
 
 
 def main(argv=None):
@@ -32,7 +32,7 @@ def main(argv=None):
     cfg = PRESETS[args.preset]()
     cfg.standardize = args.standardize or cfg.standardize
     tokenizer = pretrained.choose_decoder(cfg, args)
-    model = NanoDeepseekOCR(cfg).init_weights(args.seed)
+    model = DeepseekOCR(cfg).init_weights(args.seed)
     if not ckpt.resuming(args):
         for source, load in ((args.sam, pretrained.load_sam), (args.clip, pretrained.load_clip), (args.encoder, pretrained.load_deepseek)):
             if source:

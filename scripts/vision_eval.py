@@ -21,15 +21,15 @@ import time
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from nanochat.checkpoint import barrier, read_json, write_json
+from nanochat.common import barrier, read_json, write_json
 from nanochat.common import banner, compute_cleanup, compute_init, dist_info, init_wandb, json_line, print0, run_main
-from nanochat.engine import add_arguments, load_engine
+from nanochat.reader import add_arguments, load_engine
 from nanochat.metrics import FAILED, relaxed_accuracy, score_page, summarize
 from nanochat.image_modes import valid_tokens
 from nanochat.pretrained import fetch
 from nanochat.report import CONTROLS, breakdown, curve, mean, plot_curve, step_of, verdict, write_html
 from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
-from tasks.training import EVALUATED, open_set, parse_chars
+from tasks.registry import EVALUATED, open_set, parse_chars
 
 FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official", "repetition_rate", "relaxed_accuracy")
 ANSWERS = ("chartqa-test", "synthchart")  # tasks of questions with a short answer, scored by relaxed accuracy too

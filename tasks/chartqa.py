@@ -1,5 +1,5 @@
 """ChartQA (Masry et al. 2022) for evaluation: raw rows of a question and its accepted answers. To train: tasks/finevision.py, chartqa."""
-from tasks.common import column, ocr_conversation, open_image
+from nanochat.conversation import column, ocr_conversation, open_image
 from tasks.rows import Rows
 
 REPO = "HuggingFaceM4/ChartQA"

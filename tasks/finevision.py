@@ -2,7 +2,7 @@
 FineVision: any of its configs by name, e.g. chartqa, olmOCR-mix-0225-documents, olmOCR-mix-0225-books. A row has pictures (or none) and one
 or more turns. The one split is train: hold rows out by part="val", or by start and stop.
 """
-from tasks.common import column, open_image
+from nanochat.conversation import column, open_image
 from tasks.rows import Rows
 
 REPO = "HuggingFaceM4/FineVision"

@@ -5,8 +5,8 @@ file with {"image": path from the file's folder, "text": ..., "prompt": ... (opt
 import json
 from pathlib import Path
 
-from tasks.common import OCR_PROMPT, Task, column, ocr_conversation, open_image
-from tasks.synthdoc import stable_hash
+from nanochat.common import stable_hash
+from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, open_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 
 from nanochat.hub import download
-from tasks.common import OCR_PROMPT, Task, column, ocr_conversation, open_image
+from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, open_image
 
 REPO, FOLDER = "ucaslcl/Fox_benchmark_data", "focus_benchmark_test"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nanochat.hub import download
 from nanochat.image_modes import to_rgb
-from tasks.common import OCR_PROMPT, Task, ocr_conversation, open_image
+from nanochat.conversation import OCR_PROMPT, Task, ocr_conversation, open_image
 
 QUIVR, ORIGINAL = "Quivr/OmniDocBench", "opendatalab/OmniDocBench"  # annotated copy of v1.0 (981 pages); v1.5 (1,355 pages)
 

@@ -7,8 +7,8 @@ import json
 from functools import partial
 
 from nanochat.hub import dataset
-from tasks.common import Task
-from tasks.synthdoc import stable_hash
+from nanochat.common import stable_hash
+from nanochat.conversation import Task
 
 VAL_ONE_IN = 50
 

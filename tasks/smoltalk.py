@@ -1,5 +1,5 @@
 """SmolTalk: text-only chat, splits train and test. The large HuggingFaceTB/smoltalk has the same columns and needs a config, e.g. "all"."""
-from tasks.common import column
+from nanochat.conversation import column
 from tasks.rows import Rows
 
 REPO = "HuggingFaceTB/smol-smoltalk"

@@ -7,8 +7,9 @@ its text, so no held-out question is ever trained on; no text has a held-out wor
 
 import random
 
-from tasks.common import Task
-from tasks.synthdoc import stable_hash, train_words
+from nanochat.common import stable_hash
+from nanochat.conversation import Task
+from tasks.synthdoc import train_words
 
 SPLITS = ("train", "heldout")
 

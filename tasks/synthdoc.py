@@ -14,7 +14,6 @@ Words: words.txt (licence in words.LICENSE). Prose: the topics of Python's own h
 Python version to the next; so the held-out words are chosen by hash alone and are the same everywhere.
 """
 
-import hashlib
 import importlib.util
 import math
 import os
@@ -27,7 +26,8 @@ from pydoc_data.topics import topics
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tasks.common import Task, ocr_conversation
+from nanochat.common import stable_hash
+from nanochat.conversation import Task, ocr_conversation
 
 SPLITS = ("train", "heldout", "heldout_words", "random_chars")
 FACES = {  # all from matplotlib's wheel
@@ -56,11 +56,6 @@ OVERHANG, OVERHANG_OBLIQUE = 1 / 10, 1 / 6  # of the print size: how far ink rea
 
 # -----------------------------------------------------------------------------
 # Words
-
-
-def stable_hash(text):
-    """An int that is the same in every process and on every machine, which Python's own hash() is not."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def letters(text):

@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tasks.common import Task, ocr_conversation
+from nanochat.common import stable_hash
+from nanochat.conversation import Task, ocr_conversation
 from tasks.damage import damage_image, parse_damage
 from tasks.omnidocbench import NO_SPACE, page_truth
 from tasks.synthdoc import (FACES, MIN_PX, NUMBER_SHARE, PROSE_SHARE, RANDOM_SHARE, SPLITS, Box, Page, PageFull, advance, font, font_folder,
-                            held_out_words, line_height, on_paper, print_line, prose, random_string, ranked, stable_hash, text_width, train_words,
+                            held_out_words, line_height, on_paper, print_line, prose, random_string, ranked, text_width, train_words,
                             wrap)
 
 BOLD = {"serif": "serif-bold", "sans": "sans-bold", "sans-oblique": "sans-bold", "stix": "stix-bold"}  # for titles

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from nanochat import config
-from nanochat.dataloader import Sampler, collate
+from nanochat.dataloader import Sampler
+from nanochat.batch import collate
 from nanochat.image_modes import MODES
-from nanochat.model import NanoDeepseekOCR
+from nanochat.reader import NanoDeepseekOCR
 from nanochat.tokenizer import Tokenizer
 from scripts.tok_train import training_text
 from tasks.synthchat import SynthChat

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint as ckpt
 from nanochat.config import PRESETS, ModelConfig
-from nanochat.model import NanoDeepseekOCR
+from nanochat.reader import NanoDeepseekOCR
 from nanochat.optim import Optimizer
 
 META = {"world_size": 1, "mode": "test", "user_config": {"chars": "10-12"}}
@@ -25,7 +25,7 @@ META = {"world_size": 1, "mode": "test", "user_config": {"chars": "10-12"}}
 def trained(model, make_batch, pages):
     """(model, optimizer) after one step, so that both have a state."""
     optimizer = Optimizer(model.train(), "muon", lr=1e-3)
-    model(make_batch(pages)).backward()
+    model(make_batch(pages))["text"][0].backward()
     optimizer.step(1.0)
     return model, optimizer
 
@@ -65,7 +65,7 @@ def test_encoder_alone(saved, trained, make_model):
     assert_equal(other.gpt.state_dict(), decoder)  # nothing else moved
 
 
-@pytest.mark.parametrize("part, value", [("sam", {"depth": 3}), ("clip", {"ffn": 32}), ("standardize", "channel")])
+@pytest.mark.parametrize("part, value", [("sam", {"depth": 3}), ("second_stage", {"ffn": 32}), ("standardize", "channel")])
 def test_an_encoder_of_another_config_is_refused(saved, cfg, part, value):
     if isinstance(value, dict):
         for key, number in value.items():

@@ -20,12 +20,14 @@ import torch
 from PIL import Image
 
 from nanochat import loop
-from nanochat.dataloader import Mixture, Sampler, Stream, ahead, collate, loader, micro_batches, pack_rows
+from nanochat.dataloader import Sampler, ahead, loader, micro_batches
+from nanochat.mixture import Mixture, Stream
+from nanochat.batch import collate, pack_rows
 from nanochat.layers import attention, packed_attention
 from nanochat.image_modes import MODES, Mode
 from scripts import vis_tok_train
 from scripts.data_bench import padding
-from tasks.common import BadSample, ocr_conversation
+from nanochat.conversation import BadSample, ocr_conversation
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import SynthDoc
 
@@ -166,9 +168,9 @@ def test_several_modes_share_a_batch(tokenizer, model, make_batch, pages, chats)
     batch = collate([sampler[i] for i in range(8)])
     assert {side: len(v) for side, v in batch.views.items()} == {64: 4, 128: 4}
     model.eval()
-    alone = [model(collate([sampler[i]])) for i in range(8)]
-    torch.testing.assert_close(model(batch), sum(alone), rtol=1e-5, atol=0)
-    assert model(batch.deranged()) != model(batch)
+    alone = [model(collate([sampler[i]]))["text"][0] for i in range(8)]
+    torch.testing.assert_close(model(batch)["text"][0], sum(alone), rtol=1e-5, atol=0)
+    assert model(batch.deranged())["text"][0] != model(batch)["text"][0]
 
 
 def test_rows_come_in_few_lengths(tokenizer, pages):
@@ -233,8 +235,8 @@ def test_a_packed_row_has_the_losses_of_its_samples_alone(tokenizer, model, make
             torch.testing.assert_close(logp[r, at][said], expected[said], rtol=1e-5, atol=2e-5)
             seen.append(i)
     assert sorted(seen) == list(range(20))
-    torch.testing.assert_close(model(packed), sum(model(make_batch([c])) for c in conversations), rtol=1e-5, atol=0)
-    torch.testing.assert_close(model(packed), model(make_batch(conversations)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(model(packed)["text"][0], sum(model(make_batch([c]))["text"][0] for c in conversations), rtol=1e-5, atol=0)
+    torch.testing.assert_close(model(packed)["text"][0], model(make_batch(conversations))["text"][0], rtol=1e-5, atol=0)
 
 
 def test_a_packed_row_must_hold_the_longest_sample(tokenizer, pages):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from nanochat.config import CLIPConfig, ModelConfig, SAMConfig
-from nanochat.deepencoder import CLIP, SAM, CLIPEmbeddings, DeepEncoder, SAMAttention, SAMBlock, Standardize
-from nanochat.model import NanoDeepseekOCR
+from nanochat.clip import CLIP, CLIPEmbeddings
+from nanochat.deepencoder import SAM, DeepEncoder, SAMAttention, SAMBlock, Standardize
+from nanochat.model import DeepseekOCR
 from scripts.parity import transformers_encoder
 
 # -----------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_position_tables_for_another_grid(side):
 @pytest.fixture(scope="module")
 def published():
     with torch.device("meta"):
-        return NanoDeepseekOCR(ModelConfig())
+        return DeepseekOCR(ModelConfig())
 
 
 def test_published_parameter_counts(published):

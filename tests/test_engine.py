@@ -11,10 +11,11 @@ import torch
 
 from nanochat import engine as engine_module
 from nanochat import image_modes
-from nanochat.engine import Engine, NoRepeat, choose_mode
+from nanochat.engine import Engine, NoRepeat
+from nanochat.reader import choose_mode
 from nanochat.image_modes import MODES, Mode
 from nanochat.tokenizer import SPECIAL_TOKENS
-from tasks.common import ocr_conversation
+from nanochat.conversation import ocr_conversation
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from nanochat import report
 from nanochat.engine import Engine, Result
 from nanochat.image_modes import MODES
 from scripts import vision_eval
-from tasks.common import ocr_conversation
+from nanochat.conversation import ocr_conversation
 from tasks.synthdoc import SynthDoc
 
 DEMO = Path(__file__).parents[1].parent / "shared/data/omnidocbench_demo"

@@ -20,7 +20,8 @@ from nanochat import loop
 from scripts import data_look, finetune, vis_tok_train
 from tasks.folder import Folder
 from tasks.synthdoc import SynthDoc
-from tasks.training import Shuffled, parse_data, training_sets
+from tasks.registry import parse_data, training_sets
+from nanochat.mixture import Shuffled
 
 ROOT = Path(__file__).parents[1]
 DATA = dict(seed=0, chars="10-12", faces="sans,mono", min_px=8, random_share=0.2, val_share=0.3, stream=False)

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.dataloader import Sampler, collate
+from nanochat.dataloader import Sampler
+from nanochat.batch import collate
 from nanochat.image_modes import MODES
 from nanochat.model import fuse
 
@@ -56,7 +57,7 @@ def test_a_row_cut_inside_its_image_is_named(model, make_batch, pages):
     batch = make_batch(pages[:3])
     batch.ids[1, 3] = 65  # a placeholder less
     with pytest.raises(ValueError, match="row 1 has 6 .* but 7"):
-        model(batch)
+        model(batch)["text"][0]
 
 
 @torch.no_grad()
@@ -64,14 +65,14 @@ def test_the_image_changes_the_output(model, make_batch, pages):
     model.eval()
     batch = make_batch(pages[:8])
     others = replace(batch, views={64: batch.views[64].flip(0)})
-    assert model(batch) != model(others)
+    assert model(batch)["text"][0] != model(others)["text"][0]
     after = batch.targets != -1  # every answer stands after its page
     difference = (model.gpt(model.embed(batch)) - model.gpt(model.embed(others))).abs().amax(-1)
     assert difference[after].min() > 1e-4 and difference[:, :2].max() == 0  # <|bos|><|user_start|> stand before it
 
 
 def loss_per_token(model, batch):
-    return model(batch) / batch.supervised()
+    return model(batch)["text"][0] / batch.supervised()
 
 
 def test_every_trainable_parameter_gets_a_gradient(model, make_batch, pages):
@@ -106,8 +107,8 @@ def test_text_alone_touches_no_vision_but_leaves_no_gradient_out(model, make_bat
             assert p.grad.abs().sum() == 0, name  # there, and zero
     assert all(torch.equal(a, b) for a, b in zip(before, model.encoder.standardize.buffers()))
     with torch.no_grad():
-        trained = model(make_batch(chats))
-        assert torch.equal(trained, model.eval()(make_batch(chats)))
+        trained = model(make_batch(chats))["text"][0]
+        assert torch.equal(trained, model.eval()(make_batch(chats))["text"][0])
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def test_three_images_in_one_conversation(model, make_batch, pages):
     def loss(images):
         user = [part for _ in images for part in ({"type": "image"}, {"type": "text", "text": " and "})]
         c = {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": "three"}], "images": images, "id": "x"}
-        return model.eval()(make_batch([c])).item()
+        return model.eval()(make_batch([c]))["text"][0].item()
     a, b, c, other = (page["images"][0] for page in pages[:4])
     plain = loss([a, b, c])
     assert plain == loss([a, b, c])
@@ -126,14 +127,14 @@ def test_three_images_in_one_conversation(model, make_batch, pages):
 def test_image_only_batch(model, make_batch, pages):
     """A user who shows a page and says nothing."""
     c = {**pages[0], "messages": [{"role": "user", "content": [{"type": "image"}]}, pages[0]["messages"][1]]}
-    assert torch.isfinite(model(make_batch([c, c])))
+    assert torch.isfinite(model(make_batch([c, c]))["text"][0])
 
 
 def test_a_mixed_batch_is_the_sum_of_its_rows(model, make_batch, pages, chats):
     model.eval()
     rows = [pages[0], chats[0], pages[1], chats[1]]
-    alone = sum(model(make_batch([row])) for row in rows)
-    torch.testing.assert_close(model(make_batch(rows)), alone, rtol=1e-5, atol=0)
+    alone = sum(model(make_batch([row]))["text"][0] for row in rows)
+    torch.testing.assert_close(model(make_batch(rows))["text"][0], alone, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def test_padding_is_inert(model, make_batch, pages):
     model.eval()
     batch = make_batch(pages[:8])
     longer = replace(batch, ids=F.pad(batch.ids, (0, 9), value=7), targets=F.pad(batch.targets, (0, 9), value=-1))
-    torch.testing.assert_close(model(longer), model(batch), rtol=1e-6, atol=0)
+    torch.testing.assert_close(model(longer)["text"][0], model(batch)["text"][0], rtol=1e-6, atol=0)
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def test_the_loss_is_that_of_the_supervised_tokens(model, make_batch, pages):
     model.eval()
     logp = model.gpt.logits(model.gpt(model.embed(batch))).log_softmax(-1)
     expected = -sum(logp[b, t, target] for b, row in enumerate(batch.targets) for t, target in enumerate(row) if target != -1)
-    torch.testing.assert_close(model(batch), expected)
+    torch.testing.assert_close(model(batch)["text"][0], expected)
 
 
 @pytest.mark.parametrize("pack", [0, 256])
@@ -165,7 +166,7 @@ def test_compiled_blocks_learn_the_same(make_model, tokenizer, pages, chats, pac
         batch = collate([sampler[i] for i in range(rows)], pack, max_images=4, multiple=128)
         losses = []
         for model in (eager, compiled):
-            loss = model(batch) / batch.supervised()
+            loss = model(batch)["text"][0] / batch.supervised()
             loss.backward()
             losses.append(loss.item())
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)

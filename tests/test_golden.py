@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nanochat import config
-from nanochat.dataloader import Batch
+from nanochat.batch import Batch
 from nanochat.image_modes import MODES, plan
-from nanochat.model import NanoDeepseekOCR
+from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer
 
 GOLDEN = [5.7037816, 5.6979814, 5.692368, 5.6842089, 5.6838698, 5.676805, 5.667098, 5.6636672, 5.6598287, 5.6476574,
@@ -21,7 +21,7 @@ def losses():
     torch.set_num_threads(1)
     cfg = config.tiny()
     cfg.gpt.vocab_size, cfg.image_token_id = 300, 299
-    model = NanoDeepseekOCR(cfg).init_weights(0).train()
+    model = DeepseekOCR(cfg).init_weights(0).train()
     optimizer = Optimizer(model, "muon", lr=5e-4, matrix_lr=0.001)
     rng, found = torch.Generator().manual_seed(0), []
     p = plan(MODES["test"], 64, 64, cfg.token_stride)
@@ -32,7 +32,7 @@ def losses():
         targets[:, :2 + p.positions], targets[:, -1] = -1, -1
         pixels = torch.randint(256, (8, 3, 64, 64), generator=rng, dtype=torch.uint8)
         batch = Batch(ids, targets, {64: pixels}, [p] * 8, [p.positions] * 8)
-        loss = model(batch) / batch.supervised()
+        loss = model(batch)["text"][0] / batch.supervised()
         loss.backward()
         optimizer.clip_grad_norm(1.0)
         optimizer.step(1.0)

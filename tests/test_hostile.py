@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat.dataloader import Mixture, Sampler, collate, loader
+from nanochat.dataloader import Sampler, loader
+from nanochat.mixture import Mixture
+from nanochat.batch import collate
 from nanochat.image_modes import MODES
 from nanochat.tokenizer import SPECIAL_TOKENS
-from tasks.common import MAX_PIXELS, BadSample, Task, ocr_conversation, open_image
+from nanochat.conversation import MAX_PIXELS, BadSample, Task, ocr_conversation, open_image
 
 
 def encoded(image, format="PNG", **options):
@@ -178,7 +180,7 @@ def test_a_batch_of_bad_samples_teaches_nothing(hostile, tokenizer, model):
     sampler = make_sampler(hostile, tokenizer, bad_data="skip")
     batch = collate([sampler[first], sampler[first + 1]])
     assert batch.counts["bad"] == 2 and batch.supervised() == 0 and batch.images == 0
-    loss = model.train()(batch)
+    loss = model.train()(batch)["text"][0]
     loss.backward()
     assert loss == 0
     for name, p in model.named_parameters():

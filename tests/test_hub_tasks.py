@@ -133,7 +133,7 @@ def online(root):
     from tasks.chartqa import ChartQA
     from tasks.finevision import FineVision
     from tasks.smoltalk import SmolTalk
-    from tasks.training import training_sets
+    from tasks.registry import training_sets
 
     # FineVision, map-style
     rows = FineVision("chartqa")

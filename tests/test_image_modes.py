@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from nanochat.image_modes import MODES, Mode, auto_mode, best_grid, get_mode, plan, preprocess, valid_tokens
-from tasks.common import ocr_conversation
+from nanochat.conversation import ocr_conversation
 
 STRIDE = 64  # px a token covers in the published encoder: patches of 16, four to a side
 

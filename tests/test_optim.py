@@ -99,7 +99,7 @@ def test_unknown_optimizer(model):
 
 def train(model, optimizer, batch, steps):
     for step in range(steps):
-        (model(batch) / batch.supervised()).backward()
+        (model(batch)["text"][0] / batch.supervised()).backward()
         optimizer.clip_grad_norm(1.0)
         optimizer.step(1 - 0.1 * step)
         optimizer.zero_grad()
@@ -139,7 +139,7 @@ def test_adamw_is_torchs(make_model, make_batch, pages):
     for scale in (0.5, 1.0, 0.25):
         for model, step in ((ours, lambda: mine.step(scale)), (theirs, reference.step)):
             model.zero_grad()
-            (model(batch) / batch.supervised()).backward()
+            (model(batch)["text"][0] / batch.supervised()).backward()
             reference.param_groups[0]["lr"] = 1e-3 * scale
             step()
     # eps is so small that a gradient near 0 takes a whole step in a direction settled by rounding: compare the mean
@@ -151,7 +151,7 @@ def test_clip_grad_norm(model, make_batch, pages):
     optimizer = Optimizer(model, "muon", lr=1e-3)
     def norm():
         return torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    model(make_batch(pages)).backward()
+    model(make_batch(pages))["text"][0].backward()
     before = norm()
     torch.testing.assert_close(optimizer.clip_grad_norm(-1), before)  # off: measured, not changed
     torch.testing.assert_close(norm(), before)

@@ -22,7 +22,7 @@ from nanochat.config import CLIPConfig, GPTConfig, ModelConfig, SAMConfig
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.image_modes import MODES
-from nanochat.model import NanoDeepseekOCR
+from nanochat.reader import NanoDeepseekOCR
 from nanochat.tokenizer import SPECIAL_TOKENS
 from tests.hub_server import HubServer
 
@@ -36,7 +36,7 @@ SOURCES = {"sam": "facebook/sam-vit-base", "clip": "openai/clip-vit-large-patch1
 def small(standardize="none", n_embd=256):
     """A model of the published shape in small: CLIP's dead patch convolution included, heads of 128."""
     return ModelConfig(sam=SAMConfig(image_size=64, patch_size=8, width=32, depth=2, n_head=2, window=5, global_blocks=(1,), neck=16, net_2=24, net_3=32),
-                       clip=CLIPConfig(grid=2, width=32, depth=1, n_head=2, ffn=64, patch_size=14),
+                       second_stage=CLIPConfig(grid=2, width=32, depth=1, n_head=2, ffn=64, patch_size=14),
                        gpt=GPTConfig(sequence_len=128, vocab_size=VOCAB + 1, n_layer=1, n_head=2, n_kv_head=2, n_embd=n_embd),
                        standardize=standardize, modes=("test",), image_token_id=VOCAB)
 
@@ -96,7 +96,7 @@ sys.path.insert(0, ".")
 from tests.test_pretrained import SOURCES, random_model
 from nanochat import pretrained
 from nanochat.gpt import GPT
-from nanochat.model import NanoDeepseekOCR
+from nanochat.reader import NanoDeepseekOCR
 theirs, ours = random_model(0), random_model(1)
 pretrained.load_sam(ours)
 pretrained.load_clip(ours)
@@ -300,7 +300,7 @@ def test_recomputation_and_chunked_loss_change_nothing(make_model, make_batch, p
         monkeypatch.setattr("nanochat.model.LOSS_CHUNK", chunk)
         model = make_model(0).train()
         model.recompute(recompute)
-        loss = model(batch)
+        loss = model(batch)["text"][0]
         loss.backward()
         grads.append((loss, [p.grad for p in model.parameters()]))
     assert grads[0][0].item() == pytest.approx(grads[1][0].item(), rel=1e-5)
@@ -311,7 +311,7 @@ def test_recomputation_and_chunked_loss_change_nothing(make_model, make_batch, p
 def test_frozen_core_trains_the_compressor(make_model, make_batch, pages):
     model = make_model(0).train()
     model.freeze(["sam-core", "clip", "gpt"])
-    model(make_batch(pages)).backward()
+    model(make_batch(pages))["text"][0].backward()
     learns = {name for name, p in model.named_parameters() if p.grad is not None}
     assert learns == {"encoder.sam_model.net_2.weight", "encoder.sam_model.net_3.weight", "projector.layers.weight", "projector.layers.bias",
                       "image_newline", "view_seperator"}

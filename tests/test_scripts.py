@@ -363,7 +363,7 @@ def test_exit_status_of_the_command(runs):
 
 @pytest.mark.parametrize("part, key, value, message", [
     ("gpt", "n_embd", 64, "does not fit the model"), ("sam", "depth", 3, "does not fit the model"),
-    ("clip", "dropout", 0.1, "unknown keys ['dropout']"), ("gpt", "n_head", 3, "not a multiple of its 3 heads"),
+    ("second_stage", "dropout", 0.1, "unknown keys ['dropout']"), ("gpt", "n_head", 3, "not a multiple of its 3 heads"),
 ])
 def test_a_checkpoint_of_another_config(runs, tmp_path, capsys, part, key, value, message):
     source = runs.folder / "stage2/model_000006"

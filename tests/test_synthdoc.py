@@ -10,7 +10,7 @@ import re
 import pytest
 
 from tasks import synthdoc
-from tasks.common import Task
+from nanochat.conversation import Task
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import FACES, MIN_CHARS, SPLITS, SynthDoc, held_out_words, letters, prose, text_stream, train_words
 

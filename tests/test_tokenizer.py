@@ -12,7 +12,7 @@ import pytest
 
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import tok_train
-from tasks.common import ocr_conversation
+from nanochat.conversation import ocr_conversation
 from tasks.synthdoc import held_out_words, text_stream
 
 

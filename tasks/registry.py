@@ -8,14 +8,10 @@ The sets a training stage draws from, out of its command line: --data names them
 
 Benchmarks, never trained on: fox, fox-cn [:ZIP or DIR], omnidocbench[:REPO or DIR], chartqa-test[:REPO or DIR], fox_like, omnidocbench_like.
 """
-from itertools import islice
-
-import numpy as np
-
-from nanochat.dataloader import Mixture, Stream
+from nanochat.conversation import BadSample
+from nanochat.mixture import First, Mixture, Shuffled, Stream
 from tasks import chartqa, finevision, folder, fox, omnidocbench, smoltalk, synthchat, synthpage
-from tasks.common import BadSample, Task
-from tasks.synthdoc import SynthDoc, stable_hash
+from tasks.synthdoc import SynthDoc
 
 BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omnidocbench_like")
 EVALUATED = (*BENCHMARKS, "folder", "synthchart")  # what scripts.vision_eval scores beside the splits of synthdoc
@@ -87,19 +83,6 @@ def text_pages(split, size, image_size, chars, seed):
     return synthpage.SynthPage(split, size, image_size, chars=(low, high), columns=(1, 2), parts=synthpage.TEXT, kinds=("text",), seed=seed)
 
 
-class First(Task):
-    """The first n rows of a streamed set, kept."""
-    def __init__(self, task, n):
-        self.name, self.to_conversation, self.rows = task.name, task.to_conversation, list(islice(task.rows, n))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        self.check_index(i)
-        return self.to_conversation(self.rows[i], f"{self.name} row {i}")
-
-
 def has_pictures(task):
     """Whether the first sound one of a few samples has a picture."""
     for i in range(min(16, len(task))):
@@ -108,22 +91,6 @@ def has_pictures(task):
         except BadSample:  # --bad-data decides what becomes of it when it is used
             continue
     return False
-
-
-class Shuffled(Task):
-    """`size` samples of `task`: all of it in one order, then in another, ...; sample i is a matter of arithmetic."""
-    def __init__(self, task, size, seed):
-        self.task, self.size, self.seed, self.epoch, self.order = task, size, stable_hash(str(seed)), -1, None
-        self.name = getattr(task, "name", type(task).__name__)  # what is drawn is logged under
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, i):
-        epoch, k = divmod(i, len(self.task))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
-        return self.task[int(self.order[k])]
 
 
 def training_sets(args, image_size, samples, ramp):
