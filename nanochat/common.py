@@ -1,4 +1,7 @@
-"""Process set-up, devices and printing: the same few lines in every script."""
+"""
+Process set-up, devices, printing and small files: the same few lines in every script.
+"""
+import datetime
 import hashlib
 import json
 import os
@@ -10,42 +13,89 @@ import time
 import torch
 import torch.distributed as dist
 
+# -----------------------------------------------------------------------------
+# Processes
+
 
 def dist_info():
-    """(rank, local rank, world size), from torchrun's environment; (0, 0, 1) without it."""
-    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    """(rank, local rank, world size) from torchrun's environment; (0, 0, 1) without it."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return rank, local_rank, world_size
 
 
-def print0(*args, **kwargs):
-    if dist_info()[0] == 0:
-        print(*args, flush=True, **kwargs)
+def is_master():
+    """Whether this process is the one that prints and writes."""
+    return dist_info()[0] == 0
 
 
-def banner(text):
-    """For what must not be overlooked."""
-    print0("!" * 80 + f"\n{text}\n" + "!" * 80)
+def barrier():
+    """Waits until every rank has arrived here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(value, device, op=dist.ReduceOp.SUM):
+    """A Python number, or a list of them, reduced over ranks, as float(s)."""
+    if not dist.is_initialized():  # a single process: no copy to a GPU, and no wait for it
+        return [float(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
+    reduce_on = device if device.type == "cuda" else "cpu"  # gloo takes CPU tensors only
+    tensor = torch.tensor(value, dtype=torch.float64, device=reduce_on)
+    dist.all_reduce(tensor, op=op)
+    return tensor.tolist()
+
+
+def gather(value):
+    """[value of rank 0, of rank 1, ...] on every rank, for small values of plain Python types."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+# -----------------------------------------------------------------------------
+# Devices and dtypes
 
 
 def compute_init(device_type=""):
     """
-    -> torch.device. Under torchrun joins the process group (nccl on cuda, gloo elsewhere). `device_type` empty: the best there is.
+    Sets up the device, and the process group when torchrun started us. -> torch.device
+
+    device_type: cuda, mps or cpu; empty = the best this machine has.
+    Raises ValueError for a device that torch does not find here.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = device_type or next(k for k, ok in available.items() if ok)
-    if kind not in available:
-        raise ValueError(f"--device-type={kind}: must be one of {list(available)}")
-    if not available[kind]:
-        raise ValueError(f"--device-type={kind}: torch {torch.__version__} finds no such device here; use --device-type=cpu")
-    rank, local_rank, world = dist_info()
-    device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if not device_type:
+        device_type = next(kind for kind, found in available.items() if found)
+    if device_type not in available:
+        raise ValueError(f"--device-type={device_type}: must be one of {list(available)}")
+    if not available[device_type]:
+        raise ValueError(f"--device-type={device_type}: torch {torch.__version__} finds no such "
+                         f"device here; use --device-type=cpu")
+    _, local_rank, world_size = dist_info()
+    if device_type == "cuda":
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        # cuDNN's attention, which torch prefers on Hopper, plans anew for every shape, on the host: packed samples and a growing cache have
-        # many. Flash and memory-efficient kernels do not (scripts.bench --cudnn measures what it would give where shapes are fixed).
+        # torch prefers cuDNN's attention on Hopper, but cuDNN makes a new plan on the host for
+        # every new shape, and packed rows and a growing cache have many. The flash and
+        # memory-efficient kernels need no plan.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    else:
+        device = torch.device(device_type)
+    if world_size > 1 and not dist.is_initialized():
+        # Rank 0 may spend long in an evaluation or a checkpoint while the others wait for it.
+        timeout = datetime.timedelta(hours=2)
+        if device_type == "cuda":
+            dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
     return device
 
 
@@ -54,57 +104,47 @@ def compute_cleanup():
         dist.destroy_process_group()
 
 
+def has_bfloat16(device):
+    """Whether the hardware computes in bf16; emulation, which is slow, does not count."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return False
+
+
 def choose_dtype(device, name="auto"):
-    """Compute dtype: bf16 where the hardware has it, else fp32, and it says so."""
+    """The compute dtype: bf16 where the hardware has it, else fp32, and it says so."""
     if name not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--dtype={name}: must be auto, bfloat16 or float32")
     if name == "float32":
         return torch.float32
-    has_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
-                "cpu": lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported()}[device.type]()
-    if has_bf16:
+    if has_bfloat16(device):
         return torch.bfloat16
     if name == "bfloat16":
-        raise ValueError(f"--dtype=bfloat16: this {device.type} has no bf16; use --dtype=float32 or auto")
+        raise ValueError(f"--dtype=bfloat16: this {device.type} has no bf16; "
+                         f"use --dtype=float32 or auto")
     print0(f"This {device.type} has no bf16: computing in fp32, more slowly.")
     return torch.float32
 
 
 def choose_compile(device, name="auto"):
     """
-    Whether to torch.compile. auto: on CUDA where a compiler is found; not on a CPU, where compiling takes what a short run saves
-    (python -m scripts.bench --compile=both).
+    Whether to torch.compile. auto: on CUDA where a compiler is found, and never on a CPU, where
+    compiling takes as long as it saves in a short run (python -m scripts.bench --compile=both).
     """
-    found = any(map(shutil.which, ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")))
+    compilers = ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")
+    found = any(shutil.which(compiler) for compiler in compilers)
     if name == "yes" and not found:
-        raise ValueError("--compile=yes needs a C++ compiler (on CUDA a C compiler), and none is on the PATH: install gcc, or --compile=no")
-    return name == "yes" or (name == "auto" and device.type == "cuda" and found)
-
-
-def all_reduce(value, device, op=dist.ReduceOp.SUM):
-    """A Python number, or a list of them, reduced over ranks, as float(s)."""
-    if not dist.is_initialized():  # nothing to wait for
-        return [float(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
-    t = torch.tensor(value, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")  # gloo takes CPU tensors
-    dist.all_reduce(t, op=op)
-    return t.tolist()
-
-
-def gather(value):
-    """[value of rank 0, of rank 1, ...] on every rank; for small things of plain Python types."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+        raise ValueError("--compile=yes needs a C++ compiler (on CUDA a C compiler), and none is "
+                         "on the PATH: install gcc, or use --compile=no")
+    if name == "auto":
+        return device.type == "cuda" and found
+    return name == "yes"
 
 
 def synchronize(device):
+    """Waits until the device has finished what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -112,13 +152,19 @@ def synchronize(device):
 
 
 def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product, measured here and now: what MFU is a share of. Never a guess from a table."""
+    """
+    FLOP/s of a large matrix product, measured here and now. MFU is a share of this figure, and
+    never of a number guessed from a table.
+    """
     n = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best, begin = float("inf"), time.perf_counter()
-    while device.type == "cuda" and time.perf_counter() - begin < 0.5:  # an idle GPU's clocks are low
-        a @ b
-        synchronize(device)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    if device.type == "cuda":  # the clocks of an idle GPU are low: warm it up for half a second
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < 0.5:
+            a @ b
+            synchronize(device)
+    best = float("inf")
     for _ in range(6):
         synchronize(device)
         start = time.perf_counter()
@@ -128,9 +174,48 @@ def matmul_rate(device, dtype):
     return 2 * n ** 3 / best
 
 
-def stable_hash(text):
-    """An int that is the same in every process and on every machine, which Python's own hash() is not."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+# -----------------------------------------------------------------------------
+# Printing
+
+
+def print0(*args, **kwargs):
+    """print, on rank 0 only."""
+    if is_master():
+        print(*args, flush=True, **kwargs)
+
+
+def banner(text):
+    """For what must not be overlooked."""
+    print0("!" * 80 + f"\n{text}\n" + "!" * 80)
+
+
+def json_line(record):
+    """A script's last line."""
+    print0(json.dumps(record))
+
+
+def run_main(main):
+    """
+    Entry point of a script. An expected error ends in one clear line and exit status 1, Ctrl-C in
+    one line and status 130; neither prints a traceback through our own frames.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOCHAT_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; a training run or evaluation goes on from where it last saved: "
+              "training with --resume, vision_eval with the same command",
+              file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+# -----------------------------------------------------------------------------
+# Small files, hashes, commits
 
 
 def write_json(path, value):
@@ -143,37 +228,44 @@ def read_json(path):
         return json.load(f)
 
 
+def replace_file(path, text):
+    """Writes a text file whole or not at all: a kill leaves the old file or the new one."""
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def stable_hash(text):
+    """An int that is the same in every process and on every machine; Python's own hash() is not."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def git_commit():
-    """Short hash, with "+" when the tree has changes; "unknown" outside a checkout."""
+    """Short hash of HEAD, with "+" if tracked files have changes; "unknown" outside a checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
     def git(*args):
-        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=here)
     try:
         head = git("rev-parse", "--short", "HEAD")
     except FileNotFoundError:  # no git on this machine
         return "unknown"
     if head.returncode:
         return "unknown"
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    changes = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    return head.stdout.strip() + ("+" if changes else "")
 
 
-def json_line(record):
-    """A script's last line."""
-    print0(json.dumps(record))
-
-
-def run_main(main):
-    """Entry point of a script: an expected error ends in one clear line and exit status 1, not in a traceback of our frames."""
-    try:
-        main()
-    except (ValueError, FileNotFoundError, FileExistsError, OSError) as e:
-        if os.environ.get("NANOCHAT_TRACEBACK"):
-            raise
-        print(f"error: {e}\n(set NANOCHAT_TRACEBACK=1 for the traceback)", file=sys.stderr, flush=True)
-        sys.exit(1)
+# -----------------------------------------------------------------------------
+# Weights & Biases
 
 
 class DummyWandb:
-    """Stands in for a wandb run when --run=dummy or on ranks other than 0."""
+    """Stands in for a W&B run when --run=dummy, and on every rank but 0."""
     def log(self, *args, **kwargs):
         pass
 
@@ -182,8 +274,15 @@ class DummyWandb:
 
 
 def init_wandb(run, config):
-    """Project nano-deepseek-ocr; the key is wandb's own business (WANDB_API_KEY or `wandb login`) and is never saved by us."""
-    if run == "dummy" or dist_info()[0] != 0:
+    """
+    The W&B run of that name in project nano-deepseek-ocr. The key is wandb's own business
+    (WANDB_API_KEY or `wandb login`); we never save it.
+    """
+    if run == "dummy" or not is_master():
         return DummyWandb()
-    import wandb
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"--run={run} logs to Weights & Biases, which is not installed: "
+                         f"pip install wandb, or leave --run out") from None
     return wandb.init(project="nano-deepseek-ocr", name=run, config=config)

@@ -1,63 +1,165 @@
 """
-Fine-tunes a trained checkpoint on pages of your own, and reads their held-out part before and after.
+Fine-tunes a trained checkpoint on pages of your own, and reads held-out pages before and after.
 
     python -m scripts.finetune --checkpoint=checkpoints/stage2 --data=folder:DIR --model-tag=mine
-    python -m scripts.finetune --data=folder:DIR=1,synthdoc=1 --freeze-sam        # half of it what it knows already
+    torchrun --standalone --nproc_per_node=8 -m scripts.finetune -- --data=folder:DIR
+    python -m scripts.finetune --data=folder:DIR=1,synthdoc=1 --freeze-sam  # keeps what it knows
 
-Weights, tokenizer, mode and page settings are the checkpoint's. Writes checkpoints/<model-tag>/ as any training run does.
+Weights, tokenizer, mode and page settings are the checkpoint's. Writes checkpoints/<model-tag>/
+as any training run does; summary.json has the scores before and after.
 """
+import argparse
 import os
 
-from nanochat import checkpoint as ckpt
-from nanochat.common import choose_dtype, compute_cleanup, compute_init, dist_info, json_line, print0, run_main, write_json
+from nanochat.checkpoint import load_model
+from nanochat.common import (
+    choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, is_master, json_line,
+    matmul_rate, print0, run_main, write_json)
+from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.engine import Engine
-from nanochat.gauges import read_pages
+from nanochat.evaluator import Evaluator, read_pages
 from nanochat.image_modes import get_mode
-from nanochat.loop import samples_per_step, train, training_arguments
+from nanochat.loop import (
+    account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
+    row_multiple, samples_per_step, save, train_step, wrap_model)
 from nanochat.metrics import score_page, summarize
-from tasks.synthdoc import MIN_PX
-from tasks.registry import training_sets
+from nanochat.optim import Optimizer, schedule
+from nanochat.run import Run
+from tasks.registry import add_data_arguments, training_sets
 
-INHERITED = ("chars", "faces", "min_px", "random_share", "max_seq_len")
-MAX_PAGES, BATCH = 256, 32  # held-out pages read before and after
+# Settings of the checkpoint's run that hold here too unless they are given on the command line.
+INHERITED = ("mode", "chars", "faces", "min_px", "random_share", "max_seq_len", "damage",
+             "text_files", "page_parts")
+READ_PAGES = 256  # held-out pages read before and after, at most
+READ_BATCH = 32
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", default="checkpoints/stage2",
+                        help="model_<step> folder, or a run folder (then its last)")
+    parser.add_argument("--freeze-sam", action="store_true",
+                        help="train the second stage of the encoder, projector and decoder only")
+    add_data_arguments(parser)
+    add_training_arguments(parser, model_tag="finetune", num_iterations=150, lr=1e-3,
+                           matrix_lr=0.005, save_every=50)
+    return parser
 
 
 def read_held_out(model, tokenizer, mode, task):
-    """{samples, one_minus_ned, ci95, cer} of the held-out pages, read greedily. Chinese words do not matter to these figures."""
-    engine, rows, pages = Engine(model.eval(), tokenizer, mode), [], range(min(len(task), MAX_PAGES))
-    for first in pages[::BATCH]:
-        batch = [task[i] for i in pages[first:first + BATCH]]
-        longest = max(len(tokenizer.encode(c["messages"][-1]["content"])) for c in batch)
-        rows += [score_page(text, c["messages"][-1]["content"], by_character=True) for c, text, _ in read_pages(engine, batch, longest + 16)]
-    return {name: value for name, value in summarize(rows).items() if name in ("samples", "one_minus_ned", "ci95", "cer")}
+    """{samples, one_minus_ned, ci95, cer} of the held-out pages, read greedily."""
+    engine = Engine(model.eval(), tokenizer, mode)
+    n_pages = min(len(task), READ_PAGES)
+    scores = []
+    for first in range(0, n_pages, READ_BATCH):
+        batch = [task[i] for i in range(first, min(first + READ_BATCH, n_pages))]
+        for conversation, text, _ in read_pages(engine, batch):
+            truth = conversation["messages"][-1]["content"]
+            # how Chinese is cut into words does not matter to these figures
+            scores.append(score_page(text, truth, by_character=True))
+    summary = summarize(scores)
+    return {name: summary[name] for name in ("samples", "one_minus_ned", "ci95", "cer")}
 
 
 def main(argv=None):
-    parser = training_arguments(__doc__.split("\n")[1], model_tag="finetune", num_iterations=150, lr=1e-3, matrix_lr=0.005, save_every=50)
-    parser.add_argument("--checkpoint", default="checkpoints/stage2", help="model_<step> folder, or a run folder (then its last)")
-    parser.add_argument("--freeze-sam", action="store_true", help="train CLIP, projector and decoder only")
+    parser = make_parser()
     args = parser.parse_args(argv)
-    device = compute_init(args.device_type)
 
-    # model; its run's settings are this run's defaults
-    model, tokenizer, meta = ckpt.load_model(args.checkpoint, device)
-    parser.set_defaults(**{"min_px": MIN_PX, **{k: v for k, v in meta["user_config"].items() if k in INHERITED}, "mode": meta["mode"]})
+    # -------------------------------------------------------------------------
+    # Compute init
+    device = compute_init(args.device_type)
+    dtype = choose_dtype(device, args.dtype)
+    compiled = choose_compile(device, args.compile)
+    rank, _, world_size = dist_info()
+    batch_size = samples_per_step(args)
+    accumulate = batch_size // (args.device_batch_size * world_size)
+
+    # -------------------------------------------------------------------------
+    # Model and tokenizer; the settings of the checkpoint's run are this run's defaults
+    model, tokenizer, meta = load_model(args.checkpoint, device)
+    theirs = {k: v for k, v in meta["user_config"].items() if k in INHERITED}
+    parser.set_defaults(**{**theirs, "mode": meta["mode"]})
     args = parser.parse_args(argv)
-    model.dtype = choose_dtype(device, args.dtype)
+    run = Run(args, "fine-tuning")
     if args.freeze_sam:
         model.encoder.freeze_sam()
+    model.recompute(args.recompute)
+    model.dtype = dtype
 
-    # data
-    task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, args.num_iterations * samples_per_step(args), args.ramp)
+    # -------------------------------------------------------------------------
+    # Data: conversations, and how they become rows of tokens and pixels
+    modes = [get_mode(name) for name in args.mode.split(",")]
+    stride = model.cfg.token_stride
+    n_samples = args.num_iterations * batch_size
+    task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, n_samples,
+                                                    args.ramp)
+    limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
+                  too_long=args.too_long, bad_data=args.bad_data)
+    multiple = row_multiple(args.pack or args.max_seq_len, compiled)
+    sampler = Sampler(task, tokenizer, modes, stride, pack=args.pack, multiple=multiple, **limits)
+    evaluator = Evaluator(tokenizer, modes, stride, limits, val_task, statistics_task,
+                          args.eval_pages, args.statistics_pages)
 
-    # run
-    mode = get_mode(args.mode.split(",")[0], model.cfg.modes)
-    before = read_held_out(model, tokenizer, mode, val_task)
+    # -------------------------------------------------------------------------
+    # Optimizer and schedule
+    optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
+                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr))
+
+    def lr_scale(step, progress):
+        """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
+        if step < args.warmup_steps:
+            return (step + 1) / args.warmup_steps
+        return schedule(args.schedule, progress)
+
+    # -------------------------------------------------------------------------
+    # Start: read the held-out pages as they are read now, then resume or begin
+    before = read_held_out(model, tokenizer, modes[0], val_task)
     print0(f"before: {before}")
-    summary = train(args, "fine-tuning", model, tokenizer, task, val_task, statistics_task, device)
-    summary |= {"before": before, "after": read_held_out(model, tokenizer, mode, val_task)}
-    if dist_info()[0] == 0:
-        write_json(os.path.join(args.checkpoints, args.model_tag, "summary.json"), summary)
+    if run.start is not None:
+        run.load(model, optimizer, tokenizer)
+    step = run.start or 0
+    streams = run.streams_of(rank)
+    batches = loader(sampler, args.device_batch_size, step * accumulate,
+                     args.num_iterations * accumulate, rank, world_size, args.workers,
+                     pin_memory=device.type == "cuda", states=streams)
+    batches = ahead(batches, device)
+    net = wrap_model(model, compiled)
+    peak_flops = matmul_rate(device, dtype)
+    run.begin(tokenizer, modes[0])
+    model.train()
+
+    # -------------------------------------------------------------------------
+    # The loop
+    while True:
+        progress = run.progress(step)
+        last = progress >= 1
+        fresh = step != run.start  # a resumed run has evaluated and saved this step already
+        save_now = fresh and (last or (step > 0 and due(step, args.save_every)))
+        evaluate_now = fresh and (save_now or due(step, args.eval_every))
+        if evaluate_now:
+            evaluate(run, step, model, evaluator, eager=compiled)
+        if save_now:
+            save(run, step, model, tokenizer, optimizer, streams)
+        if last:
+            break
+        scale = lr_scale(step, progress)
+        result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
+                            sampler.counters, agree_on_time=args.max_minutes > 0)
+        streams.update(result.streams)
+        account(run, result)
+        figures = figures_of_step(run, result, args.lr * scale, peak_flops)
+        run.record(step, figures)
+        print0(console_line(run, step, figures, scale))
+        step += 1
+
+    # -------------------------------------------------------------------------
+    # What it gained
+    summary = run.finish(step, model, peak_flops)
+    summary["before"] = before
+    summary["after"] = read_held_out(model, tokenizer, modes[0], val_task)
+    if is_master():
+        write_json(os.path.join(run.folder, "summary.json"), summary)
     json_line(summary)
     compute_cleanup()
 

@@ -1,70 +1,185 @@
 """
-Stage 2: the encoder of stage 1 meets a fresh decoder. SAM and compressor are frozen; CLIP, projector and GPT are trained on
-pages and text-only chat mixed (paper, section 3.5.2).
+Stage 2: the encoder of stage 1 meets a fresh decoder, on pages and text-only chat mixed.
 
-    python -m scripts.vis_mid_train                                       # one process, after scripts.vis_tok_train
-    torchrun --standalone --nproc_per_node=8 -m scripts.vis_mid_train --optimizer=adamw --lr=3e-5 --schedule=step --run=stage2
-    python -m scripts.vis_mid_train --encoder=checkpoints/try --num-iterations=20 --chars=8-12 --model-tag=try2   # seconds, on a CPU
+    python -m scripts.vis_mid_train                                  # one process, after stage 1
+    torchrun --standalone --nproc_per_node=8 -m scripts.vis_mid_train -- --optimizer=adamw \
+        --lr=3e-5 --schedule=step --run=stage2
+    python -m scripts.vis_mid_train --encoder=checkpoints/try --num-iterations=20 --model-tag=try2
 
-Sizes come from the encoder's checkpoint. Writes checkpoints/<model-tag>/model_<step>/.
+(Paper: section 3.5.2. The third line is a trial that takes seconds on a CPU.)
+SAM and compressor are frozen; the second stage of the encoder (CLIP), the projector and the
+decoder learn. Sizes come from the encoder's checkpoint. Writes checkpoints/<model-tag>/.
 """
-from nanochat import checkpoint as ckpt
-from nanochat import pretrained
-from nanochat.common import compute_cleanup, compute_init, json_line, print0, read_json, run_main
-from nanochat.mixture import Mixture
-from nanochat.loop import samples_per_step, train, training_arguments
-from nanochat.model import DeepseekOCR
-from tasks.synthchat import SynthChat
-from tasks.registry import training_sets
+import argparse
+import os
 
-INHERITED = ("tokenizer", "mode", "chars", "faces", "min_px", "random_share", "max_seq_len")  # from stage 1 unless given here
+from nanochat import pretrained
+from nanochat.checkpoint import load_encoder, resuming
+from nanochat.common import (
+    choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, json_line, matmul_rate,
+    print0, read_json, run_main)
+from nanochat.config import ModelConfig
+from nanochat.dataloader import Sampler, ahead, loader
+from nanochat.evaluator import Evaluator
+from nanochat.image_modes import get_mode
+from nanochat.loop import (
+    account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
+    row_multiple, samples_per_step, save, train_step, wrap_model)
+from nanochat.mixture import Mixture
+from nanochat.model import DeepseekOCR
+from nanochat.optim import Optimizer, schedule
+from nanochat.run import Run
+from tasks.registry import add_data_arguments, training_sets
+from tasks.synthchat import SynthChat
+
+# Settings of stage 1 that hold here too unless they are given on the command line.
+INHERITED = ("tokenizer", "mode", "chars", "faces", "min_px", "random_share", "max_seq_len",
+             "damage", "text_files", "page_parts")
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # Model
+    parser.add_argument("--encoder", default="checkpoints/stage1",
+                        help="deepencoder_<step> folder, stage-1 run folder or hub name")
+    parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, "
+                        "hub name or folder; empty = random weights")
+    # Data
+    parser.add_argument("--text-share", type=int, default=10,
+                        help="built-in text-only chat, in a hundred samples, beside --data")
+    add_data_arguments(parser, ramp=4800)
+    add_training_arguments(parser, model_tag="stage2", num_iterations=950, eval_every=150,
+                           save_every=150)
+    return parser
+
+
+def inherit(parser, argv, stage1_config):
+    """Parses the command line with stage 1's settings as the defaults of INHERITED."""
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(INHERITED)))
+    for name in INHERITED:
+        flag = f"--{name.replace('_', '-')}"
+        theirs = stage1_config.get(name, parser.get_default(name))
+        ours = getattr(given, name)
+        if ours is None:
+            setattr(given, name, theirs)
+            print0(f"inherited {flag}={theirs}")
+        elif ours != theirs:
+            print0(f"NOTE: {flag}={ours} overrides stage 1's {theirs}")
+    return given
 
 
 def main(argv=None):
-    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage2", num_iterations=950, ramp=4800, eval_every=150,
-                                save_every=150)
-    parser.add_argument("--encoder", default="checkpoints/stage1", help="deepencoder_<step> folder, stage-1 run folder or hub name")
-    parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, hub name or folder; empty = random weights")
-    parser.add_argument("--text-share", type=int, default=10, help="built-in text-only chat in a hundred samples, beside --data")
-    inherited_defaults = {name: parser.get_default(name) for name in INHERITED}
-    parser.set_defaults(**dict.fromkeys(INHERITED))
+    parser = make_parser()
     args = parser.parse_args(argv)
+
+    # -------------------------------------------------------------------------
+    # Compute init
     device = compute_init(args.device_type)
+    dtype = choose_dtype(device, args.dtype)
+    compiled = choose_compile(device, args.compile)
+    rank, _, world_size = dist_info()
+    batch_size = samples_per_step(args)
+    accumulate = batch_size // (args.device_batch_size * world_size)
 
-    # what stage 1 was, and what of it holds here
+    # -------------------------------------------------------------------------
+    # What stage 1 was, and what of it holds here
     encoder_dir = pretrained.fetch(args.encoder, "deepencoder")
-    cfg = ckpt.ModelConfig.from_dict(read_json(f"{encoder_dir}/config.json"))
-    stage1 = read_json(f"{encoder_dir}/meta.json")
-    for name in INHERITED:
-        theirs, ours = stage1["user_config"].get(name, inherited_defaults[name]), getattr(args, name)
-        if ours is None:
-            setattr(args, name, theirs)
-            print0(f"inherited --{name.replace('_', '-')}={theirs}")
-        elif ours != theirs:
-            print0(f"NOTE: --{name.replace('_', '-')}={ours} overrides stage 1's {theirs}")
+    cfg = ModelConfig.from_dict(read_json(os.path.join(encoder_dir, "config.json")))
+    stage1 = read_json(os.path.join(encoder_dir, "meta.json"))
+    args = inherit(parser, argv, stage1["user_config"])
+    run = Run(args, "stage 2")
 
-    # tokenizer and model
+    # -------------------------------------------------------------------------
+    # Tokenizer and model
     tokenizer = pretrained.choose_decoder(cfg, args)
     if tokenizer.fingerprint() != stage1["tokenizer"]:
         print0("NOTE: another tokenizer than stage 1's; the decoder is fresh, so this is allowed")
-    model = DeepseekOCR(cfg).init_weights(args.seed + 1)  # another seed: the decoder is not stage 1's initial one
-    ckpt.load_encoder(encoder_dir, model)
-    if args.gpt and not ckpt.resuming(args):
+    # Another seed than stage 1's: the decoder must not be its initial one again.
+    model = DeepseekOCR(cfg).init_weights(args.seed + 1)
+    load_encoder(encoder_dir, model)
+    if args.gpt and not resuming(args):
         pretrained.load_nanochat(model.gpt, args.gpt)
-    model.to(device)
     model.encoder.freeze_sam()
+    model.recompute(args.recompute)
+    model.to(device)
+    model.dtype = dtype
 
-    # data
+    # -------------------------------------------------------------------------
+    # Data: pages and chat mixed, and how they become rows of tokens and pixels
     if not 0 <= args.text_share < 100:
         raise ValueError(f"--text-share={args.text_share}: percent of the samples, 0 to 99")
-    samples = args.num_iterations * samples_per_step(args)
-    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, samples + 100, args.ramp)
+    mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
+    modes = [get_mode(name) for name in mode_names]
+    n_samples = args.num_iterations * batch_size + 100  # whole cycles of the mixture need a few more
+    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
     if args.text_share:
-        chat = SynthChat("train", samples + 100, seed=args.seed)
+        chat = SynthChat("train", n_samples, seed=args.seed)
         task = Mixture([(task, 100 - args.text_share), (chat, args.text_share)])
+    limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
+                  too_long=args.too_long, bad_data=args.bad_data)
+    multiple = row_multiple(args.pack or args.max_seq_len, compiled)
+    sampler = Sampler(task, tokenizer, modes, cfg.token_stride, pack=args.pack, multiple=multiple,
+                      **limits)
+    evaluator = Evaluator(tokenizer, modes, cfg.token_stride, limits, val_task, statistics_task,
+                          args.eval_pages, args.statistics_pages)
 
-    # run
-    summary = train(args, "stage 2", model, tokenizer, task, val_task, statistics_task, device)
+    # -------------------------------------------------------------------------
+    # Optimizer and schedule
+    optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
+                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr))
+
+    def lr_scale(step, progress):
+        """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
+        if step < args.warmup_steps:
+            return (step + 1) / args.warmup_steps
+        return schedule(args.schedule, progress)
+
+    # -------------------------------------------------------------------------
+    # Start: resume from this run's last checkpoint, else from what the model holds now
+    if run.start is not None:
+        run.load(model, optimizer, tokenizer)
+    step = run.start or 0
+    streams = run.streams_of(rank)
+    batches = loader(sampler, args.device_batch_size, step * accumulate,
+                     args.num_iterations * accumulate, rank, world_size, args.workers,
+                     pin_memory=device.type == "cuda", states=streams)
+    batches = ahead(batches, device)
+    net = wrap_model(model, compiled)
+    peak_flops = matmul_rate(device, dtype)
+    print0(f"stage 2: {model.num_params():,} parameters, {optimizer.num_params():,} trained; "
+           f"{device.type} x {world_size}, {str(dtype)[6:]}, "
+           f"{'compiled' if compiled else 'eager'}, matmul {peak_flops / 1e9:,.0f} GFLOP/s; "
+           f"{batch_size} samples a step")
+    run.begin(tokenizer, modes[0])
+    model.train()
+
+    # -------------------------------------------------------------------------
+    # The loop
+    while True:
+        progress = run.progress(step)
+        last = progress >= 1
+        fresh = step != run.start  # a resumed run has evaluated and saved this step already
+        save_now = fresh and (last or (step > 0 and due(step, args.save_every)))
+        evaluate_now = fresh and (save_now or due(step, args.eval_every))
+        if evaluate_now:
+            evaluate(run, step, model, evaluator, eager=compiled)
+        if save_now:
+            save(run, step, model, tokenizer, optimizer, streams)
+        if last:
+            break
+        scale = lr_scale(step, progress)
+        result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
+                            sampler.counters, agree_on_time=args.max_minutes > 0)
+        streams.update(result.streams)
+        account(run, result)
+        figures = figures_of_step(run, result, args.lr * scale, peak_flops)
+        run.record(step, figures)
+        print0(console_line(run, step, figures, scale))
+        step += 1
+
+    # -------------------------------------------------------------------------
+    summary = run.finish(step, model, peak_flops)
     json_line(summary)
     compute_cleanup()
 

@@ -1,53 +1,160 @@
 """
-Stage 1: DeepEncoder, projector and a decoder learn to read together, by next-token prediction (paper, section 3.5.1).
+Stage 1: DeepEncoder, projector and a decoder learn to read together, by next-token prediction.
 
-    python -m scripts.vis_tok_train                                       # one process, nano
-    torchrun --standalone --nproc_per_node=8 -m scripts.vis_tok_train --preset=base --run=stage1
-    python -m scripts.vis_tok_train --preset=tiny --num-iterations=20 --chars=8-12 --model-tag=try   # seconds, on a CPU
+    python -m scripts.vis_tok_train                                  # one process, nano
+    torchrun --standalone --nproc_per_node=8 -m scripts.vis_tok_train -- --preset=base --run=stage1
+    python -m scripts.vis_tok_train --preset=tiny --num-iterations=20 --chars=10-12 --model-tag=try
 
-Writes checkpoints/<model-tag>/model_<step>/ and, at the end, deepencoder_<step>/: the encoder that stage 2 starts from.
+(Paper: section 3.5.1. The third line is a trial that takes seconds on a CPU.)
+Writes checkpoints/<model-tag>/model_<step>/, and beside each deepencoder_<step>/, the encoder
+alone, which stage 2 starts from.
 """
-from nanochat import checkpoint as ckpt
+import argparse
+
 from nanochat import pretrained
-from nanochat.common import compute_cleanup, compute_init, json_line, run_main
+from nanochat.checkpoint import resuming
+from nanochat.common import (
+    choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, json_line, matmul_rate,
+    print0, run_main)
 from nanochat.config import PRESETS
-from nanochat.loop import samples_per_step, train, training_arguments
+from nanochat.dataloader import Sampler, ahead, loader
+from nanochat.evaluator import Evaluator
+from nanochat.image_modes import get_mode
+from nanochat.loop import (
+    account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
+    row_multiple, samples_per_step, save, train_step, wrap_model)
 from nanochat.model import DeepseekOCR
-from tasks.registry import training_sets
+from nanochat.optim import Optimizer, schedule
+from nanochat.run import Run
+from tasks.registry import add_data_arguments, training_sets
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # Model
+    parser.add_argument("--preset", default="nano", choices=sorted(PRESETS),
+                        help="sizes of the model (nanochat/config.py)")
+    parser.add_argument("--standardize", default="", choices=["", "none", "channel", "position"],
+                        help="compressor output over the batch; empty = the preset's")
+    # Published weights to start from
+    parser.add_argument("--sam", default="", help=f"SAM, hub name or folder, e.g. "
+                        f"{pretrained.SAM}; empty = random weights")
+    parser.add_argument("--clip", default="", help=f"CLIP, e.g. {pretrained.CLIP}")
+    parser.add_argument("--encoder", default="", help=f"whole encoder, e.g. {pretrained.DEEPSEEK}")
+    parser.add_argument("--gpt", default="", help="decoder, e.g. nanochat-students/base-d20")
+    parser.add_argument("--freeze", default="", help="for little data: parts kept as loaded, with "
+                        "commas, of sam (without the compressor), clip, gpt")
+    add_data_arguments(parser, chars="31-41x4,16-30x1", ramp=12800)
+    add_training_arguments(parser, model_tag="stage1", num_iterations=1000, eval_every=150,
+                           save_every=150)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    parser = training_arguments(__doc__.split("\n")[1], model_tag="stage1", num_iterations=1000, chars="31-41x4,16-30x1", ramp=12800,
-                                eval_every=150, save_every=150)
-    parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="sizes of the model (nanochat/config.py)")
-    parser.add_argument("--standardize", default="", choices=["", "none", "channel", "position"],
-                        help="compressor output over the batch; empty = the preset's")
-    for part, example in (("sam", pretrained.SAM), ("clip", pretrained.CLIP), ("encoder", pretrained.DEEPSEEK), ("gpt", "nanochat-students/base-d20")):
-        parser.add_argument(f"--{part}", default="", help=f"published weights to start from, hub name or folder, e.g. {example}; empty = random")
-    parser.add_argument("--freeze", default="", help="for little data: parts kept as they are loaded, of sam-core (all but the compressor), clip, gpt; with commas")
-    args = parser.parse_args(argv)
-    device = compute_init(args.device_type)
+    args = parse_args(argv)
 
-    # tokenizer and model
+    # -------------------------------------------------------------------------
+    # Compute init
+    device = compute_init(args.device_type)
+    dtype = choose_dtype(device, args.dtype)
+    compiled = choose_compile(device, args.compile)
+    rank, _, world_size = dist_info()
+    batch_size = samples_per_step(args)
+    accumulate = batch_size // (args.device_batch_size * world_size)
+    run = Run(args, "stage 1")
+
+    # -------------------------------------------------------------------------
+    # Tokenizer and model
     cfg = PRESETS[args.preset]()
-    cfg.standardize = args.standardize or cfg.standardize
+    if args.standardize:
+        cfg.standardize = args.standardize
     tokenizer = pretrained.choose_decoder(cfg, args)
     model = DeepseekOCR(cfg).init_weights(args.seed)
-    if not ckpt.resuming(args):
-        for source, load in ((args.sam, pretrained.load_sam), (args.clip, pretrained.load_clip), (args.encoder, pretrained.load_deepseek)):
-            if source:
-                load(model, source)
+    if not resuming(args):  # a checkpoint of our own replaces published weights anyway
+        if args.sam:
+            pretrained.load_sam(model, args.sam)
+        if args.clip:
+            pretrained.load_clip(model, args.clip)
+        if args.encoder:
+            pretrained.load_deepseek(model, args.encoder)
         if args.gpt:
             pretrained.load_nanochat(model.gpt, args.gpt)
     model.freeze(args.freeze.split(",") if args.freeze else [])
+    model.recompute(args.recompute)
     model.to(device)
+    model.dtype = dtype
 
-    # data
-    pages = args.num_iterations * samples_per_step(args)
-    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, pages, args.ramp)
+    # -------------------------------------------------------------------------
+    # Data: conversations, and how they become rows of tokens and pixels
+    mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
+    modes = [get_mode(name) for name in mode_names]
+    n_samples = args.num_iterations * batch_size
+    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
+    limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
+                  too_long=args.too_long, bad_data=args.bad_data)
+    multiple = row_multiple(args.pack or args.max_seq_len, compiled)
+    sampler = Sampler(task, tokenizer, modes, cfg.token_stride, pack=args.pack, multiple=multiple,
+                      **limits)
+    evaluator = Evaluator(tokenizer, modes, cfg.token_stride, limits, val_task, statistics_task,
+                          args.eval_pages, args.statistics_pages)
 
-    # run
-    summary = train(args, "stage 1", model, tokenizer, task, val_task, statistics_task, device)
+    # -------------------------------------------------------------------------
+    # Optimizer and schedule
+    optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
+                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr))
+
+    def lr_scale(step, progress):
+        """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
+        if step < args.warmup_steps:
+            return (step + 1) / args.warmup_steps
+        return schedule(args.schedule, progress)
+
+    # -------------------------------------------------------------------------
+    # Start: resume from this run's last checkpoint, else from what the model holds now
+    if run.start is not None:
+        run.load(model, optimizer, tokenizer)
+    step = run.start or 0
+    streams = run.streams_of(rank)
+    batches = loader(sampler, args.device_batch_size, step * accumulate,
+                     args.num_iterations * accumulate, rank, world_size, args.workers,
+                     pin_memory=device.type == "cuda", states=streams)
+    batches = ahead(batches, device)
+    net = wrap_model(model, compiled)
+    peak_flops = matmul_rate(device, dtype)
+    print0(f"stage 1: {model.num_params():,} parameters, {optimizer.num_params():,} trained; "
+           f"{device.type} x {world_size}, {str(dtype)[6:]}, "
+           f"{'compiled' if compiled else 'eager'}, matmul {peak_flops / 1e9:,.0f} GFLOP/s; "
+           f"{batch_size} samples a step")
+    run.begin(tokenizer, modes[0])
+    model.train()
+
+    # -------------------------------------------------------------------------
+    # The loop
+    while True:
+        progress = run.progress(step)
+        last = progress >= 1
+        fresh = step != run.start  # a resumed run has evaluated and saved this step already
+        save_now = fresh and (last or (step > 0 and due(step, args.save_every)))
+        evaluate_now = fresh and (save_now or due(step, args.eval_every))
+        if evaluate_now:
+            evaluate(run, step, model, evaluator, eager=compiled)
+        if save_now:
+            save(run, step, model, tokenizer, optimizer, streams, with_encoder=True)
+        if last:
+            break
+        scale = lr_scale(step, progress)
+        result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
+                            sampler.counters, agree_on_time=args.max_minutes > 0)
+        streams.update(result.streams)
+        account(run, result)
+        figures = figures_of_step(run, result, args.lr * scale, peak_flops)
+        run.record(step, figures)
+        print0(console_line(run, step, figures, scale))
+        step += 1
+
+    # -------------------------------------------------------------------------
+    summary = run.finish(step, model, peak_flops)
     json_line(summary)
     compute_cleanup()
 

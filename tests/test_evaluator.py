@@ -2,14 +2,14 @@
 Proves that the gauges of collapse measure what their names say: cosine 1 for pages that all look the same, a gap that is
 positive when the right page helps and zero when it is ignored, statistics that are those of the pages they were given.
 
-python -m pytest tests/test_gauges.py
+python -m pytest tests/test_evaluator.py
 """
 
 import pytest
 import torch
 
 from nanochat.engine import Engine
-from nanochat.gauges import cosines, page_cosine, read_pages, reestimate_statistics, validate
+from nanochat.evaluator import cosines, page_cosine, read_pages, reestimate_statistics, validate
 from nanochat.image_modes import MODES
 
 
@@ -85,3 +85,13 @@ def test_read_pages(model, tokenizer, pages, monkeypatch):
     rows = read_pages(engine, pages, 4)
     assert [(c["id"], text, score) for c, text, score in rows] == [
         (c["id"], text, float(text == truth)) for c, text, truth in zip(pages, texts, truths)]
+
+
+def test_reading_stops_where_the_decoder_ends(model, tokenizer, pages):
+    """A truth longer than the room behind its page is read as far as there are positions."""
+    engine = Engine(model.eval(), tokenizer, MODES["64px"])
+    conversation = dict(pages[0])
+    long_answer = {"role": "assistant", "content": "word " * 400}
+    conversation["messages"] = [*conversation["messages"][:-1], long_answer]
+    [(_, text, score)] = read_pages(engine, [conversation])
+    assert 0 <= score < 1

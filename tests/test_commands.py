@@ -1,0 +1,170 @@
+"""
+Every command that README, the scripts' docstrings and speedrun.sh show is one that the scripts, and
+torch's own launcher, accept as it stands; README's file tree names every file.
+
+python -m pytest tests/test_commands.py
+"""
+import argparse
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem != "__init__")
+
+
+def commands_in(text):
+    """The `python -m scripts...` and `torchrun ...` lines of a text, without their comments."""
+    text = text.replace("\\\n", " ")
+    found = []
+    for line in text.splitlines():
+        match = re.search(r"(?:torchrun|python) .*-m scripts\.\w+[^`]*", line)
+        if match:
+            found.append(match[0].split(" #")[0].split(" | ")[0].split(" && ")[0].strip())
+    return found
+
+
+def documented():
+    texts = {"README.md": README}
+    for name in SCRIPTS:
+        texts[name] = importlib.import_module(f"scripts.{name}").__doc__
+    return [(where, command) for where, text in texts.items() for command in commands_in(text)]
+
+
+class Parsed(Exception):
+    """Raised in place of running a script, once its flags are parsed."""
+
+
+def check_script(module, flags, monkeypatch):
+    """The script's own parser takes these flags."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args):
+        raise Parsed(parse_args(self, *args))
+
+    main = importlib.import_module(module).main
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        with pytest.raises(Parsed):
+            main(flags)
+
+
+def check_command(command, monkeypatch):
+    """A whole command line, given to torch's launcher where it is one."""
+    words = shlex.split(re.sub(r"\$\(.*?\)", "1", command))
+    if words[0] == "torchrun" or "torch.distributed.run" in words:
+        start = words.index("torch.distributed.run") + 1 if words[0] != "torchrun" else 1
+        launch = get_args_parser().parse_args(words[start:])
+        assert launch.module, command
+        check_script(launch.training_script, launch.training_script_args, monkeypatch)
+    else:
+        at = words.index("-m")
+        check_script(words[at + 1], words[at + 2:], monkeypatch)
+
+
+@pytest.mark.parametrize("where, command", documented(), ids=lambda value: value[:60])
+def test_documented_commands_are_accepted(where, command, monkeypatch):
+    check_command(command, monkeypatch)
+
+
+def test_every_script_shows_a_command():
+    shown = {where for where, _ in documented()}
+    assert set(SCRIPTS) <= shown
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands in for $PYTHON: writes its arguments down instead of running them.
+if [ "$1" = -c ]; then echo 2; exit 0; fi
+printf '%q ' python "$@" >> "$COMMANDS"
+echo >> "$COMMANDS"
+"""
+
+
+@pytest.mark.parametrize("kind", ["nano", "small", "gpu", "full"])
+def test_commands_of_speedrun_are_accepted(kind, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    log = tmp_path / "commands"
+    environment = {**os.environ, "PYTHON": str(python), "COMMANDS": str(log), "TRIAL": "1",
+                   "CHECKPOINTS": str(tmp_path / "out")}
+    subprocess.run(["bash", str(ROOT / "speedrun.sh"), kind], env=environment, check=True,
+                   capture_output=True)
+    lines = [line for line in log.read_text().splitlines() if "scripts." in line]
+    assert len(lines) >= 4
+    for line in lines:
+        check_command(line, monkeypatch)
+
+
+def test_file_tree_names_every_file():
+    tree = README.split("## Files")[1].split("```")[1]
+    folder = ""
+    named = set()
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        elif line.startswith(" "):
+            named.add(folder + name)
+        else:
+            named.add(name)
+    there = set()
+    for package in ("nanochat", "scripts", "tasks"):
+        for path in (ROOT / package).glob("*.py"):
+            if path.name != "__init__.py":
+                there.add(f"{package}/{path.name}")
+    assert {name for name in named if name.endswith(".py")} == there
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_import_graph():
+    """No circle and no arrow upwards: scripts -> tasks -> nanochat, imports in functions included."""
+    imports = {}
+    for package in ("nanochat", "tasks", "scripts"):
+        for path in (ROOT / package).glob("*.py"):
+            source = path.read_text()
+            module = f"{package}.{path.stem}"
+            found = re.findall(r"^\s*from (nanochat|tasks|scripts)(?:\.(\w+))? import (.+)$",
+                               source, re.M)
+            targets = set()
+            for top, name, what in found:
+                names = [name] if name else re.findall(r"\w+", what.split(" as ")[0])
+                targets.update(f"{top}.{n}" for n in names)
+            imports[module] = targets
+    order = {"nanochat": 0, "tasks": 1, "scripts": 2}
+    for module, targets in imports.items():
+        for target in targets:
+            level, below = order[module.split(".")[0]], order[target.split(".")[0]]
+            assert below <= level, f"{module} imports {target}, which is above it"
+
+    done = set()
+
+    def visit(module, path):
+        assert module not in path, f"import circle: {' -> '.join([*path, module])}"
+        if module not in done:
+            for target in imports.get(module, ()):
+                visit(target, [*path, module])
+            done.add(module)
+
+    for module in imports:
+        visit(module, [])
+
+
+def test_a_documented_torchrun_line_runs(tmp_path, tokenizer_dir):
+    """Two ranks, two steps, through the launcher as README shows it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "-m", "scripts.vis_tok_train", "--", "--run=dummy", "--preset=tiny", "--chars=10-12",
+               "--num-iterations=2", "--device-batch-size=4", f"--tokenizer={tokenizer_dir}",
+               f"--checkpoints={tmp_path}", "--model-tag=try", "--device-type=cpu",
+               "--eval-pages=4", "--statistics-pages=8"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert (tmp_path / "try/model_000002/model.safetensors").exists()
