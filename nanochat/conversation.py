@@ -59,8 +59,8 @@ class Task:
 
     def truth(self, i):
         """
-        The text of a perfect answer to sample i. This default makes the whole sample, and raises what
-        that raises. Tasks that know the text without opening the picture override it.
+        The text of a perfect answer to sample i. This default makes the whole sample, and raises
+        what that raises. Tasks that know the text without opening the picture override it.
         """
         return self[i]["messages"][-1]["content"]
 
@@ -71,7 +71,8 @@ class Task:
     def check_index(self, i):
         """IndexError unless 0 <= i < len(self): this is what ends a plain for loop over a task."""
         if not 0 <= i < len(self):
-            raise IndexError(f"index {i} is out of range: {type(self).__name__} has {len(self)} items")
+            name = type(self).__name__
+            raise IndexError(f"index {i} is out of range: {name} has {len(self)} items")
 
 
 def ocr_conversation(image, text, id, prompt=OCR_PROMPT, **extra):
@@ -118,7 +119,7 @@ def open_image(source, where):
         too_large = width * height > MAX_PIXELS
         if not too_large:  # a decompression bomb is recognized by its header, before decoding
             image.load()
-            image.getexif()  # corrupted EXIF should fail here and not when the page is turned upright
+            image.getexif()  # corrupted EXIF fails here, not later when the page is turned upright
     except UnidentifiedImageError as error:
         raise BadSample(f"{where}: the picture cannot be read (in no known format)") from error
     except Exception as error:

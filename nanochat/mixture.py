@@ -44,7 +44,7 @@ class Mixture:
         self.shares = [share for _, share in self.parts]
         self.total_share = sum(self.shares)
         self.names = unique_names(self.tasks)
-        self.cycle = spread_evenly(self.shares)  # [(number of the task, its n-th sample in a cycle)]
+        self.cycle = spread_evenly(self.shares)  # [(number t of the task, n-th of t in a cycle)]
 
         self.streams = any(isinstance(task, Stream) for task in self.tasks)
         self.length = 0
@@ -210,7 +210,7 @@ class Stream:
             start = new_epoch(epoch + 1)
 
     def windows(self, rows, state):
-        """What is left of an epoch: iterator over (list of rows, state before the first of them)."""
+        """What is left of an epoch: iterator over (list of rows, state before the first one)."""
         rows.set_epoch(state["epoch"])
         if state["rows"]:
             rows.load_state_dict(state["rows"])
