@@ -1,6 +1,8 @@
 """
-The Hugging Face hub through its own clients. They retry for twenty seconds and more on every call when there is no network, so
-one quick probe comes first; without an answer only what is cached already is used.
+The Hugging Face hub, through its own clients.
+
+Without a network the clients retry every call for twenty seconds and more. So one quick probe comes
+first; if the hub does not answer it, only what is already cached is used.
 """
 import hashlib
 import os
@@ -11,6 +13,8 @@ from functools import lru_cache
 
 PROBE_SECONDS = 5
 
+# -----------------------------------------------------------------------------
+# Is it there, and what went wrong
 
 def endpoint():
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -18,79 +22,125 @@ def endpoint():
 
 @lru_cache(None)
 def online():
-    """Whether the hub answers: one request a process. If not, its clients are put into their offline mode (cache only)."""
+    """Whether the hub answers: one request per process. If not, its clients are put offline."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
+    request = urllib.request.Request(endpoint(), method="HEAD")
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint(), method="HEAD"), timeout=PROBE_SECONDS).close()
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
         return True
     except urllib.error.HTTPError:
-        return True  # it answers, if with a refusal
+        return True  # a refusal is an answer, too
     except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the clients are imported ...
-        for client in ("huggingface_hub.constants", "datasets.config"):  # ... and by those that have been
-            if client in sys.modules:
-                sys.modules[client].HF_HUB_OFFLINE = True
+        go_offline()
         return False
 
 
-def asked(what, call):
-    """call(), a request to the hub, with every failure of the network or the hub as one line that names `what`."""
-    here = online()
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    try:
-        return call()
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as e:
-        reason = f"the download failed ({e})" if here else f"the hub ({endpoint()}) does not answer or HF_HUB_OFFLINE is set, and it is not cached"
-        raise ConnectionError(f"{what}: {reason}. Give a local path, or try again with a network") from e
-    except HfHubHTTPError as e:
-        hint = " (private or gated: set HF_TOKEN)" if e.response is not None and e.response.status_code in (401, 403) else ""
-        raise FileNotFoundError(f"{what}: not on the hub{hint}: {str(e).splitlines()[0]}") from e
-    except Exception as e:
-        if not type(e).__module__.startswith(("httpx", "httpcore", "requests")):  # the clients let their transport's errors through
-            raise
-        raise ConnectionError(f"{what}: the download broke off ({e}). Try again") from e
+def go_offline():
+    """Puts the hub's clients into their offline mode, in which they read their cache only."""
+    # The clients read the variable when they are imported. Those that have been imported already
+    # need their constant changed.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for client in ("huggingface_hub.constants", "datasets.config"):
+        if client in sys.modules:
+            sys.modules[client].HF_HUB_OFFLINE = True
 
+
+def asked(what, call, *args, **kwargs):
+    """
+    call(*args, **kwargs), a request to the hub. Every failure of the network or the hub becomes one
+    line that starts with `what`: FileNotFoundError for what is not there, else ConnectionError.
+    """
+    hub_answers = online()
+    from huggingface_hub.errors import (
+        HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    try:
+        return call(*args, **kwargs)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        reason = f"the download failed ({error})"
+        if not hub_answers:
+            reason = (f"the hub ({endpoint()}) does not answer or HF_HUB_OFFLINE is set, "
+                      "and it is not cached")
+        advice = "Give a local path, or try again with a network"
+        raise ConnectionError(f"{what}: {reason}. {advice}") from error
+    except HfHubHTTPError as error:
+        hint = ""
+        if error.response is not None and error.response.status_code in (401, 403):
+            hint = " (private or gated: set HF_TOKEN)"
+        first_line = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{what}: not on the hub{hint}: {first_line}") from error
+    except Exception as error:
+        # The clients let the errors of their transport through, from whichever library it is.
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
+            raise
+        raise ConnectionError(f"{what}: the download broke off ({error}). Try again") from error
+
+
+# -----------------------------------------------------------------------------
+# Files. A repository is a hub name ("owner/name") or a local folder.
 
 def download(repo, filename, repo_type="model", revision=None):
-    """Local path of a file of `repo`, a hub name ("owner/name", then cached) or a local folder."""
+    """Local path of one file of `repo`. From the hub it is downloaded once, then cached."""
     if os.path.isdir(repo):
         path = os.path.join(repo, filename)
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{repo} has no {filename}: it holds {sorted(os.listdir(repo))[:10]}")
+            some = sorted(os.listdir(repo))[:10]
+            raise FileNotFoundError(f"{repo} has no {filename}: it holds {some}")
         return path
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{repo} is neither a folder here nor a hub name (owner/name)")
-    online()
+    online()  # before the import: offline mode is read from the environment there
     from huggingface_hub import hf_hub_download
-    return asked(f"{filename} of {repo}", lambda: hf_hub_download(repo, filename, repo_type=repo_type, revision=revision))
+    what = f"{filename} of {repo}"
+    return asked(what, hf_hub_download, repo, filename, repo_type=repo_type, revision=revision)
 
 
 def list_files(repo, repo_type="model", revision=None):
-    """Names of the files at the top of a local folder, or of all files of a hub repository (offline: of its cached copy)."""
+    """
+    Names of the files at the top of a local folder, or of all files of a hub repository (offline:
+    at the top of its cached copy).
+    """
     if os.path.isdir(repo):
         return sorted(os.listdir(repo))
+    which = {"repo_type": repo_type, "revision": revision}
     if online():
         from huggingface_hub import list_repo_files
-        return asked(repo, lambda: list_repo_files(repo, repo_type=repo_type, revision=revision))
+        return asked(repo, list_repo_files, repo, **which)
     from huggingface_hub import snapshot_download
-    folder = asked(repo, lambda: snapshot_download(repo, repo_type=repo_type, revision=revision, local_files_only=True))
+    folder = asked(repo, snapshot_download, repo, local_files_only=True, **which)
     return sorted(os.listdir(folder))
 
 
+# -----------------------------------------------------------------------------
+# Data sets
+
 def dataset(repo, config=None, split="train", streaming=False):
-    """A `datasets` Dataset (or IterableDataset) of a hub name or a local copy of its folder."""
-    online()
+    """A `datasets` Dataset (or, streaming, an IterableDataset) of a hub name or a local copy."""
+    online()  # before the import, as above
     from datasets import config as settings
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
-    cache = None
-    if os.path.isdir(repo):  # datasets caches a local folder by its name and README alone, and would go on reading files that have changed
-        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(os.path.abspath(repo)) for name in names)
-        state = repr([(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files])
-        cache = os.path.join(settings.HF_DATASETS_CACHE, "local", hashlib.sha256(state.encode()).hexdigest()[:16])
+
+    # datasets caches a local folder under its name and README alone, and would go on reading files
+    # that have changed since. So each state of a local folder gets a cache of its own.
+    cache_dir = None
+    if os.path.isdir(repo):
+        cache_dir = os.path.join(settings.HF_DATASETS_CACHE, "local", folder_state(repo))
+
+    what = f"data set {repo} ({config or 'default'}, {split})"
+    options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
     try:
-        return asked(f"data set {repo} ({config or 'default'}, {split})",
-                     lambda: load_dataset(repo, config, split=split, streaming=streaming, cache_dir=cache))
-    except DatasetNotFoundError as e:
-        raise FileNotFoundError(f"data set {repo}: {e}") from e
+        return asked(what, load_dataset, repo, config, **options)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"data set {repo}: {error}") from error
+
+
+def folder_state(folder):
+    """A short hash of the names, sizes and times of all files in a folder."""
+    state = []
+    for parent, _, names in os.walk(os.path.abspath(folder)):
+        for name in names:
+            path = os.path.join(parent, name)
+            stat = os.stat(path)
+            state.append((path, stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(state)).encode()).hexdigest()[:16]

@@ -1,20 +1,37 @@
-"""ChartQA (Masry et al. 2022) for evaluation: raw rows of a question and its accepted answers. To train: tasks/finevision.py, chartqa."""
-from nanochat.conversation import column, ocr_conversation, open_image
+"""
+ChartQA (Masry et al. 2022, arXiv 2203.10244) for evaluation: a chart, a question and its accepted
+answers. To train on charts: tasks/finevision.py, config chartqa.
+"""
+from nanochat.conversation import BadSample, column, ocr_conversation, open_image
 from tasks.rows import Rows
 
 REPO = "HuggingFaceM4/ChartQA"
 
 
+def accepted_answers(row, where):
+    """list of one or more texts."""
+    answers = column(row, "label", where, list)
+    if not answers or not isinstance(answers[0], str):
+        raise BadSample(f"{where} has the answers {answers}: at least one text is needed")
+    return answers
+
+
 def to_conversation(row, where):
-    """The first answer is the truth, all of them are under `labels`; attributes["kind"] says who wrote the question."""
-    query, labels = column(row, "query", where, str), column(row, "label", where, list)
-    kind = ("human", "augmented")[bool(column(row, "human_or_machine", where, int))]
-    if not labels or not isinstance(labels[0], str):
-        raise ValueError(f"{where} has the answers {labels}: at least one text is needed")
+    """The first answer is the truth. attributes["kind"] says who wrote the question."""
+    question = column(row, "query", where, str)
+    answers = accepted_answers(row, where)
+    by_machine = column(row, "human_or_machine", where, int)
     image = open_image(column(row, "image", where), where)
-    return ocr_conversation(image, labels[0], where, "\n" + query, labels=labels, attributes={"kind": kind})
+    attributes = {"kind": "augmented" if by_machine else "human"}
+    return ocr_conversation(image, answers[0], where, prompt="\n" + question,
+                            answers=answers, attributes=attributes)
 
 
 class ChartQA(Rows):
+    answer_metric = "relaxed_accuracy"  # numbers may be off by 5 %
+
     def __init__(self, split="test", repo=REPO, **kwargs):
         super().__init__(repo, None, split, to_conversation, "query", **kwargs)
+
+    def truth(self, i):
+        return accepted_answers(self.row(i), self.where(i))[0]

@@ -1,23 +1,35 @@
 """
-FineVision: any of its configs by name, e.g. chartqa, olmOCR-mix-0225-documents, olmOCR-mix-0225-books. A row has pictures (or none) and one
-or more turns. The one split is train: hold rows out by part="val", or by start and stop.
+FineVision (Wiedmann et al. 2025): any of its configs by name, e.g. chartqa,
+olmOCR-mix-0225-documents, olmOCR-mix-0225-books. A row has pictures (or none) and one or more
+turns. Its only split is train: hold rows out by part="val", or by start and stop.
 """
-from nanochat.conversation import column, open_image
+from nanochat.conversation import BadSample, column, open_image
 from tasks.rows import Rows
 
 REPO = "HuggingFaceM4/FineVision"
 
 
 def to_conversation(row, where):
-    """Every turn and every picture of a row, the pictures before the first question. Ratings are not used (they may be null)."""
-    images = [open_image(image, f"{where}, picture {k}") for k, image in enumerate(column(row, "images", where) or [])]
-    messages = [{"role": role, "content": column(turn, role, f"{where}, turn {k}", str)}
-                for k, turn in enumerate(column(row, "texts", where) or []) for role in ("user", "assistant")]
+    """Every turn and every picture of a row, the pictures before the first question."""
+    # Columns are addressed by name, since their order differs between configs. The ratings are not
+    # used; they may be null. So may `images`, in the configs of text alone.
+    images = []
+    for k, image in enumerate(column(row, "images", where) or []):
+        images.append(open_image(image, f"{where}, picture {k}"))
+
+    messages = []
+    for k, turn in enumerate(column(row, "texts", where) or []):
+        for role in ("user", "assistant"):
+            content = column(turn, role, f"{where}, turn {k}", str)
+            messages.append({"role": role, "content": content})
     if not messages:
-        raise ValueError(f"{where} has no turns in texts")
+        raise BadSample(f"{where} has no turns in texts")
+
     if images:
-        messages[0]["content"] = [{"type": "image"}] * len(images) + [{"type": "text", "text": "\n" + messages[0]["content"]}]
-    return {"messages": messages, "images": images, "id": where, "attributes": {"source": row.get("source")}}
+        question = {"type": "text", "text": "\n" + messages[0]["content"]}
+        messages[0]["content"] = [{"type": "image"}] * len(images) + [question]
+    attributes = {"source": row.get("source")}
+    return {"messages": messages, "images": images, "id": where, "attributes": attributes}
 
 
 class FineVision(Rows):

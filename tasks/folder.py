@@ -1,9 +1,15 @@
 """
-Pages of your own: a folder of pictures (subfolders too) with the text of each beside it as name.txt or name.md, in UTF-8; or a JSON-lines
-file with {"image": path from the file's folder, "text": ..., "prompt": ... (optional)} a line.
+Pages of your own, in one of two forms:
+
+    a folder of pictures, subfolders too; the text of name.png is beside it in name.txt or name.md
+    a JSON-lines file; a line is {"image": path relative to the file's folder, "text": ...} and may
+    have a "prompt" of its own
+
+All texts are UTF-8.
 """
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from nanochat.common import stable_hash
 from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, open_image
@@ -11,54 +17,104 @@ from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, op
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 
+class OwnPage(NamedTuple):
+    picture: str  # path relative to the folder, also the page's id
+    text: str
+    prompt: str
+
+
 class Folder(Task):
     """
-    split: "train" and "val" share the pages out by the hash of the picture's name, val_share of them to val (a page that is added later
-    moves no other); "all" has both. What is absent, broken or not UTF-8 is an error that names the file (and line).
+    split: "train" or "val", of which val holds val_share of the pages, or "all" for both.
+
+    Errors name the file (and line) that is missing, broken or not UTF-8. Texts are read at once,
+    pictures when they are used.
     """
     def __init__(self, path, split="all", val_share=0.1, prompt=OCR_PROMPT):
         path = Path(path)
         if not path.exists():
-            raise FileNotFoundError(f"{path} is not there: give a folder of pictures with texts beside them, or a .jsonl file")
-        self.folder, self.prompt = path if path.is_dir() else path.parent, prompt
-        pages = self.beside() if path.is_dir() else self.lines(path)
-        self.pages = [page for page in pages if split == "all" or (stable_hash(page[0].rpartition(".")[0]) % 1000 < 1000 * val_share) == (split == "val")]
+            raise FileNotFoundError(f"{path} does not exist: give a folder of pictures with texts "
+                                    "beside them, or a .jsonl file")
+        if path.is_dir():
+            self.folder = path
+            pages = pages_of_folder(path, prompt)
+        else:
+            self.folder = path.parent
+            pages = pages_of_json_lines(path, prompt)
+
+        self.pages = []
+        for page in pages:
+            if split == "all" or split == split_of(page, val_share):
+                self.pages.append(page)
         if not self.pages:
-            raise ValueError(f"{path}: none of its {len(pages)} pages ({' '.join(PICTURES)}) is for {split} at a validation share of {val_share}")
-
-    def beside(self):
-        """[(picture, text, prompt), ...] of a folder."""
-        pages = []
-        for picture in (p for p in sorted(self.folder.rglob("*")) if p.suffix.lower() in PICTURES):
-            texts = [t for t in (picture.with_suffix(".txt"), picture.with_suffix(".md")) if t.is_file()]
-            if len(texts) != 1:
-                raise ValueError(f"{picture} has {len(texts)} texts beside it: needs one, {picture.stem}.txt or {picture.stem}.md")
-            pages.append((picture.relative_to(self.folder).as_posix(), self.text(texts[0]), self.prompt))
-        return pages
-
-    def lines(self, path):
-        """The same of a JSON-lines file."""
-        pages = []
-        for k, line in enumerate(self.text(path).split("\n"), 1):
-            try:
-                row = {"prompt": self.prompt, **json.loads(line)}
-            except (ValueError, TypeError) as e:
-                raise ValueError(f"{path} line {k} is not a JSON object ({e})") from e
-            pages.append(tuple(column(row, name, f"{path} line {k}", str) for name in ("image", "text", "prompt")))
-            if not (self.folder / pages[-1][0]).is_file():
-                raise FileNotFoundError(f"{path} line {k}: no picture {self.folder / pages[-1][0]}")
-        return pages
-
-    def text(self, path):
-        try:
-            return path.read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path} is not UTF-8 ({e}): convert it") from e
+            raise ValueError(f"{path}: none of its {len(pages)} pages ({' '.join(PICTURES)}) "
+                             f"is for {split} at a validation share of {val_share}")
 
     def __len__(self):
         return len(self.pages)
 
+    def truth(self, i):
+        return self.pages[i].text
+
+    def image_name(self, i):
+        return self.pages[i].picture
+
     def __getitem__(self, i):
         self.check_index(i)
-        name, text, prompt = self.pages[i]
-        return ocr_conversation(open_image(self.folder / name, "folder"), text, name, prompt, image_name=name)
+        page = self.pages[i]
+        image = open_image(self.folder / page.picture, "folder")
+        return ocr_conversation(image, page.text, page.picture, page.prompt,
+                                image_name=page.picture)
+
+
+def split_of(page, val_share):
+    """"train" or "val"."""
+    # By hash of the name without its ending: a page that is added later moves no other, and the
+    # same page as .png and as .jpg stays on one side.
+    name = page.picture.rpartition(".")[0]
+    return "val" if stable_hash(name) % 1000 < 1000 * val_share else "train"
+
+
+def pages_of_folder(folder, prompt):
+    """list of OwnPage, sorted by path."""
+    pages = []
+    for picture in sorted(folder.rglob("*")):
+        if picture.suffix.lower() not in PICTURES:
+            continue
+        candidates = (picture.with_suffix(".txt"), picture.with_suffix(".md"))
+        texts = [path for path in candidates if path.is_file()]
+        if len(texts) != 1:
+            names = f"{picture.stem}.txt or {picture.stem}.md"
+            raise ValueError(f"{picture} has {len(texts)} texts beside it: needs one, {names}")
+        name = picture.relative_to(folder).as_posix()
+        pages.append(OwnPage(name, read_text(texts[0]), prompt))
+    return pages
+
+
+def pages_of_json_lines(path, prompt):
+    """list of OwnPage in the order of the lines."""
+    pages = []
+    # Not splitlines(): that would also cut at U+2028 and the like, which JSON allows in a string.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        where = f"{path} line {number}"
+        try:
+            row = {"prompt": prompt, **json.loads(line)}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where} is not a JSON object ({error})") from error
+        page = OwnPage(
+            picture=column(row, "image", where, str),
+            text=column(row, "text", where, str),
+            prompt=column(row, "prompt", where, str),
+        )
+        if not (path.parent / page.picture).is_file():
+            raise FileNotFoundError(f"{where}: no picture {path.parent / page.picture}")
+        pages.append(page)
+    return pages
+
+
+def read_text(path):
+    """The text without the byte order mark that Windows editors write, and without outer space."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): convert it") from error

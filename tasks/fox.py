@@ -1,53 +1,97 @@
 """
-Fox (ucaslcl/Fox_benchmark_data, CC-BY-NC-SA-4.0): dense pages of English (112) or Chinese print, read in place from the benchmark's
-one zip. A record: {"image": "en_1.png", "len": 826, "conversations": [{"from": "human", ...}, {"from": "gpt", "value": text}]}.
+Fox (Liu et al. 2024, arXiv 2405.14295; ucaslcl/Fox_benchmark_data, CC-BY-NC-SA-4.0): dense pages of
+English (112) or Chinese print, read in place from the benchmark's one zip. A record is
+
+    {"image": "en_1.png", "len": 826,
+     "conversations": [{"from": "human", ...}, {"from": "gpt", "value": text}]}
 """
 import json
 import os
 import zipfile
 import zlib
+from typing import NamedTuple
 
-from nanochat.hub import download
 from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, open_image
+from nanochat.hub import download
 
-REPO, FOLDER = "ucaslcl/Fox_benchmark_data", "focus_benchmark_test"
+REPO = "ucaslcl/Fox_benchmark_data"
+FOLDER = "focus_benchmark_test"  # inside the zip, and the zip's own name
+
+
+class Record(NamedTuple):
+    image: str   # file name
+    text: str
+    length: int  # "len": tokens by Fox's own count
 
 
 class Fox(Task):
     """
-    language: en or cn. path: the zip, or a folder it was extracted to; empty = from the hub. attributes["len"] is Fox's own count of a
-    page's tokens, by which DeepSeek-OCR chose and bucketed its pages.
+    language: en or cn. path: the zip, or a folder it was extracted to; empty = from the hub.
+
+    attributes["len"] is Fox's own count of a page's tokens. (DeepSeek-OCR's study, section 4.1 of
+    its paper, takes the 100 English pages of 600 to 1,300 tokens.)
     """
     def __init__(self, language="en", path="", prompt=OCR_PROMPT):
-        self.path, self.prompt, self.language = str(path or download(REPO, FOLDER + ".zip", "dataset")), prompt, language
-        name, self.records = f"{language}_page_ocr.json", []
+        self.path = str(path or download(REPO, FOLDER + ".zip", "dataset"))
+        self.prompt = prompt
+        self.language = language
+        name = f"{language}_page_ocr.json"
         try:
-            for k, record in enumerate(json.loads(self.read(name))):
-                where = f"Fox: record {k} of {name} in {self.path}"
-                answer = column(record, "conversations", where, list)[1:2] or [{}]
-                self.records.append((column(record, "image", where, str), column(answer[0], "value", where, str), column(record, "len", where)))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ValueError(f"Fox: {name} in {self.path} is not JSON ({e}): fetch it again") from e
+            records = json.loads(self.read(name))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"Fox: {name} in {self.path} is not JSON ({error}): "
+                             "fetch it again") from error
+        self.records = []
+        for k, record in enumerate(records):
+            where = f"Fox: record {k} of {name} in {self.path}"
+            self.records.append(parse_record(record, where))
 
     def read(self, name):
-        """bytes of a file of the benchmark. The zip is opened anew each time: loader processes must not share its file position."""
-        inner = os.path.join(self.path, FOLDER)
+        """The bytes of a file of the benchmark."""
         try:
-            if not os.path.isdir(self.path):
-                with zipfile.ZipFile(self.path) as z:
-                    return z.read(f"{FOLDER}/{name}")
-            with open(os.path.join(inner if os.path.isdir(inner) else self.path, name), "rb") as f:
-                return f.read()
-        except (KeyError, FileNotFoundError) as e:
-            raise FileNotFoundError(f"Fox: no {name} in {self.path} ({e}): give {FOLDER}.zip or the folder in it, language en or cn") from e
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
-            raise ValueError(f"Fox: {name} of {self.path} cannot be read ({e}): fetch the zip again") from e
+            if os.path.isdir(self.path):
+                return self.read_from_folder(name)
+            # Opened anew each time: the loader's processes must not share its file position.
+            with zipfile.ZipFile(self.path) as z:
+                return z.read(f"{FOLDER}/{name}")
+        except (KeyError, FileNotFoundError) as error:
+            raise FileNotFoundError(f"Fox: no {name} in {self.path} ({error}): give {FOLDER}.zip "
+                                    "or the folder in it, language en or cn") from error
+        # What zipfile raises on a truncated or encrypted archive.
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise ValueError(f"Fox: {name} of {self.path} cannot be read ({error}): "
+                             "fetch the zip again") from error
+
+    def read_from_folder(self, name):
+        inner = os.path.join(self.path, FOLDER)  # people unzip it with or without the outer folder
+        folder = inner if os.path.isdir(inner) else self.path
+        with open(os.path.join(folder, name), "rb") as f:
+            return f.read()
 
     def __len__(self):
         return len(self.records)
 
+    def truth(self, i):
+        return self.records[i].text
+
+    def image_name(self, i):
+        return self.records[i].image
+
     def __getitem__(self, i):
         self.check_index(i)
-        name, truth, length = self.records[i]
-        image = open_image(self.read(f"{self.language}_pdf_png/{name}"), f"Fox: record {i}, {name}")
-        return ocr_conversation(image, truth, name, self.prompt, image_name=name, attributes={"language": self.language, "len": length})
+        record = self.records[i]
+        data = self.read(f"{self.language}_pdf_png/{record.image}")
+        image = open_image(data, f"Fox: record {i}, {record.image}")
+        attributes = {"language": self.language, "len": record.length}
+        return ocr_conversation(image, record.text, record.image, self.prompt,
+                                image_name=record.image, attributes=attributes)
+
+
+def parse_record(record, where):
+    turns = column(record, "conversations", where, list)
+    answer = turns[1] if len(turns) > 1 else None  # turns[0] is the question, the same everywhere
+    return Record(
+        image=column(record, "image", where, str),
+        text=column(answer, "value", where, str),
+        length=column(record, "len", where),
+    )

@@ -1,24 +1,115 @@
 """
-The sets a training stage draws from, out of its command line: --data names them, --chars and the like shape the synthetic pages.
+The data sets by name, for the command lines of the scripts.
 
-    synthdoc            rendered word pages (the default)             synthchat         built-in text-only chat
-    synthpage           rendered whole pages, --chars characters      synthchart        rendered charts, question and answer
-    folder:DIR, folder:FILE.jsonl   your own pages (tasks/folder.py)  smoltalk[:REPO]   text-only chat from the hub
-    finevision:CONFIG   any config of FineVision; finevision:DIR/CONFIG reads a local copy;  chartqa = finevision:chartqa
+Training sets, for --data:
+    synthdoc                    rendered pages of words (the default)
+    synthpage                   rendered whole pages with headings, lists, tables, charts
+    synthchart                  rendered charts: a question and its answer
+    synthchat                   built-in text-only chat
+    folder:DIR, folder:FILE.jsonl       your own pages (tasks/folder.py)
+    finevision:CONFIG           any config of FineVision; finevision:DIR/CONFIG reads a local copy
+    chartqa                     = finevision:chartqa
+    smoltalk[:REPO]             text-only chat from the hub
 
-Benchmarks, never trained on: fox, fox-cn [:ZIP or DIR], omnidocbench[:REPO or DIR], chartqa-test[:REPO or DIR], fox_like, omnidocbench_like.
+Benchmarks, never trained on:
+    fox, fox-cn [:ZIP or DIR]   omnidocbench[:REPO or DIR]          chartqa-test[:REPO or DIR]
+    fox_like, omnidocbench_like rendered pages in the manner of these two
+
+To add a data set: write its task in a file of this folder, add its name to one of the tuples below
+and two lines to open_training_set or open_benchmark.
 """
+import argparse
+
 from nanochat.conversation import BadSample
 from nanochat.mixture import First, Mixture, Shuffled, Stream
-from tasks import chartqa, finevision, folder, fox, omnidocbench, smoltalk, synthchat, synthpage
+from tasks import chartqa, finevision, omnidocbench, smoltalk, synthpage
+from tasks.folder import Folder
+from tasks.fox import Fox
+from tasks.rows import Rows
+from tasks.synthchat import SynthChat
 from tasks.synthdoc import SynthDoc
 
+RENDERED = ("synthdoc", "synthpage", "synthchart", "synthchat")  # made as they go, never used up
+TRAINING_SETS = (*RENDERED, "folder", "finevision", "chartqa", "smoltalk")
 BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omnidocbench_like")
-EVALUATED = (*BENCHMARKS, "folder", "synthchart")  # what scripts.vision_eval scores beside the splits of synthdoc
+EVALUATED = (*BENCHMARKS, "folder", "synthchart")  # by scripts.vision_eval, beside SynthDoc's splits
+
+# All but stix, so that there is print which a trained model has never seen (README fine-tunes on it).
+FACES = "sans,sans-bold,sans-oblique,serif,serif-bold,mono"
+VAL_PAGES = 1000  # held-out samples of a rendered set
+STATISTICS_SAMPLES = 1000  # training-like samples for the encoder's running statistics
+STREAM_WINDOW = 1000  # rows of a stream that are shuffled among themselves
+STREAM_HELD = 256  # rows of a stream that validation, and the statistics, keep in memory
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def add_data_arguments(parser, **defaults):
+    """Adds the flags that name and shape the training data; defaults by keyword, as in args."""
+    flag = parser.add_argument
+    flag("--data", default="synthdoc",
+         help="training data, NAME[:ARG][=SHARE] with commas, e.g. folder:DIR=3,smoltalk=1 (names: "
+              "tasks/registry.py); validation uses held-out samples of the first")
+    flag("--stream", action="store_true",
+         help="read data sets from the hub as streams, which need no disk space")
+    flag("--ramp", type=int, default=0,
+         help="curriculum: synthdoc's pages grow from large print to the full range over this many "
+              "samples; 0 = none")
+    add_page_arguments(parser)
+    parser.set_defaults(**defaults)
+
+
+def add_page_arguments(parser, **defaults):
+    """The part of these flags that shapes the pages of a set, whatever they are used for."""
+    flag = parser.add_argument
+    flag("--val-share", type=float, default=0.1, help="share of a folder's pages that is held out")
+    # Rendered pages
+    flag("--chars", default="31-41",
+         help="characters per page, LO-HI or LO-HIxWEIGHT, several with commas")
+    flag("--faces", default=FACES, help="faces of the print (tasks/synthdoc.py), with commas")
+    flag("--min-px", type=int, default=10, help="smallest print in px, where the text fits at it")
+    flag("--random-share", type=float, default=0.2,
+         help="share of words replaced by random strings, so that reading beats guessing")
+    flag("--damage", type=float, default=0.0,
+         help="scan damage (skew, blur, uneven light, noise, JPEG): 0 = clean to 1")
+    flag("--text-files", default="",
+         help="synthpage: your own UTF-8 text files, with commas, instead of the built-in words")
+    flag("--page-parts", default="",
+         help="synthpage: odds of what is on a page, e.g. "
+              "paragraph=10,heading=3,list=2,table=1,figure=1; empty = text alone")
+    parser.set_defaults(**defaults)
+
+
+def with_defaults(args):
+    """A copy of args; flags that the caller's parser does not have get their defaults."""
+    # An evaluation has no --ramp or --stream, and need not know about them.
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    values = vars(parser.parse_args([]))
+    values.update(vars(args))
+    return argparse.Namespace(**values)
+
+
+def parse_data(text):
+    """"folder:scans=3,smoltalk" -> [("folder", "scans", 3), ("smoltalk", "", 1)]"""
+    sets = []
+    for piece in text.split(","):
+        # A path may hold "=" too, so only a number at the very end is a share.
+        spec, _, share = piece.rpartition("=")
+        if spec and share.isdecimal():
+            share = int(share)
+        else:
+            spec = piece
+            share = 1
+        if share < 1:
+            raise ValueError(f"--data={text}: the share of {spec} is {share}, it must be 1 or more")
+        name, _, arg = spec.partition(":")
+        sets.append((name, arg, share))
+    return sets
 
 
 def parse_chars(text):
-    """"24-48" or "24-48x4,64-96x1" -> [(low, high, weight), ...] characters a page."""
+    """"24-48" or "24-48x4,64-96x1" -> [(low, high, weight), ...] characters per page."""
     ranges = []
     for part in text.split(","):
         span, _, weight = part.partition("x")
@@ -26,92 +117,208 @@ def parse_chars(text):
         try:
             ranges.append((int(low), int(high), float(weight or 1)))
         except ValueError:
-            raise ValueError(f"--chars={text}: {part!r} is not LO-HI or LO-HIxWEIGHT, e.g. 24-48x4,64-96x1") from None
+            raise ValueError(f"--chars={text}: {part!r} is not LO-HI or LO-HIxWEIGHT, "
+                             "e.g. 24-48x4,64-96x1") from None
     return ranges
 
 
+def parse_parts(text):
+    """"paragraph=10,table=1" -> {"paragraph": 10.0, "table": 1.0}: odds of the parts of a page."""
+    odds = {}
+    for piece in text.split(","):
+        name, _, value = piece.partition("=")
+        try:
+            odds[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--page-parts={text}: {piece!r} is not NAME=ODDS, "
+                             "e.g. paragraph=10,table=1") from None
+    return odds
+
+
+# -----------------------------------------------------------------------------
+# One set by its name
+
+def open_set(name, arg, split, args, image_size, size, ramp=0):
+    """
+    The task of that name; `arg` is what stood after the colon.
+
+    split       "train", "val" (held out from training) or "all"; benchmarks have one part only. Of
+                what is rendered, "all" is the held-out part: it is for evaluation
+    args        the flags of add_data_arguments or add_page_arguments, and seed
+    image_size  px of rendered pages
+    size, ramp  samples of a rendered set; synthdoc's curriculum, in samples
+    """
+    args = with_defaults(args)
+    if name in TRAINING_SETS:
+        return open_training_set(name, arg, split, args, image_size, size, ramp)
+    if name in BENCHMARKS:
+        return open_benchmark(name, arg, image_size, args.damage)
+    known = ", ".join(TRAINING_SETS + BENCHMARKS)
+    raise ValueError(f"unknown data set {name!r}: must be one of {known}")
+
+
+def open_training_set(name, arg, split, args, image_size, size, ramp):
+    # Rendered here
+    rendered_split = "train" if split == "train" else "heldout"
+    if name == "synthdoc":
+        train, val, _ = page_tasks(args, image_size, size, ramp)
+        return train if split == "train" else val
+    if name == "synthpage":
+        return whole_pages(rendered_split, size, image_size, args)
+    if name == "synthchart":
+        return synthpage.SynthChart(rendered_split, size, image_size, seed=args.seed)
+    if name == "synthchat":
+        return SynthChat(rendered_split, size, seed=args.seed)
+    # Your own
+    if name == "folder":
+        return Folder(arg, split, args.val_share)
+    # From the hub. FineVision has no validation split: its rows are held out by hash.
+    if name == "chartqa":
+        return finevision.FineVision("chartqa", part=split, streaming=args.stream)
+    if name == "finevision":
+        repo, _, config = arg.rpartition("/")
+        return finevision.FineVision(config, repo or finevision.REPO, part=split,
+                                     streaming=args.stream)
+    if name == "smoltalk":
+        hub_split = "train" if split == "train" else "test"
+        return smoltalk.SmolTalk(hub_split, arg or smoltalk.REPO, streaming=args.stream)
+
+
+def open_benchmark(name, arg, image_size, damage):
+    if name == "fox":
+        return Fox("en", arg)
+    if name == "fox-cn":
+        return Fox("cn", arg)
+    if name == "omnidocbench":
+        return omnidocbench.OmniDocBench(arg or omnidocbench.QUIVR)
+    if name == "chartqa-test":
+        return chartqa.ChartQA("test", arg or chartqa.REPO)
+    if name == "fox_like":
+        return synthpage.fox_like(image_size, damage=damage)
+    if name == "omnidocbench_like":
+        return synthpage.omnidocbench_like(image_size, damage=damage)
+
+
 def page_tasks(args, image_size, pages, ramp):
-    """-> (training pages, held-out pages for validation, training-like pages for the encoder's statistics)."""
-    common = dict(image_size=image_size, chars=parse_chars(args.chars), faces=args.faces.split(","), min_px=args.min_px)
-    train = SynthDoc("train", pages, random_share=args.random_share, seed=args.seed, ramp=ramp, **common)
-    val = SynthDoc("heldout", 1000, seed=1, **common)
-    statistics = SynthDoc("train", 1000, random_share=args.random_share, seed=f"{args.seed}/statistics", **common)
+    """SynthDoc for training, for validation (held out), and for the encoder's statistics."""
+    common = {
+        "image_size": image_size,
+        "chars": parse_chars(args.chars),
+        "faces": args.faces.split(","),
+        "min_px": args.min_px,
+    }
+    if args.damage:
+        common["damage"] = args.damage
+    train = SynthDoc("train", pages, random_share=args.random_share, seed=args.seed, ramp=ramp,
+                     **common)
+    # No random strings here, and one seed for all runs, so that their validation losses compare.
+    val = SynthDoc("heldout", VAL_PAGES, seed=1, **common)
+    # Like the pages that training ends with (no ramp), but none of them.
+    statistics = SynthDoc("train", STATISTICS_SAMPLES, random_share=args.random_share,
+                          seed=f"{args.seed}/statistics", **common)
     return train, val, statistics
 
 
-def parse_data(text):
-    """"folder:scans=3,smoltalk" -> [("folder", "scans", 3), ("smoltalk", "", 1)]: names, arguments, shares."""
-    sets = []
-    for piece in text.split(","):
-        spec, _, share = piece.rpartition("=")
-        spec, share = (spec, int(share)) if spec and share.isdecimal() else (piece, 1)  # a path may hold "=" too
-        name, _, arg = spec.partition(":")
-        if share < 1:
-            raise ValueError(f"--data={text}: the share of {spec} is {share}, it must be 1 or more")
-        sets.append((name, arg, share))
-    return sets
+def whole_pages(split, size, image_size, args):
+    """The synthpage set of --chars, --page-parts, --text-files and --damage."""
+    options = {"damage": args.damage}
+    if args.text_files:
+        options["text_files"] = args.text_files.split(",")
+    if args.page_parts:
+        options["parts"] = parse_parts(args.page_parts)
+        options["kinds"] = ("text", "table")  # a table is read as HTML, a figure not at all
+    chars = parse_chars(args.chars)
+    return text_pages(split, size, image_size, chars, args.seed, **options)
 
 
-def open_set(name, arg, split, args, image_size, size, ramp=0):
-    """The set of that name; split is train, val or all. `size` is for those that are made as they go."""
-    repo, _, config = arg.rpartition("/")
-    heldout = "train" if split == "train" else "heldout"
-    stream = getattr(args, "stream", False)
-    makers = {
-        "synthdoc": lambda: page_tasks(args, image_size, size, ramp)[split == "val"],
-        "synthchat": lambda: synthchat.SynthChat("heldout" if split == "val" else split, size, seed=args.seed),
-        "synthpage": lambda: text_pages(heldout, size, image_size, parse_chars(args.chars), args.seed),
-        "synthchart": lambda: synthpage.SynthChart(heldout, size, image_size, seed=args.seed),
-        "folder": lambda: folder.Folder(arg, split, getattr(args, "val_share", 0.0)),
-        "finevision": lambda: finevision.FineVision(config, repo or finevision.REPO, part=split, streaming=stream),
-        "chartqa": lambda: finevision.FineVision("chartqa", part=split, streaming=stream),
-        "smoltalk": lambda: smoltalk.SmolTalk("test" if split == "val" else split, arg or smoltalk.REPO, streaming=stream),
-        "fox": lambda: fox.Fox("en", arg),
-        "fox-cn": lambda: fox.Fox("cn", arg),
-        "omnidocbench": lambda: omnidocbench.OmniDocBench(arg or omnidocbench.QUIVR),
-        "fox_like": lambda: synthpage.fox_like(image_size),
-        "omnidocbench_like": lambda: synthpage.omnidocbench_like(image_size),
-        "chartqa-test": lambda: chartqa.ChartQA("test", arg or chartqa.REPO)}
-    if name not in makers:
-        raise ValueError(f"unknown data set {name!r}: must be one of {', '.join(makers)}")
-    return makers[name]()
+def text_pages(split, size, image_size, chars, seed, **options):
+    """
+    SynthPage of one or two columns with as many characters as `chars` spans, of text alone; unless
+    `options`, parameters of SynthPage, say otherwise.
+    """
+    low = min(low for low, _, _ in chars)
+    high = max(high for _, high, _ in chars)
+    options = {"parts": synthpage.TEXT, "kinds": ("text",), **options}
+    return synthpage.SynthPage(split, size, image_size, chars=(low, high), columns=(1, 2),
+                               seed=seed, **options)
 
 
-def text_pages(split, size, image_size, chars, seed):
-    """Whole pages of text alone, in one or two columns, with as many characters as --chars spans."""
-    low, high = min(low for low, *_ in chars), max(high for _, high, _ in chars)
-    return synthpage.SynthPage(split, size, image_size, chars=(low, high), columns=(1, 2), parts=synthpage.TEXT, kinds=("text",), seed=seed)
+# -----------------------------------------------------------------------------
+# What a training stage draws from
+
+def training_sets(args, image_size, samples, ramp):
+    """
+    -> (training task of `samples` samples or more,
+        held-out samples for validation,
+        training-like samples for the encoder's running statistics)
+    The last two are of the first set that --data names.
+    """
+    args = with_defaults(args)
+    sets = parse_data(args.data)
+    refuse_benchmarks(args.data, sets)
+    if sets == [("synthdoc", "", 1)]:
+        return page_tasks(args, image_size, samples, ramp)
+
+    # Whole cycles of the mixture, `samples` or more; each part needs its share of every cycle.
+    total_share = sum(share for _, _, share in sets)
+    cycles = -(-samples // total_share)  # rounded up
+    tasks = []
+    parts = []
+    for name, arg, share in sets:
+        needed = cycles * share
+        task = open_set(name, arg, "train", args, image_size, needed, ramp)
+        tasks.append(task)
+        parts.append((repeated(task, name, arg, needed, args.seed), share))
+
+    val = validation_set(args, sets[0], image_size)
+    statistics = statistics_set(tasks[0], args.seed)
+    return Mixture(parts), val, statistics
+
+
+def refuse_benchmarks(data, sets):
+    benchmarks = [name for name, _, _ in sets if name in BENCHMARKS]
+    if benchmarks:
+        names = ", ".join(benchmarks)
+        raise ValueError(f"--data={data}: {names} is for evaluation: training on it contaminates "
+                         f"the score. Train on {', '.join(TRAINING_SETS)}")
+
+
+def repeated(task, name, arg, samples, seed):
+    """The task as a part of a mixture, which needs `samples` of it: epoch after epoch, shuffled."""
+    if is_stream(task):
+        return Stream(task.rows, task.to_conversation, task.name, STREAM_WINDOW, seed)
+    if name in RENDERED:  # made to size, in random order by nature; a curriculum must keep its order
+        return task
+    return Shuffled(task, samples, f"{seed}/{name}/{arg}")
+
+
+def validation_set(args, first, image_size):
+    name, arg, _ = first
+    val = open_set(name, arg, "val", args, image_size, VAL_PAGES)
+    if is_stream(val):
+        val = First(val, STREAM_HELD)
+    # Validation measures what the model sees (vision/gap): on text alone it would measure nothing.
+    if not has_pictures(val):
+        raise ValueError(f"--data={args.data}: {name} has no pictures to validate on: "
+                         "name a set with pictures first")
+    return val
+
+
+def statistics_set(task, seed):
+    if is_stream(task):
+        return First(task, STREAM_HELD)
+    return Shuffled(task, STATISTICS_SAMPLES, f"{seed}/statistics")
+
+
+def is_stream(task):
+    return isinstance(task, Rows) and task.streaming
 
 
 def has_pictures(task):
-    """Whether the first sound one of a few samples has a picture."""
+    """Whether the first usable one of a few samples has a picture."""
     for i in range(min(16, len(task))):
         try:
             return bool(task[i]["images"])
-        except BadSample:  # --bad-data decides what becomes of it when it is used
+        except BadSample:  # counts when it is used: --bad-data says what happens then
             continue
     return False
-
-
-def training_sets(args, image_size, samples, ramp):
-    """-> (training task of at least `samples` samples, held-out pages for validation, training-like pages for the encoder's statistics)."""
-    sets = parse_data(args.data)
-    if sets == [("synthdoc", "", 1)]:
-        return page_tasks(args, image_size, samples, ramp)
-    if benchmarks := [name for name, *_ in sets if name in BENCHMARKS]:
-        raise ValueError(f"--data={args.data}: {', '.join(benchmarks)} measures models, and no longer could one that was trained on it")
-    cycles, parts = -(-samples // sum(share for *_, share in sets)), []
-    for name, arg, share in sets:
-        part = open_set(name, arg, "train", args, image_size, cycles * share, ramp)
-        streamed = args.stream and hasattr(part, "rows")
-        if streamed:
-            parts.append((Stream(part.rows, part.to_conversation, part.name, window=1000, seed=args.seed), share))
-        else:
-            parts.append((part if name.startswith("synth") else Shuffled(part, cycles * share, f"{args.seed}/{name}/{arg}"), share))
-        if len(parts) == 1:
-            statistics = First(part, 256) if streamed else Shuffled(part, 1000, f"{args.seed}/statistics")
-    val = open_set(*sets[0][:2], "val", args, image_size, 1000)
-    val = First(val, 256) if args.stream and hasattr(val, "rows") else val
-    if not has_pictures(val):
-        raise ValueError(f"--data={args.data}: {sets[0][0]} has no pictures to validate on: name a set with pictures first")
-    return Mixture(parts), val, statistics

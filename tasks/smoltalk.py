@@ -1,4 +1,7 @@
-"""SmolTalk: text-only chat, splits train and test. The large HuggingFaceTB/smoltalk has the same columns and needs a config, e.g. "all"."""
+"""
+SmolTalk (Ben Allal et al. 2025): text-only chat, splits train and test. The large version,
+HuggingFaceTB/smoltalk, has the same columns and needs a config, e.g. "all".
+"""
 from nanochat.conversation import column
 from tasks.rows import Rows
 
@@ -6,10 +9,14 @@ REPO = "HuggingFaceTB/smol-smoltalk"
 
 
 def to_conversation(row, where):
-    """The messages as they are: perhaps one of the system first, then user and assistant in turn."""
-    messages = [{key: column(message, key, f"{where}, message {k}", str) for key in ("role", "content")}
-                for k, message in enumerate(column(row, "messages", where, list))]
-    return {"messages": messages, "images": [], "id": where, "attributes": {"source": row.get("source")}}
+    """The messages as they are: perhaps a system message, then user and assistant in turn."""
+    messages = []
+    for k, message in enumerate(column(row, "messages", where, list)):
+        role = column(message, "role", f"{where}, message {k}", str)
+        content = column(message, "content", f"{where}, message {k}", str)
+        messages.append({"role": role, "content": content})
+    attributes = {"source": row.get("source")}
+    return {"messages": messages, "images": [], "id": where, "attributes": attributes}
 
 
 class SmolTalk(Rows):

@@ -1,10 +1,11 @@
 """
-A small text-only chat task, mixed into stage 2 so that the decoder goes on following plain instructions.
+A small text-only chat task, mixed into stage 2 so that the decoder keeps following plain
+instructions.
 
-Same seeding as SynthDoc: item i is a function of (split, seed, i). Every question belongs to one split by the hash of
-its text, so no held-out question is ever trained on; no text has a held-out word. Messages are under 100 characters.
+Same seeding as SynthDoc: item i is a function of (split, seed, i). Every question belongs to one
+split by the hash of its text, so no held-out question is ever trained on, and no text has a
+held-out word. Messages are under 100 characters.
 """
-
 import random
 
 from nanochat.common import stable_hash
@@ -17,8 +18,10 @@ SPLITS = ("train", "heldout")
 def ask(rng):
     """One (question, answer) pair of strings."""
     words = rng.sample(train_words(), rng.randint(2, 4))
-    text, word = " ".join(words), words[0]
-    a, b = rng.randint(1, 99), rng.randint(1, 99)
+    text = " ".join(words)
+    word = words[0]
+    a = rng.randint(1, 99)
+    b = rng.randint(1, 99)
     return rng.choice([
         (f"Repeat: {text}", text),
         (f"Spell {word}.", " ".join(word)),
@@ -33,22 +36,33 @@ def ask(rng):
     ])
 
 
+def is_held_out(question):
+    """A tenth of all questions, by hash."""
+    return stable_hash(question) % 10 == 0
+
+
 class SynthChat(Task):
     def __init__(self, split, size, seed=0):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
         if size < 1:
             raise ValueError(f"size {size} counts conversations: give size >= 1")
-        self.split, self.size, self.seed = split, size, seed
+        self.split = split
+        self.size = size
+        self.seed = seed
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, i):
         self.check_index(i)
-        rng = random.Random(f"synthchat/{self.split}/{self.seed}/{i}")
+        id = f"synthchat/{self.split}/{self.seed}/{i}"
+        rng = random.Random(id)
         question, answer = ask(rng)
-        while (stable_hash(question) % 10 == 0) != (self.split == "heldout"):
+        while is_held_out(question) != (self.split == "heldout"):
             question, answer = ask(rng)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "images": [], "id": f"synthchat/{self.split}/{self.seed}/{i}"}
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        return {"messages": messages, "images": [], "id": id}
