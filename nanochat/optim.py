@@ -63,7 +63,7 @@ class Optimizer:
     kind "muon" or "adamw". `lr` is AdamW's, `matrix_lr` Muon's. Every trainable parameter is in exactly one group.
     `step(scale)` multiplies both rates by the schedule's value.
     """
-    def __init__(self, model, kind, lr, matrix_lr=0.02, weight_decay=0.0, betas=(0.9, 0.95), dtype=torch.float32):
+    def __init__(self, model, kind, lr, matrix_lr=0.02, weight_decay=0.0, betas=(0.9, 0.95), dtype=torch.float32, part_lrs=None):
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimizer {kind!r}: must be muon or adamw")
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -80,6 +80,9 @@ class Optimizer:
         for part, lr in zip(self.parts, self.base_lrs):
             part.param_groups[0]["lr"] = lr * scale
             part.step()
+
+    def num_params(self):
+        return sum(p.numel() for p in self.params.values())
 
     def zero_grad(self):
         for part in self.parts:
@@ -113,7 +116,7 @@ class Optimizer:
             raise ValueError(f"optimizer state has unknown tensors, e.g. {sorted(left)[:3]}: it belongs to another model or optimizer")
 
 
-def schedule(kind, step, total, warmup, final=0.0):
+def schedule(kind, step, total=1, warmup=0, final=0.0):
     """
     Multiplier of the learning rates at `step` of `total`. `trapezoid`: constant, then linear over the last half;
     `cosine` (stage 1 as published); `step`: x0.316 at 80 % and again at 90 % (stage 2 as published names only "step";

@@ -221,7 +221,11 @@ def test_resuming_a_finished_run_changes_nothing(runs, tokenizer_dir):
     after = contents(runs.folder / "stage1")
     assert set(after) == set(before)
     for path in before:
-        assert path.name == "curves.png" or after[path] == before[path], path
+        if path.name == "summary.json":  # MFU is a share of a rate measured anew
+            old, new = json.loads(before[path]), json.loads(after[path])
+            assert {**old, "mfu": 0} == {**new, "mfu": 0}
+        elif path.name != "curves.png":
+            assert after[path] == before[path], path
 
 
 # -----------------------------------------------------------------------------
