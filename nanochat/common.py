@@ -40,13 +40,19 @@ def compute_init(device_type=""):
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        # cuDNN's attention, which torch prefers on Hopper, plans anew for every shape, on the host: packed samples and a growing cache have
-        # many. Flash and memory-efficient kernels do not (scripts.bench --cudnn measures what it would give where shapes are fixed).
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        set_cuda_defaults()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device
+
+
+def set_cuda_defaults():
+    """How matrix products and attention are computed on CUDA; for training and reading alike."""
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's attention, which torch prefers on Hopper, plans on the host for every new shape, and
+    # packed samples and a growing cache have many. Flash and memory-efficient kernels do no planning
+    # (scripts.bench --cudnn measures what it would give where shapes are fixed).
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def compute_cleanup():
