@@ -317,9 +317,11 @@ class Engine:
         self.no_repeat = no_repeat
         self.graphs = model.device.type == "cuda"  # off: kernels are launched one by one
         self.end = tokenizer.encode_special("<|assistant_end|>")
-        # Never generated: image placeholders, and every other special token but the end.
+        # Never generated: image placeholders, every other special token but the end, and ids that
+        # the tokenizer lacks, since a vocabulary may be padded to a round number of rows.
         special = [tokenizer.encode_special(name) for name in SPECIAL_TOKENS]
         self.banned = [token for token in special if token != self.end]
+        self.banned += range(tokenizer.get_vocab_size(), model.cfg.gpt.vocab_size)
 
     # --- prompts
 

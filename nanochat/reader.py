@@ -5,6 +5,8 @@ share (save_pretrained). Also the flags that every script which reads has in com
     model = NanoDeepseekOCR.from_pretrained("checkpoints/stage2", device="cuda")
     print(model.read("page.png"))
 """
+import os
+import re
 from functools import partial
 
 import torch
@@ -36,6 +38,7 @@ class NanoDeepseekOCR(DeepseekOCR):
         default auto on cuda, float32 elsewhere.
         """
         device = torch.device(device)
+        # Without a GPU a model is mostly loaded to be exported or looked into, with full precision.
         if dtype is None:
             dtype = "auto" if device.type == "cuda" else "float32"
         model, _, _ = load_to_read(source, device, dtype, cls)
@@ -64,11 +67,13 @@ class NanoDeepseekOCR(DeepseekOCR):
             raise ValueError("this model has no tokenizer to read with: load it with "
                              "NanoDeepseekOCR.from_pretrained, or set model.tokenizer")
         image = open_image(image, "model.read")
+        # A model whose tokenizer was set by hand has no meta.
         meta = self.meta or {}
         mode = mode or meta.get("mode", self.cfg.modes[0])
         if isinstance(mode, str):
             mode = choose_mode(mode, self.cfg.modes)
         engine = Engine(self, self.tokenizer, mode, no_repeat)
+        # Prompts begin with a line end, as all that the model was trained on do.
         prompt = "\n" + prompt if prompt else OCR_PROMPT
         conversation = ocr_conversation(image, "", "image", prompt)
         [result] = engine.generate([conversation], max_new_tokens)
@@ -83,13 +88,30 @@ def load_to_read(source, device, dtype, kind=DeepseekOCR):
     """
     if device.type == "cuda":
         set_cuda_defaults()
-    model, tokenizer, meta = load_model(fetch(source), device, kind)
+    model, tokenizer, meta = load_model(find(source), device, kind)
     model.dtype = choose_dtype(device, dtype)
     # The layers cast their weights whenever they are used, which for the decoder is at every step.
     # Casting them once gives the same numbers and halves what a step reads from memory.
     for p in model.gpt.parameters():
         p.data = p.data.to(model.dtype)
     return model, tokenizer, meta
+
+
+def find(source):
+    """Checkpoint folder of `source`, as for from_pretrained; downloaded if it is a hub name."""
+    if os.path.exists(source):
+        return fetch(source)
+    parent = os.path.dirname(source)
+    looks_like_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not os.path.isdir(parent)
+    # The default, "checkpoints/stage2", looks like a hub name too. Before anything is trained, the
+    # hub would be asked for it, and its answer would tell a newcomer nothing.
+    if not looks_like_hub_name or parent == "checkpoints":
+        raise FileNotFoundError(f"no such folder {source}; "
+                                f"train first (bash speedrun.sh) or name a checkpoint")
+    try:
+        return fetch(source)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(f"no such folder {source}, and as a hub name: {error}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -105,13 +127,16 @@ def choose_mode(name, supported):
 
 def add_arguments(parser):
     """The flags that load_engine reads."""
+    # Model
     parser.add_argument("--checkpoint", default="checkpoints/stage2",
                         help="model_<step> folder, run folder (its last checkpoint), or hub name")
     parser.add_argument("--mode", default="",
                         help="image mode, or auto; empty = the one the model was trained in")
+    # Runtime
     parser.add_argument("--device-type", default="",
                         help="cuda, mps or cpu; empty = the best there is")
     parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
+    # Generation
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens a page may take")
     parser.add_argument("--no-repeat", default="",
                         help="N,WINDOW: no N tokens twice in a row within WINDOW, e.g. 30,90; "

@@ -17,21 +17,20 @@ import glob
 import io
 import json
 import os
-import struct
 import sys
 from dataclasses import dataclass
 from itertools import islice
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from nanochat.common import compute_init, run_main
 from nanochat.conversation import FORMATS, MAX_PIXELS, OCR_PROMPT, ocr_conversation
+from nanochat.image_modes import to_rgb
 from nanochat.reader import add_arguments, load_engine
 
-# What PIL raises for files that are no pictures, or broken ones
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 POINTS_PER_INCH = 72  # the unit of PDF pages
+PDF_HEAD = 1024       # bytes in which a PDF's signature may begin; readers allow for junk before it
 
 # -----------------------------------------------------------------------------
 # Files and their pages
@@ -42,12 +41,22 @@ class Page:
     """One page of a file, or the reason why it (or the whole file) cannot be read."""
     path: str
     number: int = None              # from 1; None where the file is one page
-    image: Image.Image = None
+    image: Image.Image = None       # RGB, upright
     error: Exception = None         # in place of the image
 
     @property
     def name(self):
-        return self.path if self.number is None else f"{self.path} page {self.number}"
+        """What to call it in the output: the whole path, since folders may hold equal names."""
+        path = printable(self.path)
+        return path if self.number is None else f"{path} page {self.number}"
+
+
+def printable(path):
+    """
+    A path that any UTF-8 stream takes. Bytes of file names that are not UTF-8 reach Python as lone
+    surrogates, which cannot be encoded: they become backslash escapes.
+    """
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def files_of(arguments):
@@ -87,7 +96,9 @@ def pages(files, dpi):
     for path in files:
         try:
             yield from pages_of(path, dpi)
-        except BROKEN as error:
+        except Exception as error:
+            # Decoders raise whatever they stumble over (a TypeError for some truncated TIFFs), and
+            # one bad file must not stop those after it. It is reported, and the exit status is 1.
             yield Page(path, error=error)
 
 
@@ -98,32 +109,75 @@ def pages_of(path, dpi):
     else:
         source = open(path, "rb")
     with source:
-        head = source.read(1024)
-        source.seek(0)
-        if not head:
-            raise ValueError("the file is empty")
-        if b"%PDF-" in head:
+        if is_pdf(source):
             yield from pdf_pages(path, source, dpi)
         else:
             yield from picture_pages(path, source)
+
+
+def is_pdf(source):
+    """Whether an open file is a PDF, by its content; ValueError if it is empty."""
+    head = source.read(PDF_HEAD)
+    source.seek(0)
+    if not head:
+        raise ValueError("the file is empty")
+    if b"%PDF-" not in head:
+        return False
+    # A picture may have these bytes near its start too, for example in a comment.
+    try:
+        Image.open(source, formats=FORMATS)
+        return False
+    except UnidentifiedImageError:
+        return True
+    finally:
+        source.seek(0)
+
+
+def count_pages(files):
+    """Pages in all files, without decoding them; None if that cannot be known beforehand."""
+    if "-" in files:
+        return None  # standard input can be read only once
+    total = 0
+    for path in files:
+        try:
+            with open(path, "rb") as source:
+                total += count_pdf_pages(source) if is_pdf(source) else count_frames(source)
+        except Exception:
+            total += 1  # its error, which `pages` will find again and report
+    return total
+
+
+def count_frames(source):
+    with Image.open(source, formats=FORMATS) as image:
+        return n_frames(image)
+
+
+def n_frames(image):
+    """Pages of a picture. The frames of a TIFF are pages; those of other formats, an animation."""
+    return image.n_frames if image.format == "TIFF" else 1
+
+
+def count_pdf_pages(source):
+    with contextlib.closing(open_pdf(source)) as document:
+        return len(document)
 
 
 def picture_pages(path, source):
     """Yields the pages of a picture: one, or those of a TIFF."""
     with Image.open(source, formats=FORMATS) as image:
         check_pixels(image.width, image.height, "make it smaller")
-        # The frames of a TIFF are pages. Those of other formats are an animation: only the first
-        # is read.
-        frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        frames = n_frames(image)
         for k in range(frames):
             image.seek(k)
             image.load()
             number = k + 1 if frames > 1 else None
-            yield Page(path, number, image.copy())
+            # Converted here already, so that a picture which cannot be (broken EXIF, grey levels
+            # that are not finite) is an error of this file and not of its whole batch.
+            yield Page(path, number, to_rgb(image.copy()))
 
 
-def pdf_pages(path, source, dpi):
-    """Yields the pages of a PDF, drawn at `dpi`; a page that cannot be drawn has its error."""
+def open_pdf(source):
+    """An open file -> pypdfium2.PdfDocument, to be closed by the caller."""
     try:
         import pypdfium2
     except ImportError:
@@ -132,14 +186,20 @@ def pdf_pages(path, source, dpi):
         document = pypdfium2.PdfDocument(source)
     except pypdfium2.PdfiumError as error:
         raise ValueError(f"not a PDF that can be opened, encrypted or broken ({error})") from error
-    with contextlib.closing(document):
+    # The values of form fields are drawn only if this is done before any page is loaded.
+    document.init_forms()
+    return document
+
+
+def pdf_pages(path, source, dpi):
+    """Yields the pages of a PDF, drawn at `dpi`; a page that cannot be drawn has its error."""
+    with contextlib.closing(open_pdf(source)) as document:
         for k in range(len(document)):
             try:
-                image = draw_pdf_page(document, k, dpi)
-            except (ValueError, pypdfium2.PdfiumError) as error:
-                yield Page(path, k + 1, error=error)
-            else:
-                yield Page(path, k + 1, image)
+                page = Page(path, k + 1, draw_pdf_page(document, k, dpi))
+            except Exception as error:
+                page = Page(path, k + 1, error=error)
+            yield page
 
 
 def draw_pdf_page(document, k, dpi):
@@ -171,14 +231,19 @@ def read_batch(engine, batch, args):
         answers = [say(engine, conversation, args) for conversation in conversations]
     else:
         answers = engine.generate_each(conversations, args.max_new_tokens, args.temperature)
+    # Back in the order of the batch, with the pages that have no answer.
     answers = iter(answers)
-    return [page.error or next(answers) for page in batch]
+    results = []
+    for page in batch:
+        results.append(next(answers) if page.error is None else page.error)
+    return results
 
 
 def say(engine, conversation, args):
     """Prints the answer as its tokens come. -> Result, or the ValueError of what is too long."""
+    pieces = engine.stream(conversation, args.max_new_tokens, args.temperature)
     try:
-        for piece, result in engine.stream(conversation, args.max_new_tokens, args.temperature):
+        for piece, result in pieces:
             print(piece, end="", flush=True)
     except ValueError as error:
         return error
@@ -192,21 +257,33 @@ def read_files(engine, args):
     source = pages(files, args.dpi)
     batch_size = 1 if args.stream else args.batch_size
     failed = 0
-    with tqdm(unit="page", disable=None) as bar:
+    # None: no bar where standard error is no terminal. Streamed text would be torn apart by it.
+    with tqdm(unit="page", disable=True if args.stream else None) as bar:
+        if not bar.disable:
+            bar.total = count_pages(files)
+            bar.refresh()
         while batch := list(islice(source, batch_size)):
             headings = [heading(page, len(files)) for page in batch]
             if args.stream:
                 print(headings[0], end="")
             results = read_batch(engine, batch, args)
             for page, title, result in zip(batch, headings, results):
-                failed += isinstance(result, Exception)
                 remark(page, result)
+                is_error = isinstance(result, Exception)
+                if is_error:
+                    failed += 1
                 if args.jsonl:
-                    print(json_of(page, result), flush=True)
-                elif not args.stream and not isinstance(result, Exception):
-                    print(title + result.text, flush=True)
+                    show(json_of(page, result), sys.stdout)
+                elif not args.stream and not is_error:
+                    show(title + result.text, sys.stdout)
             bar.update(len(batch))
     return failed
+
+
+def show(text, file):
+    """Prints at once, and clear of a progress bar on the same terminal."""
+    with tqdm.external_write_mode(file=file):
+        print(text, file=file, flush=True)
 
 
 def heading(page, n_files):
@@ -219,18 +296,25 @@ def heading(page, n_files):
 def remark(page, result):
     """Says on standard error what a person should know about this page."""
     if isinstance(result, Exception):
-        print(f"error: {page.name}: {result}", file=sys.stderr)
+        show(f"error: {page.name}: {reason(result)}", sys.stderr)
     elif result.flags:
         reasons = ", ".join(result.flags)
-        print(f"look at {page.name}: {reasons} (confidence {result.confidence:.2f} nats/token)",
-              file=sys.stderr)
+        confidence = f"confidence {result.confidence:.2f} nats/token"
+        show(f"look at {page.name}: {reasons} ({confidence})", sys.stderr)
+
+
+def reason(error):
+    """The message of an error. Those that were not written for people need their kind as well."""
+    if isinstance(error, (OSError, ValueError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def json_of(page, result):
     """One line of JSON about a page."""
-    record = {"file": page.path, "page": page.number}
+    record = {"file": printable(page.path), "page": page.number}
     if isinstance(result, Exception):
-        record["error"] = str(result)
+        record["error"] = reason(result)
     else:
         record["text"] = result.text
         record["confidence"] = result.confidence  # nats per token
@@ -239,15 +323,46 @@ def json_of(page, result):
     return json.dumps(record, ensure_ascii=False)
 
 
+# -----------------------------------------------------------------------------
+# Without pictures
+
+
+def ask(engine, args):
+    """One question (--prompt), answered."""
+    question = {"role": "user", "content": args.prompt.strip()}
+    result = say(engine, {"messages": [question], "images": [], "id": "--prompt"}, args)
+    if isinstance(result, Exception):
+        raise result
+
+
 def chat(engine, args):
-    """One question (--prompt), or lines from standard input until it ends."""
+    """Answers each line of standard input, until it ends."""
     messages = []
-    for line in [args.prompt] if args.prompt else sys.stdin:
-        messages.append({"role": "user", "content": line.strip()})
-        result = say(engine, {"messages": messages, "images": [], "id": "chat"}, args)
+    for line in sys.stdin:
+        question = {"role": "user", "content": line.strip()}
+        asked = turns_that_fit(engine, [*messages, question], args.max_new_tokens)
+        result = say(engine, {"messages": asked, "images": [], "id": "chat"}, args)
         if isinstance(result, Exception):
-            raise result
-        messages.append({"role": "assistant", "content": result.text})
+            # Too long even without the turns before it: only this line is forgotten.
+            print(f"error: {result}", file=sys.stderr)
+            continue
+        dropped = (len(messages) + 1 - len(asked)) // 2
+        if dropped:
+            positions = engine.model.cfg.gpt.sequence_len
+            print(f"the decoder has {positions} positions: the first {dropped} turns of this chat "
+                  f"no longer fit and were dropped", file=sys.stderr)
+        messages = [*asked, {"role": "assistant", "content": result.text}]
+
+
+def turns_that_fit(engine, messages, max_new_tokens):
+    """The latest turns that leave room for the answer in the decoder, at least the last message."""
+    room = engine.model.cfg.gpt.sequence_len - max_new_tokens
+    while len(messages) > 1:
+        prompt = engine.tokenizer.render_for_completion({"messages": messages, "images": []})
+        if len(prompt) <= room:
+            break
+        messages = messages[2:]  # a question and its answer
+    return messages
 
 
 # -----------------------------------------------------------------------------
@@ -256,18 +371,21 @@ def chat(engine, args):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # Input
     parser.add_argument("files", nargs="*",
                         help="pictures, PDFs, folders, patterns; - is standard input")
-    add_arguments(parser)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    parser.add_argument("--dpi", type=int, default=144,
+                        help="resolution at which PDF pages are drawn")
     parser.add_argument("--prompt", default="",
                         help="a question about each page, in place of reading it; or to the model "
                              "alone")
     parser.add_argument("--chat", action="store_true",
                         help="talk: a line of standard input, an answer, and so on")
+    # Model and generation
+    add_arguments(parser)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     parser.add_argument("--batch-size", type=int, default=16, help="pages generated together")
-    parser.add_argument("--dpi", type=int, default=144,
-                        help="resolution at which PDF pages are drawn")
+    # Output
     parser.add_argument("--jsonl", action="store_true",
                         help="print a JSON object for each page: file, page, text, confidence, "
                              "tokens and flags, or file, page and error")
@@ -286,15 +404,29 @@ def parse_arguments(argv):
     return args
 
 
+def work(engine, args):
+    """What the flags ask for. -> number of files or pages that failed."""
+    if args.files:
+        return read_files(engine, args)
+    if args.prompt:
+        ask(engine, args)
+    else:
+        chat(engine, args)
+    return 0
+
+
 def main(argv=None):
     args = parse_arguments(argv)
     # What is printed during set-up is not part of any page's text.
     with contextlib.redirect_stdout(sys.stderr):
         engine, _ = load_engine(args, compute_init(args.device_type))
-    if not args.files:
-        chat(engine, args)
-        return
-    failed = read_files(engine, args)
+    try:
+        failed = work(engine, args)
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has gone, so there is nobody left to tell. Python
+        # flushes standard output once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, as other commands end in this case
     if failed:
         print(f"{failed} files or pages could not be read", file=sys.stderr)
         sys.exit(1)

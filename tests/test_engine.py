@@ -186,6 +186,25 @@ def test_special_tokens_are_never_generated(engine, mixed, temperature):
     assert len(tokens) > 20 and not special & set(tokens)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_padded_vocabulary_is_never_generated(cfg, make_model, tokenizer, mixed, temperature):
+    """A model may have more rows in its head than the tokenizer has tokens."""
+    size = tokenizer.get_vocab_size()
+    cfg.gpt.vocab_size = size + 20
+    engine = Engine(make_model(cfg=cfg).eval(), tokenizer, SMALL)
+    logits = engine.model.gpt.logits
+
+    def tempted(hidden):
+        out = logits(hidden)
+        out[:, size:] += 100
+        return out
+
+    engine.model.gpt.logits = tempted
+    tokens = sum(tokens_of(engine, mixed, 20, temperature), [])
+    assert len(tokens) > 20 and max(tokens) < size
+    engine.generate(mixed, 5, temperature)  # and what is generated can be decoded
+
+
 def test_sampling_is_seeded(engine, mixed):
     def texts(seed):
         return [r.text for r in engine.generate(mixed, 12, temperature=1.0, seed=seed)]

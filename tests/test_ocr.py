@@ -8,13 +8,16 @@ python -m pytest tests/test_ocr.py
 
 import io
 import json
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from nanochat import reader
+from nanochat.common import run_main
 from nanochat.conversation import ocr_conversation
 from nanochat.engine import Engine, NoRepeat, Result
 from nanochat.image_modes import get_mode
@@ -80,10 +83,10 @@ def picture(path, level, size=(40, 30), **kw):
     return path
 
 
-def many_pages(path, levels, size=(72, 72)):
+def many_pages(path, levels, size=(72, 72), **kw):
     """A PDF (of an inch a side) or TIFF, a page for each grey level."""
     first, *rest = [Image.new("L", size, level) for level in levels]
-    first.save(path, save_all=True, append_images=rest)
+    first.save(path, save_all=True, append_images=rest, **kw)
     return path
 
 
@@ -136,6 +139,31 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(run, tmp_path):
     assert "6 files or pages could not be read" in err
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_any_failure_of_one_file_leaves_the_others(run, tmp_path):
+    """PIL raises a TypeError for a TIFF that ends inside its directory: no error of pictures."""
+    cut = many_pages(tmp_path / "b.tiff", [1, 2], compression="packbits")
+    cut.write_bytes(cut.read_bytes()[:-100])
+    files = [picture(tmp_path / "a.png", 5), cut, picture(tmp_path / "c.png", 6)]
+    lines, err, status = run(tmp_path, "--jsonl")
+    assert status == 1
+    first, *_, failed, last = records(lines)
+    assert (first["text"], last["text"]) == ("grey 5", "grey 6")
+    assert f"error: {files[1]}: TypeError: " in err
+    assert failed["error"] in err
+    assert "1 files or pages could not be read" in err
+
+
+def test_a_picture_that_cannot_be_converted_leaves_the_others(run, tmp_path):
+    """It opens and decodes; grey levels that are not finite show only when it becomes RGB."""
+    Image.new("F", (9, 9), float("nan")).save(tmp_path / "a.tiff")
+    picture(tmp_path / "b.png", 6)
+    lines, err, status = run(tmp_path)
+    assert status == 1
+    assert lines == [f"== {tmp_path / 'b.png'}", "grey 6"]
+    assert f"error: {tmp_path / 'a.tiff'}: the image has grey levels that are not finite" in err
+
+
 def test_huge_pictures_are_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ocr, "MAX_PIXELS", 1000)
     lines, err, status = run(picture(tmp_path / "35.png", 0, (35, 35)))
@@ -173,6 +201,44 @@ def test_pages_of_a_pdf(run, engine, tmp_path, monkeypatch):
     assert status == 1
     for number in range(1, 6):
         assert f"page {number}: 144 x 144 px at 144 dpi, over 1000 px: lower --dpi" in err
+
+
+FORM = b"""%PDF-1.4
+1 0 obj << /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [4 0 R] >> >> endobj
+2 0 obj << /Type /Pages /Kids [3 0 R] /Count 1 >> endobj
+3 0 obj << /Type /Page /Parent 2 0 R /MediaBox [0 0 72 72] /Annots [4 0 R] >> endobj
+4 0 obj << /Type /Annot /Subtype /Widget /FT /Tx /T (name) /V (filled) /F 4 /P 3 0 R
+/Rect [0 0 72 72] /AP << /N 5 0 R >> >> endobj
+5 0 obj << /Type /XObject /Subtype /Form /BBox [0 0 72 72] /Length 25 >> stream
+0.2 g 0 0 72 72 re f     
+endstream endobj
+trailer << /Root 1 0 R >>
+"""
+
+
+def test_filled_fields_of_a_form_are_drawn(run, tmp_path):
+    """The appearance of this text field is a dark square over the whole page."""
+    pytest.importorskip("pypdfium2")
+    (tmp_path / "form.pdf").write_bytes(FORM)
+    lines, _, status = run(tmp_path / "form.pdf", "--jsonl")
+    assert (texts(lines), status) == (["grey 51"], 0)
+
+
+def test_a_picture_that_mentions_pdf_is_a_picture(run, tmp_path):
+    path = tmp_path / "a.png"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", "made from %PDF-1.7")
+    picture(path, 7, pnginfo=info)
+    assert b"%PDF-" in path.read_bytes()[:1024]
+    assert run(path) == (["grey 7"], "", 0)
+
+
+def test_a_pdf_may_begin_late(run, tmp_path):
+    pytest.importorskip("pypdfium2")
+    path = many_pages(tmp_path / "a.pdf", [60])
+    path.write_bytes(b"junk of a mail gateway\n" + path.read_bytes())
+    lines, _, status = run(path, "--jsonl")
+    assert (texts(lines), status) == (["grey 60"], 0)
 
 
 def test_pages_of_a_tiff(run, tmp_path):
@@ -220,8 +286,69 @@ def test_standard_input(run, tmp_path, monkeypatch):
     assert run("-") == (["grey 7"], "", 0)
 
 
+def test_progress_has_a_total(run, tmp_path, monkeypatch):
+    """In pages, those of PDFs and TIFFs included; a file that cannot be read counts as one."""
+    pytest.importorskip("pypdfium2")
+    picture(tmp_path / "a.png", 1)
+    many_pages(tmp_path / "b.tiff", [1, 2, 3])
+    many_pages(tmp_path / "c.pdf", [1, 2])
+    (tmp_path / "d.png").write_bytes(b"no picture")
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    lines, _, status = run(tmp_path, "--batch-size=3")
+    assert status == 1
+    assert "0/7 " in terminal.getvalue() and "7/7 " in terminal.getvalue()
+
+
 # -----------------------------------------------------------------------------
 # Text out
+
+
+def test_equal_names_in_other_folders_are_told_apart(run, tmp_path):
+    for level, name in enumerate(["x", "y"]):
+        (tmp_path / name).mkdir()
+        picture(tmp_path / name / "p.png", level)
+    lines, _, _ = run(tmp_path)
+    assert lines == [f"== {tmp_path}/x/p.png", "grey 0", f"== {tmp_path}/y/p.png", "grey 1"]
+
+
+def test_names_that_are_not_utf8(run, tmp_path):
+    """They reach Python with surrogates, which no UTF-8 stream takes."""
+    raw = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    picture(tmp_path / "a.png", 7)
+    os.rename(tmp_path / "a.png", raw)
+    (tmp_path / "b\udcff.png").write_bytes(b"no picture")
+    lines, err, status = run(tmp_path)
+    assert (lines, status) == ([rf"== {tmp_path}/caf\udce9.png", "grey 7"], 1)
+    assert rf"error: {tmp_path}/b\udcff.png: " in err
+    lines, _, _ = run(tmp_path, "--jsonl")
+    assert records(lines)[1]["file"] == rf"{tmp_path}/caf\udce9.png"
+
+
+def test_a_reader_that_has_gone_ends_it_quietly(run, tmp_path, monkeypatch):
+    """As in `ocr ... | head -1`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    files = [picture(tmp_path / f"{k}.png", k) for k in range(3)]
+    with os.fdopen(write_end, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        _, err, status = run(*files, "--batch-size=1")
+    assert (err, status) == ("", 141)
+
+
+def test_interrupted(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_flags(run, tmp_path):
@@ -276,6 +403,46 @@ def test_a_question_and_a_chat(run, answer, monkeypatch):
     first = answer([user("hello")], 20)
     second = answer([user("hello"), assistant(first), user("again")], 20)
     assert lines == f"{first}\n{second}".splitlines()
+
+
+def test_a_chat_keeps_the_latest_turns_that_fit(run, engine, tokenizer, monkeypatch):
+    """
+    The decoder has 256 positions, 60 of which are asked for the answer. A line that is too long by
+    itself is refused and forgotten.
+    """
+    asked = []
+
+    def positions(contents):
+        messages = []
+        for k, text in enumerate(contents):
+            messages.append(assistant(text) if k % 2 else user(text))
+        return len(tokenizer.render_for_completion({"messages": messages, "images": []}))
+
+    def stream(conversation, max_new_tokens, temperature):
+        contents = [message["content"] for message in conversation["messages"]]
+        if positions(contents) + max_new_tokens > 256:
+            raise ValueError("too long")
+        asked.append(contents)
+        yield "yes", Result("yes", 1, True, -0.1)
+
+    engine.stream = stream
+    questions = [f"question {k} of a talk that takes some positions" for k in range(6)]
+    lines = [*questions[:3], "x" * 300, *questions[3:]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    out, err, status = run("--chat", "--max-new-tokens=60")
+    assert (out, status) == (["yes"] * 6, 0)
+    assert err.count("error: too long") == 1
+
+    turns = []
+    for question, contents in zip(questions, asked, strict=True):
+        # The latest turns: with one turn more, it would not have fitted.
+        whole = [*turns, question]
+        assert contents == whole[-len(contents):]
+        if len(contents) < len(whole):
+            assert positions(whole[-len(contents) - 2:]) + 60 > 256
+        turns += [question, "yes"]
+    assert len(asked[-1]) < len(turns) - 1
+    assert "the decoder has 256 positions: the first 1 turns of this chat no longer fit" in err
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -360,3 +527,19 @@ def test_from_pretrained_sets_up_as_the_scripts_do(saved, monkeypatch, tmp_path)
         assert {p.dtype for p in loaded.encoder.parameters()} == {torch.float32}
     with pytest.raises(ValueError, match="lose precision: load it with dtype=\"float32\""):
         by_user.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoints/stage2", "/nope", "./a/b", "no-folder"])
+def test_before_anything_is_trained(tmp_path, monkeypatch, checkpoint):
+    """The default has the form of a hub name, but nobody means that."""
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(checkpoint=checkpoint, dtype="auto")
+    expected = f"no such folder {checkpoint}; train first .bash speedrun.sh. or name a checkpoint"
+    with pytest.raises(FileNotFoundError, match=expected):
+        reader.load_engine(args, torch.device("cpu"))
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="no such folder me/reader, and as a hub name: "):
+        NanoDeepseekOCR.from_pretrained("me/reader")
