@@ -176,6 +176,9 @@ def run_main(main):
             raise
         print(f"error: {e}\n(set NANOCHAT_TRACEBACK=1 for the traceback)", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)  # 128 + SIGINT, as shells have it
 
 
 class DummyWandb:
