@@ -82,11 +82,7 @@ def compute_init(device_type=""):
     if device_type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        # torch prefers cuDNN's attention on Hopper, but cuDNN makes a new plan on the host for
-        # every new shape, and packed rows and a growing cache have many. The flash and
-        # memory-efficient kernels need no plan.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        set_cuda_defaults()
     else:
         device = torch.device(device_type)
     if world_size > 1 and not dist.is_initialized():
@@ -97,6 +93,15 @@ def compute_init(device_type=""):
         else:
             dist.init_process_group("gloo", timeout=timeout)
     return device
+
+
+def set_cuda_defaults():
+    """The settings of kernels that training, scripts and from_pretrained share on a GPU."""
+    torch.set_float32_matmul_precision("high")
+    # torch prefers cuDNN's attention on Hopper, but cuDNN makes a new plan on the host for every
+    # new shape, and packed rows and a growing cache have many. The flash and memory-efficient
+    # kernels need no plan.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def compute_cleanup():

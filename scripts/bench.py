@@ -151,9 +151,13 @@ class EndlessTokenizer:
     """Stands in for a tokenizer where only ids are timed: its end token is none that a model could choose."""
     def __init__(self, model):
         self.image_token_id = model.cfg.image_token_id
+        self.vocab_size = model.cfg.gpt.vocab_size
 
     def encode_special(self, name):
         return -1 if name == "<|assistant_end|>" else self.image_token_id
+
+    def get_vocab_size(self):
+        return self.vocab_size
 
 
 def generation(args, model, mode, graphs):

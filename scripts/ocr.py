@@ -1,13 +1,15 @@
 """
-Reads pictures and PDFs with a trained checkpoint; or answers a question about them; or chats, without a picture.
+Reads pictures and PDFs with a trained model, answers questions about them, or chats without any.
 
-    python -m scripts.ocr page.png scans/ 'photos/*.jpg' report.pdf > text.txt      # pictures, folders, globs, PDFs
-    curl -s https://example.org/page.png | python -m scripts.ocr - --jsonl          # "-": standard input
+    python -m scripts.ocr page.png scans/ 'photos/*.jpg' report.pdf > text.txt
+    curl -s https://example.org/page.png | python -m scripts.ocr - --jsonl
     python -m scripts.ocr chart.png --prompt="What is the highest value?"
-    python -m scripts.ocr --prompt="Who are you?"                                   # or --chat, line by line
+    python -m scripts.ocr --prompt="Who are you?"
 
-Text goes to standard output, progress and remarks to standard error: pages that loop, were cut or are low in confidence, and
-files that cannot be read. Those do not stop the others, but then the exit status is 1.
+Files may be pictures, PDFs, folders and patterns; "-" is standard input. --chat talks line by line.
+Text goes to standard output. Progress and remarks go to standard error: pages that loop, were cut
+or are low in confidence, and files that cannot be read. Those do not stop the others, but then the
+exit status is 1.
 """
 import argparse
 import contextlib
@@ -15,159 +17,416 @@ import glob
 import io
 import json
 import os
-import struct
 import sys
+from dataclasses import dataclass
 from itertools import islice
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from nanochat.common import compute_init, run_main
-from nanochat.reader import add_arguments, load_engine
 from nanochat.conversation import FORMATS, MAX_PIXELS, OCR_PROMPT, ocr_conversation
+from nanochat.image_modes import to_rgb
+from nanochat.reader import add_arguments, load_engine
 
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+POINTS_PER_INCH = 72  # the unit of PDF pages
+PDF_HEAD = 1024       # bytes in which a PDF's signature may begin; readers allow for junk before it
+
+# -----------------------------------------------------------------------------
+# Files and their pages
+
+
+@dataclass
+class Page:
+    """One page of a file, or the reason why it (or the whole file) cannot be read."""
+    path: str
+    number: int = None              # from 1; None where the file is one page
+    image: Image.Image = None       # RGB, upright
+    error: Exception = None         # in place of the image
+
+    @property
+    def name(self):
+        """What to call it in the output: the whole path, since folders may hold equal names."""
+        path = printable(self.path)
+        return path if self.number is None else f"{path} page {self.number}"
+
+
+def printable(path):
+    """
+    A path that any UTF-8 stream takes. Bytes of file names that are not UTF-8 reach Python as lone
+    surrogates, which cannot be encoded: they become backslash escapes.
+    """
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def files_of(arguments):
-    """Paths (or "-") in order: a folder stands for its pictures and PDFs, a pattern for what it matches."""
-    kinds = {".pdf", *(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)}
-    for path in arguments:
-        if os.path.isdir(path):
-            inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-            wanted = [name for name in inside if os.path.splitext(name)[1].lower() in kinds]
-            if not wanted or len(wanted) < len(inside):
-                print(f"{path}: {len(inside) - len(wanted)} files are no pictures or PDFs by their names", file=sys.stderr)
-            yield from wanted or [path]  # an empty folder is then an error like any other
-        elif path == "-" or os.path.exists(path):
-            yield path
+    """Paths (or "-") in order. A folder stands for its pages, a pattern for what it matches."""
+    for argument in arguments:
+        if os.path.isdir(argument):
+            yield from files_in(argument)
+        elif argument == "-" or os.path.exists(argument):
+            yield argument
         else:
-            yield from sorted(glob.glob(path, recursive=True)) or [path]
+            # Without a match the pattern stays, and opening it becomes an error like any other.
+            yield from sorted(glob.glob(argument, recursive=True)) or [argument]
 
 
-def pages_of(path, dpi):
-    """Yields (page number from 1, or None in a file of one page; PIL image or the exception that it is), one at a time."""
-    source = io.BytesIO(sys.stdin.buffer.read()) if path == "-" else open(path, "rb")
-    with source:
-        head = source.read(1024)
-        source.seek(0)
-        if not head:
-            raise ValueError("the file is empty")
-        if b"%PDF-" in head:
-            yield from pdf_pages(source, dpi)
-            return
-        with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} px, over {MAX_PIXELS} px: make it smaller")
-            frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1  # elsewhere frames are an animation
-            for k in range(frames):
-                image.seek(k)
-                image.load()
-                yield (k + 1 if frames > 1 else None), image.copy()
-
-
-def pdf_pages(source, dpi):
-    try:
-        import pypdfium2
-        document = pypdfium2.PdfDocument(source)
-    except ImportError:
-        raise ValueError("PDFs need pypdfium2: pip install pypdfium2") from None
-    except pypdfium2.PdfiumError as error:
-        raise ValueError(f"not a PDF that can be opened, encrypted or broken ({error})") from error
-    with contextlib.closing(document):
-        for k in range(len(document)):
-            try:
-                with contextlib.closing(document[k]) as page:
-                    width, height = (side * dpi / 72 for side in page.get_size())
-                    if width * height > MAX_PIXELS:
-                        raise ValueError(f"{width:.0f} x {height:.0f} px at {dpi} dpi, over {MAX_PIXELS} px: lower --dpi")
-                    with contextlib.closing(page.render(scale=dpi / 72)) as bitmap:
-                        yield k + 1, bitmap.to_pil().convert("RGB")
-            except (ValueError, pypdfium2.PdfiumError) as error:
-                yield k + 1, error
+def files_in(folder):
+    """Pictures and PDFs (by their names) in a folder and those below it, sorted."""
+    endings = {".pdf"}
+    for ending, kind in Image.registered_extensions().items():
+        if kind in FORMATS:
+            endings.add(ending)
+    wanted = []
+    others = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if os.path.splitext(name)[1].lower() in endings:
+                wanted.append(os.path.join(parent, name))
+            else:
+                others += 1
+    if others or not wanted:
+        print(f"{folder}: {others} files are not pictures or PDFs by their names", file=sys.stderr)
+    # A folder without any is returned itself, and opening it becomes an error like any other.
+    return sorted(wanted) or [folder]
 
 
 def pages(files, dpi):
-    """Yields (file, page number or None, image or exception) over all files, none held longer than its turn."""
+    """Yields a Page at a time over all files; no picture is held longer than its turn."""
     for path in files:
         try:
-            yield from ((path, number, image) for number, image in pages_of(path, dpi))
-        except BROKEN as error:
-            yield path, None, error
+            yield from pages_of(path, dpi)
+        except Exception as error:
+            # Decoders raise whatever they stumble over (a TypeError for some truncated TIFFs), and
+            # one bad file must not stop those after it. It is reported, and the exit status is 1.
+            yield Page(path, error=error)
+
+
+def pages_of(path, dpi):
+    """Yields the pages of one file, a path or "-". Raises if the file as a whole cannot be read."""
+    if path == "-":
+        source = io.BytesIO(sys.stdin.buffer.read())
+    else:
+        source = open(path, "rb")
+    with source:
+        if is_pdf(source):
+            yield from pdf_pages(path, source, dpi)
+        else:
+            yield from picture_pages(path, source)
+
+
+def is_pdf(source):
+    """Whether an open file is a PDF, by its content; ValueError if it is empty."""
+    head = source.read(PDF_HEAD)
+    source.seek(0)
+    if not head:
+        raise ValueError("the file is empty")
+    if b"%PDF-" not in head:
+        return False
+    # A picture may have these bytes near its start too, for example in a comment.
+    try:
+        Image.open(source, formats=FORMATS)
+        return False
+    except UnidentifiedImageError:
+        return True
+    finally:
+        source.seek(0)
+
+
+def count_pages(files):
+    """Pages in all files, without decoding them; None if that cannot be known beforehand."""
+    if "-" in files:
+        return None  # standard input can be read only once
+    total = 0
+    for path in files:
+        try:
+            with open(path, "rb") as source:
+                total += count_pdf_pages(source) if is_pdf(source) else count_frames(source)
+        except Exception:
+            total += 1  # its error, which `pages` will find again and report
+    return total
+
+
+def count_frames(source):
+    with Image.open(source, formats=FORMATS) as image:
+        return n_frames(image)
+
+
+def n_frames(image):
+    """Pages of a picture. The frames of a TIFF are pages; those of other formats, an animation."""
+    return image.n_frames if image.format == "TIFF" else 1
+
+
+def count_pdf_pages(source):
+    with contextlib.closing(open_pdf(source)) as document:
+        return len(document)
+
+
+def picture_pages(path, source):
+    """Yields the pages of a picture: one, or those of a TIFF."""
+    with Image.open(source, formats=FORMATS) as image:
+        check_pixels(image.width, image.height, "make it smaller")
+        frames = n_frames(image)
+        for k in range(frames):
+            image.seek(k)
+            image.load()
+            number = k + 1 if frames > 1 else None
+            # Converted here already, so that a picture which cannot be (broken EXIF, grey levels
+            # that are not finite) is an error of this file and not of its whole batch.
+            yield Page(path, number, to_rgb(image.copy()))
+
+
+def open_pdf(source):
+    """An open file -> pypdfium2.PdfDocument, to be closed by the caller."""
+    try:
+        import pypdfium2
+    except ImportError:
+        raise ValueError("PDFs need pypdfium2: pip install pypdfium2") from None
+    try:
+        document = pypdfium2.PdfDocument(source)
+    except pypdfium2.PdfiumError as error:
+        raise ValueError(f"not a PDF that can be opened, encrypted or broken ({error})") from error
+    # The values of form fields are drawn only if this is done before any page is loaded.
+    document.init_forms()
+    return document
+
+
+def pdf_pages(path, source, dpi):
+    """Yields the pages of a PDF, drawn at `dpi`; a page that cannot be drawn has its error."""
+    with contextlib.closing(open_pdf(source)) as document:
+        for k in range(len(document)):
+            try:
+                page = Page(path, k + 1, draw_pdf_page(document, k, dpi))
+            except Exception as error:
+                page = Page(path, k + 1, error=error)
+            yield page
+
+
+def draw_pdf_page(document, k, dpi):
+    """PIL image (RGB) of page k, from 0, of an open PDF."""
+    scale = dpi / POINTS_PER_INCH
+    with contextlib.closing(document[k]) as page:
+        width, height = page.get_size()  # points
+        check_pixels(width * scale, height * scale, "lower --dpi", f" at {dpi} dpi")
+        with contextlib.closing(page.render(scale=scale)) as bitmap:
+            return bitmap.to_pil().convert("RGB")
+
+
+def check_pixels(width, height, fix, at=""):
+    """ValueError for a picture that is too large to be decoded."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width:.0f} x {height:.0f} px{at}, over {MAX_PIXELS} px: {fix}")
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+def read_batch(engine, batch, args):
+    """-> a Result, or the exception in its place, for each Page of a batch."""
+    readable = [page for page in batch if page.error is None]
+    prompt = "\n" + args.prompt if args.prompt else OCR_PROMPT
+    conversations = [ocr_conversation(page.image, "", page.path, prompt) for page in readable]
+    if args.stream:
+        answers = [say(engine, conversation, args) for conversation in conversations]
+    else:
+        answers = engine.generate_each(conversations, args.max_new_tokens, args.temperature)
+    # Back in the order of the batch, with the pages that have no answer.
+    answers = iter(answers)
+    results = []
+    for page in batch:
+        results.append(next(answers) if page.error is None else page.error)
+    return results
 
 
 def say(engine, conversation, args):
-    """Prints the answer as its tokens come; -> Result."""
-    for piece, result in engine.stream(conversation, args.max_new_tokens, args.temperature):
-        print(piece, end="", flush=True)
+    """Prints the answer as its tokens come. -> Result, or the ValueError of what is too long."""
+    pieces = engine.stream(conversation, args.max_new_tokens, args.temperature)
+    try:
+        for piece, result in pieces:
+            print(piece, end="", flush=True)
+    except ValueError as error:
+        return error
     print()
     return result
 
 
+def read_files(engine, args):
+    """Reads every page of args.files and prints it. -> number of files or pages that failed."""
+    files = list(files_of(args.files))
+    source = pages(files, args.dpi)
+    batch_size = 1 if args.stream else args.batch_size
+    failed = 0
+    # None: no bar where standard error is no terminal. Streamed text would be torn apart by it.
+    with tqdm(unit="page", disable=True if args.stream else None) as bar:
+        if not bar.disable:
+            bar.total = count_pages(files)
+            bar.refresh()
+        while batch := list(islice(source, batch_size)):
+            headings = [heading(page, len(files)) for page in batch]
+            if args.stream:
+                print(headings[0], end="")
+            results = read_batch(engine, batch, args)
+            for page, title, result in zip(batch, headings, results):
+                remark(page, result)
+                is_error = isinstance(result, Exception)
+                if is_error:
+                    failed += 1
+                if args.jsonl:
+                    show(json_of(page, result), sys.stdout)
+                elif not args.stream and not is_error:
+                    show(title + result.text, sys.stdout)
+            bar.update(len(batch))
+    return failed
+
+
+def show(text, file):
+    """Prints at once, and clear of a progress bar on the same terminal."""
+    with tqdm.external_write_mode(file=file):
+        print(text, file=file, flush=True)
+
+
+def heading(page, n_files):
+    """The line above a page's text; a single picture needs none."""
+    if n_files == 1 and page.number is None:
+        return ""
+    return f"== {page.name}\n"
+
+
+def remark(page, result):
+    """Says on standard error what a person should know about this page."""
+    if isinstance(result, Exception):
+        show(f"error: {page.name}: {reason(result)}", sys.stderr)
+    elif result.flags:
+        reasons = ", ".join(result.flags)
+        confidence = f"confidence {result.confidence:.2f} nats/token"
+        show(f"look at {page.name}: {reasons} ({confidence})", sys.stderr)
+
+
+def reason(error):
+    """The message of an error. Those that were not written for people need their kind as well."""
+    if isinstance(error, (OSError, ValueError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def json_of(page, result):
+    """One line of JSON about a page."""
+    record = {"file": printable(page.path), "page": page.number}
+    if isinstance(result, Exception):
+        record["error"] = reason(result)
+    else:
+        record["text"] = result.text
+        record["confidence"] = result.confidence  # nats per token
+        record["tokens"] = result.tokens
+        record["flags"] = result.flags
+    return json.dumps(record, ensure_ascii=False)
+
+
+# -----------------------------------------------------------------------------
+# Without pictures
+
+
+def ask(engine, args):
+    """One question (--prompt), answered."""
+    question = {"role": "user", "content": args.prompt.strip()}
+    result = say(engine, {"messages": [question], "images": [], "id": "--prompt"}, args)
+    if isinstance(result, Exception):
+        raise result
+
+
 def chat(engine, args):
-    """One question (--prompt), or lines from standard input until it ends."""
+    """Answers each line of standard input, until it ends."""
     messages = []
-    for line in [args.prompt] if args.prompt else sys.stdin:
-        messages.append({"role": "user", "content": line.strip()})
-        messages.append({"role": "assistant", "content": say(engine, {"messages": messages, "images": [], "id": "chat"}, args).text})
+    for line in sys.stdin:
+        question = {"role": "user", "content": line.strip()}
+        asked = turns_that_fit(engine, [*messages, question], args.max_new_tokens)
+        result = say(engine, {"messages": asked, "images": [], "id": "chat"}, args)
+        if isinstance(result, Exception):
+            # Too long even without the turns before it: only this line is forgotten.
+            print(f"error: {result}", file=sys.stderr)
+            continue
+        dropped = (len(messages) + 1 - len(asked)) // 2
+        if dropped:
+            positions = engine.model.cfg.gpt.sequence_len
+            print(f"the decoder has {positions} positions: the first {dropped} turns of this chat "
+                  f"no longer fit and were dropped", file=sys.stderr)
+        messages = [*asked, {"role": "assistant", "content": result.text}]
 
 
-def read(engine, batch, args):
-    """-> Result or exception for each (file, page number, image or exception) of a batch."""
-    prompt = "\n" + args.prompt if args.prompt else OCR_PROMPT
-    conversations = [ocr_conversation(image, "", path, prompt) for path, _, image in batch if not isinstance(image, Exception)]
-    if args.stream and conversations:
-        try:
-            return [say(engine, conversations[0], args)]
-        except ValueError as error:  # too long
-            return [error]
-    results = iter(engine.generate_each(conversations, args.max_new_tokens, args.temperature))
-    return [image if isinstance(image, Exception) else next(results) for _, _, image in batch]
+def turns_that_fit(engine, messages, max_new_tokens):
+    """The latest turns that leave room for the answer in the decoder, at least the last message."""
+    room = engine.model.cfg.gpt.sequence_len - max_new_tokens
+    while len(messages) > 1:
+        prompt = engine.tokenizer.render_for_completion({"messages": messages, "images": []})
+        if len(prompt) <= room:
+            break
+        messages = messages[2:]  # a question and its answer
+    return messages
+
+
+# -----------------------------------------------------------------------------
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # Input
+    parser.add_argument("files", nargs="*",
+                        help="pictures, PDFs, folders, patterns; - is standard input")
+    parser.add_argument("--dpi", type=int, default=144,
+                        help="resolution at which PDF pages are drawn")
+    parser.add_argument("--prompt", default="",
+                        help="a question about each page, in place of reading it; or to the model "
+                             "alone")
+    parser.add_argument("--chat", action="store_true",
+                        help="talk: a line of standard input, an answer, and so on")
+    # Model and generation
+    add_arguments(parser)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    parser.add_argument("--batch-size", type=int, default=16, help="pages generated together")
+    # Output
+    parser.add_argument("--jsonl", action="store_true",
+                        help="print a JSON object for each page: file, page, text, confidence, "
+                             "tokens and flags, or file, page and error")
+    parser.add_argument("--stream", action="store_true",
+                        help="print text as it comes, one page at a time")
+    args = parser.parse_args(argv)
+    if not (args.files or args.prompt or args.chat):
+        raise ValueError("nothing to do: give files to read, or --prompt or --chat without any")
+    if args.files and args.chat:
+        raise ValueError("--chat talks without pictures: leave the files out, or ask about them "
+                         "with --prompt")
+    if args.stream and args.jsonl:
+        raise ValueError("--stream prints text as it comes, --jsonl whole pages: give only one")
+    if min(args.batch_size, args.dpi) < 1:
+        raise ValueError("--batch-size and --dpi must be at least 1")
+    return args
+
+
+def work(engine, args):
+    """What the flags ask for. -> number of files or pages that failed."""
+    if args.files:
+        return read_files(engine, args)
+    if args.prompt:
+        ask(engine, args)
+    else:
+        chat(engine, args)
+    return 0
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("files", nargs="*", help="pictures, PDFs, folders, patterns; - is standard input")
-    add_arguments(parser)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    parser.add_argument("--prompt", default="", help="a question about each page, in place of reading it; or without one")
-    parser.add_argument("--chat", action="store_true", help="talk: a line of standard input, an answer, and so on")
-    parser.add_argument("--batch-size", type=int, default=16, help="pages generated together")
-    parser.add_argument("--dpi", type=int, default=144, help="resolution at which PDF pages are drawn")
-    parser.add_argument("--jsonl", action="store_true", help="a JSON object a page: file, page, text, confidence, tokens, flags, or error")
-    parser.add_argument("--stream", action="store_true", help="print text as it comes, one page at a time")
-    args = parser.parse_args(argv)
-    if not (args.files or args.prompt or args.chat) or (args.files and args.chat) or (args.stream and args.jsonl):
-        raise ValueError("give files to read, or --prompt or --chat without any; --stream prints text, not --jsonl")
-    if min(args.batch_size, args.dpi) < 1:
-        raise ValueError("--batch-size and --dpi must be at least 1")
-    with contextlib.redirect_stdout(sys.stderr):  # what set-up has to say is no text of a page
+    args = parse_arguments(argv)
+    # What is printed during set-up is not part of any page's text.
+    with contextlib.redirect_stdout(sys.stderr):
         engine, _ = load_engine(args, compute_init(args.device_type))
-    if not args.files:
-        return chat(engine, args)
-
-    files, failed, bar = list(files_of(args.files)), 0, tqdm(unit="page", disable=None)
-    source = pages(files, args.dpi)
-    while batch := list(islice(source, 1 if args.stream else args.batch_size)):
-        names = [path if number is None else f"{path} page {number}" for path, number, _ in batch]
-        headings = [f"== {name}\n" if len(files) > 1 or number is not None else "" for name, (_, number, _) in zip(names, batch)]
-        if args.stream:
-            print(headings[0], end="")
-        for (path, number, _), name, heading, result in zip(batch, names, headings, read(engine, batch, args)):
-            if isinstance(result, Exception):
-                failed += 1
-                print(f"error: {name}: {result}", file=sys.stderr)
-                record = {"error": str(result)}
-            else:
-                record = {"text": result.text, "confidence": result.confidence, "tokens": result.tokens, "flags": result.flags}
-                if result.flags:
-                    print(f"look at {name}: {', '.join(result.flags)} (confidence {result.confidence:.2f} nats/token)", file=sys.stderr)
-            if args.jsonl:
-                print(json.dumps({"file": path, "page": number, **record}, ensure_ascii=False), flush=True)
-            elif not args.stream and "text" in record:
-                print(heading + result.text, flush=True)
-        bar.update(len(batch))
-    bar.close()
+    try:
+        failed = work(engine, args)
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has gone, so there is nobody left to tell. Python
+        # flushes standard output once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, as other commands end in this case
     if failed:
         print(f"{failed} files or pages could not be read", file=sys.stderr)
         sys.exit(1)
