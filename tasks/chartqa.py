@@ -34,4 +34,7 @@ class ChartQA(Rows):
         super().__init__(repo, None, split, to_conversation, "query", **kwargs)
 
     def truth(self, i):
-        return accepted_answers(self.row(i), self.where(i))[0]
+        try:
+            return accepted_answers(self.row(i), self.where(i))[0]
+        except BadSample:
+            return None  # task[i] says what is wrong with the row

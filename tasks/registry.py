@@ -32,9 +32,10 @@ from tasks.synthdoc import SynthDoc
 RENDERED = ("synthdoc", "synthpage", "synthchart", "synthchat")  # made as they go, never used up
 TRAINING_SETS = (*RENDERED, "folder", "finevision", "chartqa", "smoltalk")
 BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omnidocbench_like")
-EVALUATED = (*BENCHMARKS, "folder", "synthchart")  # by scripts.vision_eval, beside SynthDoc's splits
+# What scripts.vision_eval scores, beside the splits of SynthDoc.
+EVALUATED = (*BENCHMARKS, "folder", "synthchart")
 
-# All but stix, so that there is print which a trained model has never seen (README fine-tunes on it).
+# All but stix, so that there is print a trained model has never seen (README fine-tunes on it).
 FACES = "sans,sans-bold,sans-oblique,serif,serif-bold,mono"
 VAL_PAGES = 1000  # held-out samples of a rendered set
 STATISTICS_SAMPLES = 1000  # training-like samples for the encoder's running statistics
@@ -65,7 +66,7 @@ def add_page_arguments(parser, **defaults):
     flag("--val-share", type=float, default=0.1, help="share of a folder's pages that is held out")
     # Rendered pages
     flag("--chars", default="31-41",
-         help="characters per page, LO-HI or LO-HIxWEIGHT, several with commas")
+         help="characters per page, 10 or more: LO-HI or LO-HIxWEIGHT, several with commas")
     flag("--faces", default=FACES, help="faces of the print (tasks/synthdoc.py), with commas")
     flag("--min-px", type=int, default=10, help="smallest print in px, where the text fits at it")
     flag("--random-share", type=float, default=0.2,
@@ -149,15 +150,18 @@ def open_set(name, arg, split, args, image_size, size, ramp=0):
     size, ramp  samples of a rendered set; synthdoc's curriculum, in samples
     """
     args = with_defaults(args)
-    if name in TRAINING_SETS:
-        return open_training_set(name, arg, split, args, image_size, size, ramp)
     if name in BENCHMARKS:
-        return open_benchmark(name, arg, image_size, args.damage)
-    known = ", ".join(TRAINING_SETS + BENCHMARKS)
-    raise ValueError(f"unknown data set {name!r}: must be one of {known}")
+        task = open_benchmark(name, arg, image_size, args.damage)
+    else:
+        task = open_training_set(name, arg, split, args, image_size, size, ramp)
+    if task is None:
+        known = ", ".join(TRAINING_SETS + BENCHMARKS)
+        raise ValueError(f"unknown data set {name!r}: must be one of {known}")
+    return task
 
 
 def open_training_set(name, arg, split, args, image_size, size, ramp):
+    """The task, or None for an unknown name."""
     # Rendered here
     rendered_split = "train" if split == "train" else "heldout"
     if name == "synthdoc":
@@ -287,8 +291,8 @@ def repeated(task, name, arg, samples, seed):
     """The task as a part of a mixture, which needs `samples` of it: epoch after epoch, shuffled."""
     if is_stream(task):
         return Stream(task.rows, task.to_conversation, task.name, STREAM_WINDOW, seed)
-    if name in RENDERED:  # made to size, in random order by nature; a curriculum must keep its order
-        return task
+    if name in RENDERED:
+        return task  # has as many samples as are needed, and --ramp needs their order
     return Shuffled(task, samples, f"{seed}/{name}/{arg}")
 
 
