@@ -59,6 +59,7 @@ def look(sampler, n):
     """Makes the first n samples. -> Look"""
     found = Look()
     for i in range(n):
+        # Alone in a batch, a sample is not padded: its lengths are its own.
         try:
             batch = collate([sampler[i]])
         except (ValueError, OSError) as error:
@@ -95,8 +96,10 @@ def draw(samples, path):
     pen = ImageDraw.Draw(sheet)
     for row, (views, text) in enumerate(samples):
         for k, view in enumerate(views):
-            picture = Image.fromarray(view.transpose(1, 2, 0)).resize((VIEW, VIEW))
+            pixels = view.transpose(1, 2, 0)  # (side, side, 3)
+            picture = Image.fromarray(pixels).resize((VIEW, VIEW))
             sheet.paste(picture, (k * step, row * step))
+        # As much of the text as fits beside a view.
         lines = []
         for line in text.splitlines():
             lines += textwrap.wrap(line, TEXT // 8) or [""]

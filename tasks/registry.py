@@ -2,23 +2,27 @@
 The data sets by name, for the command lines of the scripts.
 
 Training sets, for --data:
-    synthdoc                    rendered pages of words (the default)
-    synthpage                   rendered whole pages with headings, lists, tables, charts
-    synthchart                  rendered charts: a question and its answer
-    synthchat                   built-in text-only chat
-    folder:DIR, folder:FILE.jsonl       your own pages (tasks/folder.py)
-    finevision:CONFIG           any config of FineVision; finevision:DIR/CONFIG reads a local copy
-    chartqa                     = finevision:chartqa
-    smoltalk[:REPO]             text-only chat from the hub
+    synthdoc                rendered small pages of words (the default)
+    synthpage               rendered whole pages: headings, paragraphs, lists, tables, charts
+    synthchart              rendered charts with a question and its answer
+    synthchat               built-in text-only chat
+    folder:DIR              your own pages (tasks/folder.py); folder:FILE.jsonl, too
+    finevision:CONFIG       any config of FineVision; finevision:DIR/CONFIG reads a local copy
+    chartqa                 = finevision:chartqa
+    smoltalk[:REPO]         text-only chat from the hub
 
 Benchmarks, never trained on:
-    fox, fox-cn [:ZIP or DIR]   omnidocbench[:REPO or DIR]          chartqa-test[:REPO or DIR]
-    fox_like, omnidocbench_like rendered pages in the manner of these two
+    fox[:ZIP or DIR]        fox-cn as well, the Chinese pages
+    omnidocbench[:REPO or DIR]
+    chartqa-test[:REPO or DIR]
+    fox_like                rendered pages as dense as Fox's
+    omnidocbench_like       rendered pages of mixed layouts
 
-To add a data set: write its task in a file of this folder, add its name to one of the tuples below
-and two lines to open_training_set or open_benchmark.
+To add a data set: write its task in a new file of this folder, then add its name to one of the
+tuples below and two lines to open_training_set or open_benchmark.
 """
 import argparse
+import math
 
 from nanochat.conversation import BadSample
 from nanochat.mixture import First, Mixture, Shuffled, Stream
@@ -113,7 +117,7 @@ def parse_chars(text):
     """"24-48" or "24-48x4,64-96x1" -> [(low, high, weight), ...] characters per page."""
     ranges = []
     for part in text.split(","):
-        span, _, weight = part.partition("x")
+        span, _, weight = part.partition("x")  # no "x": weight ""
         low, _, high = span.partition("-")
         try:
             ranges.append((int(low), int(high), float(weight or 1)))
@@ -150,10 +154,12 @@ def open_set(name, arg, split, args, image_size, size, ramp=0):
     size, ramp  samples of a rendered set; synthdoc's curriculum, in samples
     """
     args = with_defaults(args)
+    # Apart, because a benchmark has no split, and --data must not name one.
     if name in BENCHMARKS:
         task = open_benchmark(name, arg, image_size, args.damage)
     else:
         task = open_training_set(name, arg, split, args, image_size, size, ramp)
+
     if task is None:
         known = ", ".join(TRAINING_SETS + BENCHMARKS)
         raise ValueError(f"unknown data set {name!r}: must be one of {known}")
@@ -173,9 +179,11 @@ def open_training_set(name, arg, split, args, image_size, size, ramp):
         return synthpage.SynthChart(rendered_split, size, image_size, seed=args.seed)
     if name == "synthchat":
         return SynthChat(rendered_split, size, seed=args.seed)
+
     # Your own
     if name == "folder":
         return Folder(arg, split, args.val_share)
+
     # From the hub. FineVision has no validation split: its rows are held out by hash.
     if name == "chartqa":
         return finevision.FineVision("chartqa", part=split, streaming=args.stream)
@@ -189,6 +197,7 @@ def open_training_set(name, arg, split, args, image_size, size, ramp):
 
 
 def open_benchmark(name, arg, image_size, damage):
+    """The same of a benchmark."""
     if name == "fox":
         return Fox("en", arg)
     if name == "fox-cn":
@@ -231,6 +240,7 @@ def whole_pages(split, size, image_size, args):
     if args.page_parts:
         options["parts"] = parse_parts(args.page_parts)
         options["kinds"] = ("text", "table")  # a table is read as HTML, a figure not at all
+    # The other options, columns and faces among them, are as for pages of text alone.
     chars = parse_chars(args.chars)
     return text_pages(split, size, image_size, chars, args.seed, **options)
 
@@ -260,12 +270,13 @@ def training_sets(args, image_size, samples, ramp):
     args = with_defaults(args)
     sets = parse_data(args.data)
     refuse_benchmarks(args.data, sets)
+    # Alone, SynthDoc is not wrapped: its validation and statistics have seeds of their own.
     if sets == [("synthdoc", "", 1)]:
         return page_tasks(args, image_size, samples, ramp)
 
     # Whole cycles of the mixture, `samples` or more; each part needs its share of every cycle.
     total_share = sum(share for _, _, share in sets)
-    cycles = -(-samples // total_share)  # rounded up
+    cycles = math.ceil(samples / total_share)
     tasks = []
     parts = []
     for name, arg, share in sets:
