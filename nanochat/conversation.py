@@ -59,10 +59,10 @@ class Task:
 
     def truth(self, i):
         """
-        The text of a perfect answer to sample i. This default makes the whole sample, and raises
-        what that raises. Tasks that know the text without opening the picture override it.
+        The text of a perfect answer to sample i, or None if it is not known without making the
+        sample. Evaluation asks for it when sample i cannot be made: this never opens a picture.
         """
-        return self[i]["messages"][-1]["content"]
+        return None
 
     def image_name(self, i):
         """File name of sample i's picture, or None where the pictures are not files."""

@@ -103,6 +103,7 @@ def list_files(repo, repo_type="model", revision=None):
     if os.path.isdir(repo):
         return sorted(os.listdir(repo))
     which = {"repo_type": repo_type, "revision": revision}
+    # Offline there is no list, but the cached snapshot is a folder.
     if online():
         from huggingface_hub import list_repo_files
         return asked(repo, list_repo_files, repo, **which)
@@ -129,6 +130,7 @@ def dataset(repo, config=None, split="train", streaming=False):
 
     what = f"data set {repo} ({config or 'default'}, {split})"
     options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+    # Not a failure of the network: `datasets` says it for local folders without data files, too.
     try:
         return asked(what, load_dataset, repo, config, **options)
     except DatasetNotFoundError as error:

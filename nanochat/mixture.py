@@ -34,6 +34,7 @@ class Mixture:
     loader's workers then walks through the cycle and draws the next sample of each task.
     """
     def __init__(self, parts):
+        # Integers, so that a cycle has exactly these counts and any sample's place is arithmetic.
         for task, share in parts:
             if share < 1 or share != int(share):
                 name = type(task).__name__
@@ -58,7 +59,7 @@ class Mixture:
 
     def place(self, i):
         """(number of the task, index in that task) of sample i."""
-        turn, slot = divmod(i, len(self.cycle))
+        turn, slot = divmod(i, len(self.cycle))  # cycles before this one, place in this one
         t, nth = self.cycle[slot]
         return t, turn * self.shares[t] + nth
 
@@ -101,6 +102,7 @@ def spread_evenly(shares):
 
 def unique_names(tasks):
     """The tasks' names; those that several tasks share get the task's number appended."""
+    # The counters drawn/NAME in the logs must not add up two tasks.
     names = [task_name(task) for task in tasks]
     unique = []
     for t, name in enumerate(names):
@@ -119,7 +121,7 @@ class Shuffled(Task):
     def __init__(self, task, size, seed):
         self.task = task
         self.size = size
-        self.seed = stable_hash(str(seed))
+        self.seed = stable_hash(str(seed))  # numpy takes integers only, ours are often strings
         self.name = task_name(task)
         # Neighbouring samples need the same permutation, so the last one is kept.
         self.epoch = None
@@ -243,6 +245,7 @@ def draws(task, name, rank, world, worker, workers, state):
     The same for a task with an index that is mixed with a Stream: each worker of each rank takes
     every n-th row, epoch after epoch. state: number of samples drawn so far, or None.
     """
+    # Reader r takes rows r, r + readers, ...; past the end of the task it starts over.
     readers = world * workers
     reader = rank * workers + worker
     for n in count(state or 0):

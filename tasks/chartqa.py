@@ -9,7 +9,7 @@ REPO = "HuggingFaceM4/ChartQA"
 
 
 def accepted_answers(row, where):
-    """list of one or more texts."""
+    """list of one or more texts, of which the first is scored."""
     answers = column(row, "label", where, list)
     if not answers or not isinstance(answers[0], str):
         raise BadSample(f"{where} has the answers {answers}: at least one text is needed")
@@ -20,7 +20,7 @@ def to_conversation(row, where):
     """The first answer is the truth. attributes["kind"] says who wrote the question."""
     question = column(row, "query", where, str)
     answers = accepted_answers(row, where)
-    by_machine = column(row, "human_or_machine", where, int)
+    by_machine = column(row, "human_or_machine", where, int)  # 0 = human, 1 = machine
     image = open_image(column(row, "image", where), where)
     attributes = {"kind": "augmented" if by_machine else "human"}
     return ocr_conversation(image, answers[0], where, prompt="\n" + question,
@@ -34,4 +34,7 @@ class ChartQA(Rows):
         super().__init__(repo, None, split, to_conversation, "query", **kwargs)
 
     def truth(self, i):
-        return accepted_answers(self.row(i), self.where(i))[0]
+        try:
+            return accepted_answers(self.row(i), self.where(i))[0]
+        except BadSample:
+            return None  # task[i] says what is wrong with the row

@@ -10,13 +10,17 @@ REPO = "HuggingFaceM4/FineVision"
 
 
 def to_conversation(row, where):
-    """Every turn and every picture of a row, the pictures before the first question."""
-    # Columns are addressed by name, since their order differs between configs. The ratings are not
-    # used; they may be null. So may `images`, in the configs of text alone.
+    """
+    Every turn and every picture of a row, the pictures before the first question. Its ratings are
+    not used (they may be null).
+    """
+    # Columns are addressed by name, since their order differs between configs. `images` is null in
+    # configs of text alone.
     images = []
     for k, image in enumerate(column(row, "images", where) or []):
         images.append(open_image(image, f"{where}, picture {k}"))
 
+    # A turn is {"user": question, "assistant": answer}.
     messages = []
     for k, turn in enumerate(column(row, "texts", where) or []):
         for role in ("user", "assistant"):
@@ -25,6 +29,7 @@ def to_conversation(row, where):
     if not messages:
         raise BadSample(f"{where} has no turns in texts")
 
+    # The rows do not say where in the text a picture belongs.
     if images:
         question = {"type": "text", "text": "\n" + messages[0]["content"]}
         messages[0]["content"] = [{"type": "image"}] * len(images) + [question]

@@ -19,9 +19,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 class OwnPage(NamedTuple):
     picture: str  # path relative to the folder, also the page's id
-    text: str
+    text: str     # may be empty: an empty page
     prompt: str
 
+
+# -----------------------------------------------------------------------------
+# The task
 
 class Folder(Task):
     """
@@ -32,6 +35,7 @@ class Folder(Task):
     """
     def __init__(self, path, split="all", val_share=0.1, prompt=OCR_PROMPT):
         path = Path(path)
+        # A name that is mistyped must not look like an empty folder.
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a folder of pictures with texts "
                                     "beside them, or a .jsonl file")
@@ -46,6 +50,7 @@ class Folder(Task):
         for page in pages:
             if split == "all" or split == split_of(page, val_share):
                 self.pages.append(page)
+        # Most often a small folder at a small share, of which no name hashes to val.
         if not self.pages:
             raise ValueError(f"{path}: none of its {len(pages)} pages ({' '.join(PICTURES)}) "
                              f"is for {split} at a validation share of {val_share}")
@@ -75,12 +80,16 @@ def split_of(page, val_share):
     return "val" if stable_hash(name) % 1000 < 1000 * val_share else "train"
 
 
+# -----------------------------------------------------------------------------
+# Reading the two forms
+
 def pages_of_folder(folder, prompt):
     """list of OwnPage, sorted by path."""
     pages = []
     for picture in sorted(folder.rglob("*")):
         if picture.suffix.lower() not in PICTURES:
             continue
+        # Two texts are an error as well: nobody knows which of them the picture shows.
         candidates = (picture.with_suffix(".txt"), picture.with_suffix(".md"))
         texts = [path for path in candidates if path.is_file()]
         if len(texts) != 1:
@@ -98,6 +107,7 @@ def pages_of_json_lines(path, prompt):
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         where = f"{path} line {number}"
         try:
+            # TypeError: JSON, but not an object.
             row = {"prompt": prompt, **json.loads(line)}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where} is not a JSON object ({error})") from error
@@ -106,6 +116,7 @@ def pages_of_json_lines(path, prompt):
             text=column(row, "text", where, str),
             prompt=column(row, "prompt", where, str),
         )
+        # Now, with the line's number, and not in the middle of a run.
         if not (path.parent / page.picture).is_file():
             raise FileNotFoundError(f"{where}: no picture {path.parent / page.picture}")
         pages.append(page)

@@ -24,6 +24,8 @@ class Record(NamedTuple):
     length: int  # "len": tokens by Fox's own count
 
 
+# -----------------------------------------------------------------------------
+
 class Fox(Task):
     """
     language: en or cn. path: the zip, or a folder it was extracted to; empty = from the hub.
@@ -41,6 +43,7 @@ class Fox(Task):
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"Fox: {name} in {self.path} is not JSON ({error}): "
                              "fetch it again") from error
+        # All of them now: a malformed record should not be found in the middle of an evaluation.
         self.records = []
         for k, record in enumerate(records):
             where = f"Fox: record {k} of {name} in {self.path}"
@@ -80,6 +83,7 @@ class Fox(Task):
     def __getitem__(self, i):
         self.check_index(i)
         record = self.records[i]
+        # Beside this folder Fox has the same pages with boxes drawn on them (_pdf_png_onbox).
         data = self.read(f"{self.language}_pdf_png/{record.image}")
         image = open_image(data, f"Fox: record {i}, {record.image}")
         attributes = {"language": self.language, "len": record.length}

@@ -60,8 +60,9 @@ def page_truth(page, kinds=("text",)):
     for kind in kinds:
         content_key.update(KINDS[kind])
 
+    # Everywhere here `or`, not a default of get(): the key may be there, with None.
     blocks = [block for block in page.get("layout_dets") or [] if not block.get("ignore")]
-    blocks.sort(key=reading_order)
+    blocks.sort(key=reading_order)  # stable, so that equal orders stay as annotated
     group_of = truncated_groups(page)
 
     texts = []
@@ -70,6 +71,7 @@ def page_truth(page, kinds=("text",)):
         category = block["category_type"]
         if block.get("anno_id") in joined:
             continue
+        # The category of the first piece decides for all of them.
         group = group_of.get(block.get("anno_id"))
         pieces = [block]
         if group is not None:
@@ -108,6 +110,7 @@ def join_pieces(pieces):
     text = ""
     for piece in pieces:
         piece = piece.strip()
+        # After a hyphen no space: "inter-" + "national" stays as printed, hyphen included.
         if text and piece and not NO_SPACE.match(text[-1]):
             text += " "
         text += piece
@@ -136,6 +139,7 @@ class OmniDocBench(Task):
         self.prompt = prompt
         json_path = self.fetch("OmniDocBench.json", "OmniDocBench.json is missing")
         self.pages = read_pages(json_path)
+        # All truths now, from the annotation alone: pictures are downloaded one by one, later.
         self.truths = []
         for row, page in enumerate(self.pages):
             try:

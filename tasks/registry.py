@@ -2,23 +2,27 @@
 The data sets by name, for the command lines of the scripts.
 
 Training sets, for --data:
-    synthdoc                    rendered pages of words (the default)
-    synthpage                   rendered whole pages with headings, lists, tables, charts
-    synthchart                  rendered charts: a question and its answer
-    synthchat                   built-in text-only chat
-    folder:DIR, folder:FILE.jsonl       your own pages (tasks/folder.py)
-    finevision:CONFIG           any config of FineVision; finevision:DIR/CONFIG reads a local copy
-    chartqa                     = finevision:chartqa
-    smoltalk[:REPO]             text-only chat from the hub
+    synthdoc                rendered small pages of words (the default)
+    synthpage               rendered whole pages: headings, paragraphs, lists, tables, charts
+    synthchart              rendered charts with a question and its answer
+    synthchat               built-in text-only chat
+    folder:DIR              your own pages (tasks/folder.py); folder:FILE.jsonl, too
+    finevision:CONFIG       any config of FineVision; finevision:DIR/CONFIG reads a local copy
+    chartqa                 = finevision:chartqa
+    smoltalk[:REPO]         text-only chat from the hub
 
 Benchmarks, never trained on:
-    fox, fox-cn [:ZIP or DIR]   omnidocbench[:REPO or DIR]          chartqa-test[:REPO or DIR]
-    fox_like, omnidocbench_like rendered pages in the manner of these two
+    fox[:ZIP or DIR]        fox-cn as well, the Chinese pages
+    omnidocbench[:REPO or DIR]
+    chartqa-test[:REPO or DIR]
+    fox_like                rendered pages as dense as Fox's
+    omnidocbench_like       rendered pages of mixed layouts
 
-To add a data set: write its task in a file of this folder, add its name to one of the tuples below
-and two lines to open_training_set or open_benchmark.
+To add a data set: write its task in a new file of this folder, then add its name to one of the
+tuples below and two lines to open_training_set or open_benchmark.
 """
 import argparse
+import math
 
 from nanochat.conversation import BadSample
 from nanochat.mixture import First, Mixture, Shuffled, Stream
@@ -32,9 +36,10 @@ from tasks.synthdoc import SynthDoc
 RENDERED = ("synthdoc", "synthpage", "synthchart", "synthchat")  # made as they go, never used up
 TRAINING_SETS = (*RENDERED, "folder", "finevision", "chartqa", "smoltalk")
 BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omnidocbench_like")
-EVALUATED = (*BENCHMARKS, "folder", "synthchart")  # by scripts.vision_eval, beside SynthDoc's splits
+# What scripts.vision_eval scores, beside the splits of SynthDoc.
+EVALUATED = (*BENCHMARKS, "folder", "synthchart")
 
-# All but stix, so that there is print which a trained model has never seen (README fine-tunes on it).
+# All but stix, so that there is print a trained model has never seen (README fine-tunes on it).
 FACES = "sans,sans-bold,sans-oblique,serif,serif-bold,mono"
 VAL_PAGES = 1000  # held-out samples of a rendered set
 STATISTICS_SAMPLES = 1000  # training-like samples for the encoder's running statistics
@@ -65,7 +70,7 @@ def add_page_arguments(parser, **defaults):
     flag("--val-share", type=float, default=0.1, help="share of a folder's pages that is held out")
     # Rendered pages
     flag("--chars", default="31-41",
-         help="characters per page, LO-HI or LO-HIxWEIGHT, several with commas")
+         help="characters per page, 10 or more: LO-HI or LO-HIxWEIGHT, several with commas")
     flag("--faces", default=FACES, help="faces of the print (tasks/synthdoc.py), with commas")
     flag("--min-px", type=int, default=10, help="smallest print in px, where the text fits at it")
     flag("--random-share", type=float, default=0.2,
@@ -112,7 +117,7 @@ def parse_chars(text):
     """"24-48" or "24-48x4,64-96x1" -> [(low, high, weight), ...] characters per page."""
     ranges = []
     for part in text.split(","):
-        span, _, weight = part.partition("x")
+        span, _, weight = part.partition("x")  # no "x": weight ""
         low, _, high = span.partition("-")
         try:
             ranges.append((int(low), int(high), float(weight or 1)))
@@ -149,15 +154,20 @@ def open_set(name, arg, split, args, image_size, size, ramp=0):
     size, ramp  samples of a rendered set; synthdoc's curriculum, in samples
     """
     args = with_defaults(args)
-    if name in TRAINING_SETS:
-        return open_training_set(name, arg, split, args, image_size, size, ramp)
+    # Apart, because a benchmark has no split, and --data must not name one.
     if name in BENCHMARKS:
-        return open_benchmark(name, arg, image_size, args.damage)
-    known = ", ".join(TRAINING_SETS + BENCHMARKS)
-    raise ValueError(f"unknown data set {name!r}: must be one of {known}")
+        task = open_benchmark(name, arg, image_size, args.damage)
+    else:
+        task = open_training_set(name, arg, split, args, image_size, size, ramp)
+
+    if task is None:
+        known = ", ".join(TRAINING_SETS + BENCHMARKS)
+        raise ValueError(f"unknown data set {name!r}: must be one of {known}")
+    return task
 
 
 def open_training_set(name, arg, split, args, image_size, size, ramp):
+    """The task, or None for an unknown name."""
     # Rendered here
     rendered_split = "train" if split == "train" else "heldout"
     if name == "synthdoc":
@@ -169,9 +179,11 @@ def open_training_set(name, arg, split, args, image_size, size, ramp):
         return synthpage.SynthChart(rendered_split, size, image_size, seed=args.seed)
     if name == "synthchat":
         return SynthChat(rendered_split, size, seed=args.seed)
+
     # Your own
     if name == "folder":
         return Folder(arg, split, args.val_share)
+
     # From the hub. FineVision has no validation split: its rows are held out by hash.
     if name == "chartqa":
         return finevision.FineVision("chartqa", part=split, streaming=args.stream)
@@ -185,6 +197,7 @@ def open_training_set(name, arg, split, args, image_size, size, ramp):
 
 
 def open_benchmark(name, arg, image_size, damage):
+    """The same of a benchmark."""
     if name == "fox":
         return Fox("en", arg)
     if name == "fox-cn":
@@ -227,6 +240,7 @@ def whole_pages(split, size, image_size, args):
     if args.page_parts:
         options["parts"] = parse_parts(args.page_parts)
         options["kinds"] = ("text", "table")  # a table is read as HTML, a figure not at all
+    # The other options, columns and faces among them, are as for pages of text alone.
     chars = parse_chars(args.chars)
     return text_pages(split, size, image_size, chars, args.seed, **options)
 
@@ -256,12 +270,13 @@ def training_sets(args, image_size, samples, ramp):
     args = with_defaults(args)
     sets = parse_data(args.data)
     refuse_benchmarks(args.data, sets)
+    # Alone, SynthDoc is not wrapped: its validation and statistics have seeds of their own.
     if sets == [("synthdoc", "", 1)]:
         return page_tasks(args, image_size, samples, ramp)
 
     # Whole cycles of the mixture, `samples` or more; each part needs its share of every cycle.
     total_share = sum(share for _, _, share in sets)
-    cycles = -(-samples // total_share)  # rounded up
+    cycles = math.ceil(samples / total_share)
     tasks = []
     parts = []
     for name, arg, share in sets:
@@ -287,8 +302,8 @@ def repeated(task, name, arg, samples, seed):
     """The task as a part of a mixture, which needs `samples` of it: epoch after epoch, shuffled."""
     if is_stream(task):
         return Stream(task.rows, task.to_conversation, task.name, STREAM_WINDOW, seed)
-    if name in RENDERED:  # made to size, in random order by nature; a curriculum must keep its order
-        return task
+    if name in RENDERED:
+        return task  # has as many samples as are needed, and --ramp needs their order
     return Shuffled(task, samples, f"{seed}/{name}/{arg}")
 
 

@@ -35,7 +35,7 @@ class Rows(Task):
     """
     def __init__(self, repo, config, split, to_conversation, text_column,
                  part="", start=0, stop=None, streaming=False):
-        self.name = " ".join(filter(None, (repo, config, split, part)))
+        self.name = " ".join(filter(None, (repo, config, split, part)))  # in errors and logs
         self.start = start
         self.to_conversation = to_conversation
         self.streaming = streaming

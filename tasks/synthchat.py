@@ -12,16 +12,18 @@ from nanochat.common import stable_hash
 from nanochat.conversation import Task
 from tasks.synthdoc import train_words
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout")  # as SynthDoc's, of which the others make no sense for a chat
 
 
 def ask(rng):
     """One (question, answer) pair of strings."""
+    # Few words: a message stays short, and the answer can be computed while reading the question.
     words = rng.sample(train_words(), rng.randint(2, 4))
     text = " ".join(words)
     word = words[0]
     a = rng.randint(1, 99)
     b = rng.randint(1, 99)
+    # Ten kinds of question, each as likely as the next.
     return rng.choice([
         (f"Repeat: {text}", text),
         (f"Spell {word}.", " ".join(word)),
@@ -42,6 +44,7 @@ def is_held_out(question):
 
 
 class SynthChat(Task):
+    """`size` conversations of one question and its answer, without pictures."""
     def __init__(self, split, size, seed=0):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -58,6 +61,8 @@ class SynthChat(Task):
         self.check_index(i)
         id = f"synthchat/{self.split}/{self.seed}/{i}"
         rng = random.Random(id)
+        # A question of the other split is thrown away: on average 1.1 are drawn for train, 10 for
+        # heldout.
         question, answer = ask(rng)
         while is_held_out(question) != (self.split == "heldout"):
             question, answer = ask(rng)
