@@ -13,6 +13,8 @@ IGNORE = -1  # target of a position that is not supervised
 # What `collate` counts, beside "drawn/<task>". slots: positions, padding included.
 COUNTS = ("images", "positions", "slots", "bad", "clipped", "dropped")
 
+NO_POINTS = ((), {})  # of an image without labels of a kind
+
 
 class LabelPoints(NamedTuple):
     """Labelled points on all views of one size in a batch. Sequences of equal length."""
@@ -49,7 +51,8 @@ class Batch:
 
     def __post_init__(self):
         # Done here, while targets are on the host: nonzero() on a GPU tensor is a sync.
-        self.supervised_at = (self.targets.flatten() != IGNORE).nonzero()[:, 0]
+        supervised = self.targets.flatten() != IGNORE
+        self.supervised_at = supervised.nonzero()[:, 0]
 
     @property
     def images(self):
@@ -61,13 +64,15 @@ class Batch:
     def loss_counts(self):
         """
         {name of a loss: how many terms the model sums}, known on the host before a forward pass.
-        Every kind of label that was asked for is named, if with 0: names are equal on all ranks.
+        Every kind of label that was asked for is there, even with 0: all ranks have equal names.
         A point counts once for each view that shows it.
         """
         counts = {"text": self.supervised()}
         for kind in self.label_kinds:
-            points = self.label_points(kind)
-            counts[kind] = sum(len(found.values) for found in points.values())
+            counts[kind] = 0
+            for labels in self.labels:
+                _, points = labels.get(kind, NO_POINTS)
+                counts[kind] += sum(len(at.index) for at in points.values())
         return counts
 
     def label_points(self, kind):
@@ -78,29 +83,30 @@ class Batch:
         pieces = {}  # {side: [LabelPoints of one image, ...]}
         first_view = Counter()  # {side: number of the current image's first view}
         for plan, labels in zip(self.plans, self.labels):
-            values, points = labels.get(kind, ((), {}))
+            values, points = labels.get(kind, NO_POINTS)
             for side, at in points.items():
                 if len(at.index):
                     shown = [values[i] for i in at.index]
-                    piece = LabelPoints(shown, at.view + first_view[side], at.row, at.column)
+                    view = at.view + first_view[side]  # numbered in the batch, no longer the image
+                    piece = LabelPoints(shown, view, at.row, at.column)
                     pieces.setdefault(side, []).append(piece)
             first_view.update(plan.views)
         return {side: join_points(found) for side, found in pieces.items()}
 
     def map(self, f):
         """The same batch with f(t) in place of every tensor t."""
-        views = {side: f(stack) for side, stack in self.views.items()}
-        positions = None
+        changes = {"ids": f(self.ids), "targets": f(self.targets)}
+        changes["views"] = {side: f(stack) for side, stack in self.views.items()}
         if self.positions is not None:
-            positions = f(self.positions)
-        return replace(self, ids=f(self.ids), targets=f(self.targets), views=views,
-                       positions=positions)
+            changes["positions"] = f(self.positions)
+        return replace(self, **changes)
 
     def to(self, device):
         return self.map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self):
         batch = self.map(torch.Tensor.pin_memory)
+        # `replace` computes this field anew, in memory that is not pinned.
         batch.supervised_at = batch.supervised_at.pin_memory()
         return batch
 
@@ -115,10 +121,12 @@ class Batch:
 
         views = {}
         for side, stack in self.views.items():
-            per_image = [plan.views.get(side, 0) for plan in self.plans]
-            pieces = stack.split(per_image)
+            n_views = [plan.views.get(side, 0) for plan in self.plans]
+            pieces = stack.split(n_views)  # one of each image, empty if it has none of this side
             views[side] = torch.cat([pieces[i] for i in source])
-        labels = [self.labels[i] for i in source] if self.labels else []
+        labels = self.labels
+        if labels:
+            labels = [labels[i] for i in source]
         return replace(self, views=views, labels=labels)
 
 
@@ -146,7 +154,8 @@ def derangement(plans, owners):
 
     source = list(range(len(plans)))
     for plan, group in groups.items():
-        shift = max(Counter(owners[i] for i in group).values())
+        images_of = Counter(owners[i] for i in group)
+        shift = max(images_of.values())
         if len(group) < 2 * shift:  # going around the end, some would come home again
             raise ValueError(
                 f"deranging needs each shape of image in two conversations or more; of "
@@ -210,7 +219,8 @@ def pack_rows(lengths, images, row_length, max_images):
 def try_packing(n_rows, lengths, images, row_length, max_images):
     """-> list of n_rows Rows that hold all samples, or None."""
     rows = [Row() for _ in range(n_rows)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for i in longest_first:
         best = None
         for row in rows:
             has_room = (row.positions + lengths[i] <= row_length
@@ -239,53 +249,63 @@ def collate(samples, pack=0, max_images=0, multiple=1):
     if not samples:
         samples = [Sample([0, 0], [0, 0])]  # a row that supervises nothing; ranks need a batch
 
-    rows = [[i] for i in range(len(samples))]
-    lengths = [sample.positions for sample in samples]
-    if pack:
-        rows = pack_rows(lengths, [len(sample.images) for sample in samples], pack, max_images)
-    row_lengths = [[lengths[i] for i in row] for row in rows]
-    longest = max(sum(row) for row in row_lengths)
+    rows = arrange(samples, pack, max_images)
+    row_lengths = []
+    for row in rows:
+        row_lengths.append([samples[i].positions for i in row])
+    longest = max(sum(lengths) for lengths in row_lengths)
     T = -(-longest // multiple) * multiple  # rounded up
     ids, targets, positions = token_rows(samples, rows, T)
-
     images = Images()
-    features_per_row = []
     for row in rows:
-        before = images.positions
-        for i in row:
-            images.add_sample(samples[i], owner=i)
-        features_per_row.append(images.positions - before)
+        images.add_row(samples, row)
 
-    counts.update(images=len(images.plans), positions=sum(lengths), slots=ids.size)
-    return Batch(
+    counts["images"] = len(images.plans)
+    counts["positions"] = sum(sample.positions for sample in samples)
+    counts["slots"] = ids.size
+    batch = Batch(
         ids=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
-        views={side: torch.from_numpy(np.stack(stack)) for side, stack in images.views.items()},
+        views=images.stacks(),
         plans=images.plans,
-        features_per_row=features_per_row,
+        features_per_row=images.positions_per_row,
         characters=sum(sample.characters for sample in samples),
-        positions=torch.from_numpy(positions) if pack else None,
-        lengths=row_lengths if pack else None,
         owners=images.owners,
         counts=dict(counts),
         labels=images.labels,
         label_kinds=tuple(label_kinds),
     )
+    if pack:
+        # Attention and rotary positions then go by sample, not by row.
+        batch.positions = torch.from_numpy(positions)
+        batch.lengths = row_lengths
+    return batch
+
+
+def arrange(samples, pack, max_images):
+    """Which samples share a row: [[numbers of samples], ...]."""
+    if not pack:
+        return [[i] for i in range(len(samples))]
+    lengths = [sample.positions for sample in samples]
+    n_images = [len(sample.images) for sample in samples]
+    return pack_rows(lengths, n_images, pack, max_images)
 
 
 def token_rows(samples, rows, T):
     """-> (ids, targets, positions), (B, T) int64 each; rows: the numbers of each row's samples."""
-    ids = np.zeros((len(rows), T), dtype=np.int64)
-    targets = np.full((len(rows), T), IGNORE, dtype=np.int64)
-    positions = np.zeros((len(rows), T), dtype=np.int64)
+    shape = (len(rows), T)
+    ids = np.zeros(shape, dtype=np.int64)  # padding on the right: no token attends to it
+    targets = np.full(shape, IGNORE, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
         start = 0
         for i in row:
             sample = samples[i]
             here = slice(start, start + sample.positions)
             ids[r, here] = sample.ids[:-1]
-            # Position t predicts token t + 1, where that is the assistant's.
-            targets[r, here] = np.where(sample.mask[1:], sample.ids[1:], IGNORE)
+            # Position t predicts token t + 1, where the assistant says that one.
+            following = sample.ids[1:]
+            targets[r, here] = np.where(sample.mask[1:], following, IGNORE)
             positions[r, here] = np.arange(sample.positions)
             start = here.stop
     return ids, targets, positions
@@ -298,14 +318,27 @@ class Images:
         self.plans = []
         self.owners = []
         self.labels = []
-        self.positions = 0  # in the decoder
+        self.positions_per_row = []  # that images take in the decoder
+
+    def add_row(self, samples, row):
+        self.positions_per_row.append(0)
+        for i in row:
+            self.add_sample(samples[i], owner=i)
 
     def add_sample(self, sample, owner):
         for plan, global_view, tiles in sample.images:
             self.plans.append(plan)
             self.owners.append(owner)
-            self.positions += plan.positions
-            if plan.rows:
+            self.positions_per_row[-1] += plan.positions
+            if plan.tiles:
                 self.views.setdefault(plan.mode.tile, []).extend(tiles)
             self.views.setdefault(plan.mode.size, []).append(global_view)
+        # Every image has an entry, so that labels and plans have equal numbers.
         self.labels.extend(sample.labels or [{} for _ in sample.images])
+
+    def stacks(self):
+        """{side in px: (N, 3, side, side) uint8 tensor}."""
+        stacks = {}
+        for side, views in self.views.items():
+            stacks[side] = torch.from_numpy(np.stack(views))
+        return stacks

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from nanochat.batch import COUNTS, Sample, collate
@@ -57,34 +56,46 @@ class Sampler:
         self.pack = pack
         self.multiple = multiple
         self.labels = tuple(labels)
-        self.mixture = task if isinstance(task, Mixture) else Mixture([(task, 1)])
-        self.counters = [*COUNTS, *(f"drawn/{name}" for name in self.mixture.names)]
+        # One way for all: a task alone is a mixture of one.
+        if not isinstance(task, Mixture):
+            task = Mixture([(task, 1)])
+        self.mixture = task
+        # Names of all counts that a batch may have: what ranks add up must have equal names.
+        self.counters = list(COUNTS)
+        for name in self.mixture.names:
+            self.counters.append(f"drawn/{name}")
 
     def __len__(self):
         return len(self.task)
 
     def __getitem__(self, i):
         t, row = self.mixture.place(i)
+        task = self.mixture.tasks[t]
         where = f"{self.mixture.names[t]} row {row}"
-        return self.sample(i, t, where, partial(self.mixture.tasks[t].__getitem__, row))
+        # Not read here: what goes wrong while a row is read is the business of `sample`.
+        return self.sample(i, t, where, partial(task.__getitem__, row))
 
     def sample(self, i, t, where, get):
         """
         get(), a function that gives a conversation -> Sample. It is number i of the mixture and
         comes from task number t; where: data set and row, for error messages.
         """
-        drawn = {f"drawn/{self.mixture.names[t]}": 1}
+        name = self.mixture.names[t]
+        drawn = {f"drawn/{name}": 1}
+        mode = self.mode_of(i)
         try:
-            conversation, sample = self.read(get, self.mode_of(i), where)
+            conversation, sample = self.read(get, mode, where)
         except BadSample as bad:
             if self.bad_data != "skip":
                 raise
-            sys.stderr.write(f"skipped {bad}\n")  # one write, since several workers write
+            # One write for the whole line: print() makes two, and several workers write at once.
+            sys.stderr.write(f"skipped {bad}\n")
             return Sample([], counts={**drawn, "bad": 1})
 
-        name = f"{where}: conversation {conversation.get('id', '?')}"
-        sample, cut = self.fit(sample, name)
-        characters = self.supervised_characters(sample)
+        # Outside of the try: a sample that is too long is sound, so --bad-data must not skip it.
+        id = conversation.get("id", "?")
+        sample, cut = self.fit(sample, f"{where}: conversation {id}")
+        characters = self.supervised_characters(sample)  # after the cut
         return sample._replace(characters=characters, counts={**drawn, **cut})
 
     def mode_of(self, i):
@@ -93,7 +104,8 @@ class Sampler:
         further, or with as many tasks as modes each task would only ever be seen in one mode.
         """
         rounds = i // len(self.mixture.cycle)
-        return self.modes[(i + rounds) % len(self.modes)]
+        turn = (i + rounds) % len(self.modes)
+        return self.modes[turn]
 
     # -------------------------------------------------------------------------
     # Reading
@@ -118,10 +130,13 @@ class Sampler:
             images.append(preprocess(image, mode, self.stride))
             if self.labels:
                 sizes.append(upright_size(image))
+
         plans = [image_plan for image_plan, _, _ in images]
-        ids, mask = self.tokenizer.render_conversation(conversation, [p.positions for p in plans])
+        positions = [image_plan.positions for image_plan in plans]
+        ids, mask = self.tokenizer.render_conversation(conversation, positions)
         if not any(mask):
             raise BadSample(f"{where}: there is nothing for the assistant to say")
+
         labels = ()
         if self.labels:
             labels = self.map_labels(conversation, plans, sizes, where)
@@ -129,7 +144,7 @@ class Sampler:
 
     def map_labels(self, conversation, plans, sizes, where):
         """conversation["labels"], in page px -> Sample.labels, in tokens of each image's views."""
-        given = conversation.get("labels", [{} for _ in plans])
+        given = conversation.get("labels", [{} for _ in plans])  # most tasks have none
         if len(given) != len(plans):
             raise BadSample(f"{where}: {len(given)} labels for {len(plans)} images: "
                             f"there must be one dict of labels for each image")
@@ -138,9 +153,7 @@ class Sampler:
             found = {}
             for kind in self.labels:
                 if kind in kinds:
-                    values = [value for value, _, _ in kinds[kind]]
-                    xy = np.array([(x, y) for _, x, y in kinds[kind]])
-                    found[kind] = (values, to_tokens(image_plan, size, xy))
+                    found[kind] = map_points(kinds[kind], image_plan, size)
             mapped.append(found)
         return mapped
 
@@ -159,18 +172,31 @@ class Sampler:
                 f"the limit is {self.max_tokens} and {self.max_images}: raise --max-seq-len or "
                 f"--max-images, use shorter pages, or --too-long=clip|drop")
 
+        # A cut image has more features than placeholders; without an answer there is no loss.
         cuts_an_image = self.tokenizer.image_token_id in sample.ids[end:]
         leaves_an_answer = any(sample.mask[1:end])
         can_be_clipped = not too_many_images and not cuts_an_image and leaves_an_answer
         if self.too_long == "drop" or not can_be_clipped:
             return Sample([]), {"dropped": 1}
-        return sample._replace(ids=sample.ids[:end], mask=sample.mask[:end]), {"clipped": 1}
+        clipped = sample._replace(ids=sample.ids[:end], mask=sample.mask[:end])
+        return clipped, {"clipped": 1}
 
     def supervised_characters(self, sample):
+        # From tokens, since the text may have been cut. <|assistant_end|> has no characters.
         first_special = len(self.tokenizer.ranks)
         said = [token for token, supervised in zip(sample.ids, sample.mask)
                 if supervised and token < first_special]
         return len(self.tokenizer.decode(said))
+
+
+def map_points(labels, image_plan, page_size):
+    """[(value, x, y), ...] in page px -> (values, {side in px: TokenPoints})."""
+    values = []
+    points = []
+    for value, x, y in labels:
+        values.append(value)
+        points.append((x, y))
+    return values, to_tokens(image_plan, page_size, points)
 
 
 def check_texts(messages, where):
@@ -179,12 +205,16 @@ def check_texts(messages, where):
         content = message["content"]
         if not isinstance(content, (list, tuple)):
             content = [{"type": "text", "text": content}]
+        # An empty answer would teach the model to say nothing. An empty system message is usual.
         if message["role"] != "system" and not any(map(says_something, content)):
             raise BadSample(f"{where}: a message of the {message['role']} is null or empty")
 
 
 def says_something(part):
-    return part["type"] == "image" or bool((part["text"] or "").strip())
+    if part["type"] == "image":
+        return True
+    text = part["text"] or ""  # hub sets have null here
+    return bool(text.strip())
 
 
 # -----------------------------------------------------------------------------
@@ -201,6 +231,8 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
     common = {
         "num_workers": workers,
         "pin_memory": pin_memory,
+        # Batches each worker is ahead, so that one slow page does not stop a step. Without workers
+        # DataLoader insists on None.
         "prefetch_factor": 4 if workers else None,
     }
     if sampler.mixture.streams:
@@ -208,9 +240,11 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
         check_workers(states, workers)
         dataset = StreamBatches(sampler, make_batch, size, start, stop, rank, world,
                                 max(1, workers), states)
+        # batch_size=None: the data set makes whole batches itself.
         batches = torch.utils.data.DataLoader(dataset, batch_size=None, **common)
         return filter(None, batches)  # without the turns that were before the start
 
+    # Fail now, and not in a worker after hours.
     needed = stop * world * size
     if needed > len(sampler):
         raise ValueError(f"{stop} micro-batches of {size} on {world} ranks need {needed} samples, "
@@ -257,11 +291,13 @@ class StreamBatches(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker = info.id if info else 0
         shares = (self.rank, self.world, worker, self.workers)
-        reader = StreamReader(self.sampler, shares, self.states.get(str(worker)))
+        before = self.states.get(str(worker))  # the states went through JSON, whose keys are text
+        reader = StreamReader(self.sampler, shares, before)
 
         # DataLoader's round begins with worker 0. On resume in the middle of a round, workers
         # that had their turn before the stop pass it with None, which `loader` leaves out.
-        first = self.start - self.start % self.workers + worker
+        round_start = self.start - self.start % self.workers
+        first = round_start + worker
         for k in range(first, self.stop, self.workers):
             if k < self.start:
                 yield None
@@ -286,40 +322,43 @@ class StreamReader:
             self.states = list(state["parts"])
 
         self.sources = []
-        for task, name, begin in zip(self.mixture.tasks, self.mixture.names, self.states):
+        for t, task in enumerate(self.mixture.tasks):
             if isinstance(task, Stream):
-                source = task.draws(*shares, begin)
+                source = task.draws(*shares, self.states[t])
             else:
-                source = draws(task, name, *shares, begin)
+                source = draws(task, self.mixture.names[t], *shares, self.states[t])
             self.sources.append(source)
 
     def next_sample(self):
         i = self.drawn
-        t, _ = self.mixture.place(i)
-        where, get, self.states[t] = next(self.sources[t])
+        t, _ = self.mixture.place(i)  # the row does not matter: the source knows where it is
+        source = self.sources[t]
+        where, get, self.states[t] = next(source)
         self.drawn += 1
         return self.sampler.sample(i, t, where, get)
 
     def state(self):
+        # These names are in checkpoints. A copy of the list, because it changes with every draw.
         return {"drawn": self.drawn, "parts": list(self.states)}
 
 
 def ahead(batches, device):
     """
-    The same batches with their pixels on the device. On CUDA the next batch's pixels are copied on
-    a stream of their own while the current batch is computed. The rest of a batch is small; the
-    model copies it from pinned memory when it needs it.
+    The same batches with their pixels on the device. On CUDA the next batch's pixels are copied
+    while the current batch is computed. The rest of a batch is small: the model copies it from
+    pinned memory when it needs it.
     """
     if device.type != "cuda":
         for batch in batches:
             yield send_pixels(batch, device)
         return
 
-    copies = torch.cuda.Stream()
-    waiting = None
+    copies = torch.cuda.Stream()  # on a stream of their own, copies do not queue behind kernels
+    waiting = None  # the batch whose pixels were sent in the last turn
     for batch in batches:
         with torch.cuda.stream(copies):
             sent = send_pixels(batch, device)
+        # One batch late: its step is launched after the copy of the next batch has begun.
         if waiting is not None:
             yield waiting
         compute = torch.cuda.current_stream()

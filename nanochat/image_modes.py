@@ -50,7 +50,8 @@ ALIASES = {
 }
 
 MODES = {mode.name: mode for mode in REGISTERED}
-MODES.update({alias: MODES[name] for alias, name in ALIASES.items()})
+for alias, name in ALIASES.items():
+    MODES[alias] = MODES[name]
 
 
 def get_mode(name, supported=None):
@@ -96,26 +97,31 @@ class Plan:
     tile_side: int  # tokens along a side of a tile
 
     @property
+    def tiles(self):
+        return self.rows * self.cols
+
+    @property
     def tokens(self):
         """Vision tokens as the paper counts them (table 1): no newlines, no separator."""
-        return self.side ** 2 + self.rows * self.cols * self.tile_side ** 2
+        return self.side ** 2 + self.tiles * self.tile_side ** 2
 
     @property
     def positions(self):
         """Decoder positions: the tokens, a newline after each row of them, one separator."""
         global_view = self.side * (self.side + 1)
-        # Tiles are laid out as one large grid, so a newline ends a row of the whole page.
-        tiles = self.rows * self.tile_side * (self.cols * self.tile_side + 1)
-        return tiles + global_view + 1
+        # Tiles are laid out as one large grid: a newline ends a row of tokens across all tiles.
+        height = self.rows * self.tile_side
+        width = self.cols * self.tile_side
+        return height * (width + 1) + global_view + 1
 
     @property
     def views(self):
         """{side in px: number of views}."""
         count = {self.mode.size: 1}
-        if self.rows:
-            # Tiles may be as large as the global view; they are then counted together.
-            tile = self.mode.tile
-            count[tile] = count.get(tile, 0) + self.rows * self.cols
+        if self.tiles:
+            # Not an assignment: tiles as large as the global view are counted with it.
+            count.setdefault(self.mode.tile, 0)
+            count[self.mode.tile] += self.tiles
         return count
 
 
@@ -134,7 +140,8 @@ def best_grid(width, height, tile, max_tiles):
     best_gap = float("inf")
     for n_tiles, cols, rows in sorted(grids):  # small grids first: ties look at ever larger ones
         gap = abs(width / height - cols / rows)
-        fills_it = width * height > 0.5 * tile * tile * n_tiles
+        grid_area = tile * tile * n_tiles
+        fills_it = width * height > 0.5 * grid_area
         if gap < best_gap or (gap == best_gap and fills_it):
             best = (cols, rows)
             best_gap = gap
@@ -206,47 +213,55 @@ def to_tokens(plan, page_size, xy):
     covers [k, k + 1). -> {side in px of a view: TokenPoints}: every point once on the global view
     and, if there are tiles, once on a tile. ValueError for points that are not on the page.
     """
-    xy = np.asarray(xy, dtype=np.float64).reshape(-1, 2)
-    width, height = page_size
-    outside = ~((xy >= 0) & (xy <= (width, height))).all(1)
-    if outside.any():
-        x, y = xy[outside][0]
-        raise ValueError(f"{outside.sum()} of {len(xy)} points are not on the page of "
-                         f"{width}x{height} px, the first at {x:g}, {y:g}")
+    points = np.asarray(xy, dtype=np.float64).reshape(-1, 2)
+    check_on_page(points, page_size)
+    # Resizing keeps where a point is as a fraction of the page, also where it loses the aspect.
+    across, down = (points / page_size).T  # (n,) each
 
     found = {}
-    if plan.rows:
-        found[plan.mode.tile] = on_tiles(plan, width, height, xy)
-    whole = on_global_view(plan, width, height, xy)
+    if plan.tiles:
+        found[plan.mode.tile] = on_tiles(plan, across, down)
+    box = page_box(plan.mode, *page_size)
+    whole = on_global_view(plan, box, across, down)
     if plan.mode.size in found:
         # Equal sizes share one stack, an image's tiles before its global view.
         tiles = found[plan.mode.size]
-        whole = whole._replace(view=whole.view + plan.rows * plan.cols)
-        whole = TokenPoints(*[np.concatenate(pair) for pair in zip(tiles, whole)])
+        whole = whole._replace(view=whole.view + plan.tiles)
+        whole = TokenPoints(*map(np.concatenate, zip(tiles, whole)))
     found[plan.mode.size] = whole
     return found
 
 
-def on_global_view(plan, width, height, xy):
-    left, top, box_width, box_height = page_box(plan.mode, width, height)
+def check_on_page(points, page_size):
+    on_page = (points >= 0) & (points <= page_size)
+    outside = points[~on_page.all(1)]
+    if len(outside):
+        width, height = page_size
+        x, y = outside[0]
+        raise ValueError(f"{len(outside)} of {len(points)} points are not on the page of "
+                         f"{width}x{height} px, the first is at {x:g}, {y:g}")
+
+
+def on_global_view(plan, box, across, down):
+    left, top, width, height = box
     tokens_per_px = plan.side / plan.mode.size
-    column = (left + xy[:, 0] / width * box_width) * tokens_per_px
-    row = (top + xy[:, 1] / height * box_height) * tokens_per_px
-    index = np.arange(len(xy))
-    view = np.zeros_like(index)
+    column = (left + across * width) * tokens_per_px
+    row = (top + down * height) * tokens_per_px
+    index = np.arange(len(row))
+    view = np.zeros_like(index)  # there is one
     return TokenPoints(index, view, below(row, plan.side), below(column, plan.side))
 
 
-def on_tiles(plan, width, height, xy):
-    # The page is stretched over the whole grid of tiles: coordinates in tiles first.
-    x = below(xy[:, 0] / width * plan.cols, plan.cols)
-    y = below(xy[:, 1] / height * plan.rows, plan.rows)
+def on_tiles(plan, across, down):
+    # First in tiles, of which the page has cols x rows, then in tokens within the tile.
+    x = below(across * plan.cols, plan.cols)
+    y = below(down * plan.rows, plan.rows)
     tile_col = np.floor(x)
     tile_row = np.floor(y)
-    view = (tile_row * plan.cols + tile_col).astype(np.int64)  # tiles are stacked row by row
     column = below((x - tile_col) * plan.tile_side, plan.tile_side)
     row = below((y - tile_row) * plan.tile_side, plan.tile_side)
-    return TokenPoints(np.arange(len(xy)), view, row, column)
+    view = tile_row * plan.cols + tile_col  # tiles are stacked row by row
+    return TokenPoints(np.arange(len(row)), view.astype(np.int64), row, column)
 
 
 def below(coordinates, n):
@@ -274,7 +289,8 @@ def gray_levels(image):
     # PIL does not say what white is. Levels over 255 are taken for 16-bit ones (65535 / 257 = 255).
     if levels.max() > 255:
         levels = levels / 257
-    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    levels = levels.clip(0, 255).astype(np.uint8)
+    return Image.fromarray(levels)
 
 
 def to_rgb(image):
@@ -291,26 +307,32 @@ def to_rgb(image):
 
 def to_array(image):
     """PIL RGB -> (3, H, W) uint8."""
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    pixels = np.asarray(image)  # (H, W, 3)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def square_view(image, mode):
     """PIL RGB -> PIL RGB of size x size px, stretched or with gray padding."""
+    square = (mode.size, mode.size)
+    if image.size == square:
+        return image  # pages drawn at the model's size keep their pixels
+    if mode.stretch:
+        return image.resize(square, Image.Resampling.BICUBIC)
+    view = Image.new("RGB", square, PAD_COLOR)
     left, top, width, height = page_box(mode, *image.size)
-    if width == height == mode.size:
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-    view = Image.new("RGB", (mode.size, mode.size), PAD_COLOR)
     if width and height:
-        view.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        page = image.resize((width, height), Image.Resampling.BICUBIC)
+        view.paste(page, (left, top))
     return view
 
 
 def cut_tiles(image, cols, rows, tile):
-    """PIL RGB -> (rows * cols, 3, tile, tile) uint8, row by row. The aspect is lost, as published."""
+    """PIL RGB -> (rows * cols, 3, tile, tile) uint8, row by row. The aspect is lost."""
     if not rows:
         return np.zeros((0, 3, tile, tile), dtype=np.uint8)
-    page = image.resize((cols * tile, rows * tile), Image.Resampling.BICUBIC)
-    tiles = to_array(page).reshape(3, rows, tile, cols, tile)
+    size = (cols * tile, rows * tile)
+    page = to_array(image.resize(size, Image.Resampling.BICUBIC))  # (3, H, W)
+    tiles = page.reshape(3, rows, tile, cols, tile)
     tiles = tiles.transpose(1, 3, 0, 2, 4)  # (rows, cols, 3, tile, tile)
     return tiles.reshape(rows * cols, 3, tile, tile)
 
