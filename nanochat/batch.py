@@ -8,28 +8,51 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-IGNORE = -1
-COUNTS = ("images", "positions", "slots", "bad", "clipped", "dropped")  # slots: positions and padding
+IGNORE = -1  # target of a position that is not supervised
+
+# What `collate` counts, beside "drawn/<task>". slots: positions, padding included.
+COUNTS = ("images", "positions", "slots", "bad", "clipped", "dropped")
+
+NO_POINTS = ((), {})  # of an image without labels of a kind
+
+
+class LabelPoints(NamedTuple):
+    """Labelled points on all views of one size in a batch. Sequences of equal length."""
+    values: list        # the label of each point
+    view: np.ndarray    # index into Batch.views[side]
+    row: np.ndarray     # float token coordinates, as in image_modes.TokenPoints
+    column: np.ndarray
 
 
 @dataclass
 class Batch:
-    """B rows of T positions, padded on the right: a conversation a row, or several when packed. Images of all rows in order."""
-    ids: torch.Tensor                # (B, T) int64
-    targets: torch.Tensor            # (B, T) int64: the next token where the assistant speaks, else -1
-    views: dict = field(default_factory=dict)   # {side in px: (N, 3, side, side) uint8}, an image's tiles before its global view
-    plans: list = field(default_factory=list)   # image_modes.Plan per image
-    features_per_row: list = field(default_factory=list)
-    characters: int = 0              # supervised characters
-    positions: torch.Tensor = None   # (B, T) int64 of packed rows: each sample counts from 0; None = 0..T-1
-    lengths: list = None             # of packed rows: for each row the lengths of its samples
-    owners: list = field(default_factory=list)  # number of the conversation per image
-    counts: dict = field(default_factory=dict)  # COUNTS, and "drawn/<task>": samples drawn
-    state: dict = None               # of a stream's worker after this batch: what `loader` goes on from
-    supervised_at: torch.Tensor = field(init=False)  # (n,) int64: where targets are not -1, as indices into B * T
+    """
+    B rows of T positions, padded on the right: one conversation a row, or several when packed.
+    Images are numbered through all rows, in the order of their placeholders.
+    """
+    ids: torch.Tensor      # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64: the next token where the assistant speaks, else IGNORE
+    # {side in px: (N, 3, side, side) uint8}; an image's tiles come before its global view
+    views: dict = field(default_factory=dict)
+    plans: list = field(default_factory=list)  # image_modes.Plan of each image
+    features_per_row: list = field(default_factory=list)  # image positions of each row
+    characters: int = 0  # supervised characters
+    # Packed rows only: (B, T) int64, each sample counts from 0; None = 0..T-1
+    positions: torch.Tensor = None
+    lengths: list = None  # packed rows only: the lengths of each row's samples
+    owners: list = field(default_factory=list)  # number of each image's conversation
+    counts: dict = field(default_factory=dict)  # COUNTS and "drawn/<task>": samples drawn
+    state: dict = None  # a stream's worker after this batch: what `loader` resumes from
+    # {kind: (values, {side: image_modes.TokenPoints})} of each image, {} without labels
+    labels: list = field(default_factory=list)
+    label_kinds: tuple = ()  # kinds that were asked for, whether or not this batch has any
+    # (n,) int64: where targets are not IGNORE, as indices into B * T
+    supervised_at: torch.Tensor = field(init=False)
 
     def __post_init__(self):
-        self.supervised_at = (self.targets.flatten() != IGNORE).nonzero()[:, 0]  # on the host: asked of a device, one has to wait for it
+        # Done here, while targets are on the host: nonzero() on a GPU tensor is a sync.
+        supervised = self.targets.flatten() != IGNORE
+        self.supervised_at = supervised.nonzero()[:, 0]
 
     @property
     def images(self):
@@ -39,95 +62,283 @@ class Batch:
         return len(self.supervised_at)
 
     def loss_counts(self):
-        """{name of a loss: number that the model sums it over}, known on the host before a forward pass."""
-        return {"text": self.supervised()}
+        """
+        {name of a loss: how many terms the model sums}, known on the host before a forward pass.
+        Every kind of label that was asked for is there, even with 0: all ranks have equal names.
+        A point counts once for each view that shows it.
+        """
+        counts = {"text": self.supervised()}
+        for kind in self.label_kinds:
+            counts[kind] = 0
+            for labels in self.labels:
+                _, points = labels.get(kind, NO_POINTS)
+                counts[kind] += sum(len(at.index) for at in points.values())
+        return counts
+
+    def label_points(self, kind):
+        """
+        {side in px: LabelPoints}: the labels of that kind on the views of the whole batch. Sides
+        without any are left out, and images without labels of that kind contribute nothing.
+        """
+        pieces = {}  # {side: [LabelPoints of one image, ...]}
+        first_view = Counter()  # {side: number of the current image's first view}
+        for plan, labels in zip(self.plans, self.labels):
+            values, points = labels.get(kind, NO_POINTS)
+            for side, at in points.items():
+                if len(at.index):
+                    shown = [values[i] for i in at.index]
+                    view = at.view + first_view[side]  # numbered in the batch, no longer the image
+                    piece = LabelPoints(shown, view, at.row, at.column)
+                    pieces.setdefault(side, []).append(piece)
+            first_view.update(plan.views)
+        return {side: join_points(found) for side, found in pieces.items()}
 
     def map(self, f):
-        """The same batch with every tensor t as f(t)."""
-        return replace(self, ids=f(self.ids), targets=f(self.targets), views={s: f(v) for s, v in self.views.items()},
-                       positions=None if self.positions is None else f(self.positions))
+        """The same batch with f(t) in place of every tensor t."""
+        changes = {"ids": f(self.ids), "targets": f(self.targets)}
+        changes["views"] = {side: f(stack) for side, stack in self.views.items()}
+        if self.positions is not None:
+            changes["positions"] = f(self.positions)
+        return replace(self, **changes)
 
     def to(self, device):
         return self.map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self):
         batch = self.map(torch.Tensor.pin_memory)
+        # `replace` computes this field anew, in memory that is not pinned.
         batch.supervised_at = batch.supervised_at.pin_memory()
         return batch
 
     def deranged(self):
-        """The same text beside other pages: every image gets the pixels of one with an equal plan from another conversation."""
-        source = list(range(self.images))  # whose pixels each image gets
-        for shape in dict.fromkeys(self.plans):
-            group = [i for i, p in enumerate(self.plans) if p == shape]
-            shift = max(Counter(self.owners[i] for i in group).values())  # past the images of one's own conversation
-            if len(group) < 2 * shift:
-                raise ValueError(f"deranging needs each shape of image in two conversations or more; of {shape.mode.name} with "
-                                 f"{shape.cols}x{shape.rows} tiles there are {len(group)}, {shift} in one of them: use larger batches "
-                                 f"or an untiled mode")
-            for i, j in zip(group, group[-shift:] + group[:-shift]):
-                source[i] = j
-        if not source:
+        """
+        The same text beside the wrong pages: every image gets the pixels, and the labels, of an
+        image with an equal plan from another conversation. ValueError if there is none.
+        """
+        if not self.plans:
             raise ValueError("deranging needs images, this batch has none")
-        pieces = {side: v.split([p.views.get(side, 0) for p in self.plans]) for side, v in self.views.items()}
-        return replace(self, views={side: torch.cat([pieces[side][i] for i in source]) for side in self.views})
+        source = derangement(self.plans, self.owners)
 
+        views = {}
+        for side, stack in self.views.items():
+            n_views = [plan.views.get(side, 0) for plan in self.plans]
+            pieces = stack.split(n_views)  # one of each image, empty if it has none of this side
+            views[side] = torch.cat([pieces[i] for i in source])
+        labels = self.labels
+        if labels:
+            labels = [labels[i] for i in source]
+        return replace(self, views=views, labels=labels)
+
+
+def join_points(pieces):
+    """LabelPoints of several images -> one."""
+    values = []
+    for piece in pieces:
+        values.extend(piece.values)
+    return LabelPoints(values,
+                       np.concatenate([piece.view for piece in pieces]),
+                       np.concatenate([piece.row for piece in pieces]),
+                       np.concatenate([piece.column for piece in pieces]))
+
+
+def derangement(plans, owners):
+    """
+    -> for each image the number of the one whose pixels it gets, which has an equal plan (as many
+    positions) and another owner. ValueError if a plan is not found in enough conversations.
+    """
+    # The images of a conversation are neighbors within their group. Shifting the group by the
+    # largest number of images that one conversation has there takes every image to another one.
+    groups = {}  # {plan: images}
+    for i, plan in enumerate(plans):
+        groups.setdefault(plan, []).append(i)
+
+    source = list(range(len(plans)))
+    for plan, group in groups.items():
+        images_of = Counter(owners[i] for i in group)
+        shift = max(images_of.values())
+        if len(group) < 2 * shift:  # going around the end, some would come home again
+            raise ValueError(
+                f"deranging needs each shape of image in two conversations or more; of "
+                f"{plan.mode.name} with {plan.cols}x{plan.rows} tiles there are {len(group)}, "
+                f"{shift} in one of them: use larger batches or an untiled mode")
+        shifted = group[-shift:] + group[:-shift]
+        for i, j in zip(group, shifted):
+            source[i] = j
+    return source
+
+
+# -----------------------------------------------------------------------------
+# Collating
 
 class Sample(NamedTuple):
-    """One conversation ready for `collate`; one that cannot be used has no ids, only counts."""
+    """One conversation ready for `collate`; one that cannot be used has counts but no ids."""
     ids: list
-    mask: list = ()
-    images: list = ()                # [(plan, global view, tiles), ...]
-    characters: int = 0
+    mask: list = ()        # 1 where the token is the assistant's
+    images: list = ()      # [(plan, global view, tiles), ...]
+    characters: int = 0    # supervised ones
     counts: dict = {}
+    labels: list = ()      # per image {kind: (values, {side: TokenPoints})}; () = none
+    label_kinds: tuple = ()
+
+    @property
+    def positions(self):
+        return len(self.ids) - 1  # the last token is only a target
+
+
+class Row:
+    """A row of a batch that is being packed."""
+    def __init__(self):
+        self.samples = []  # their numbers
+        self.positions = 0
+        self.images = 0
+
+    def add(self, number, positions, images):
+        self.samples.append(number)
+        self.positions += positions
+        self.images += images
 
 
 def pack_rows(lengths, images, row_length, max_images):
     """
-    Rows, lists of sample numbers, of at most row_length positions and max_images images: the fewest in which all find a place, the
-    longest sample first, each in the emptiest row with room. Only the samples of one micro-batch share rows, so which samples it holds
-    stays arithmetic on indices and a resume needs no state. Emptiest, not first fit: rows come out nearly equal, and T is the longest.
+    lengths, images: positions and images of each sample. -> rows, each a sorted list of sample
+    numbers with at most row_length positions and max_images images: as few rows as possible when
+    samples are placed longest first, each into the emptiest row that has room for it.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for n in range(-(-sum(lengths) // row_length), len(lengths) + 1):
-        rows, used, pictures = [[] for _ in range(n)], [0] * n, [0] * n
-        for i in order:
-            fit = [r for r in range(n) if used[r] + lengths[i] <= row_length and pictures[r] + images[i] <= max_images]
-            if not fit:
-                break
-            r = min(fit, key=used.__getitem__)
-            rows[r], used[r], pictures[r] = [*rows[r], i], used[r] + lengths[i], pictures[r] + images[i]
-        else:
-            return [sorted(row) for row in rows]
+    # Only samples of one micro-batch share rows, so which samples a batch holds stays arithmetic
+    # on indices and resuming needs no state. The emptiest row instead of the first that fits
+    # makes rows nearly equally long, and the longest sets T for all.
+    fewest = -(-sum(lengths) // row_length)
+    for n_rows in range(fewest, len(lengths) + 1):
+        rows = try_packing(n_rows, lengths, images, row_length, max_images)
+        if rows is not None:
+            return [sorted(row.samples) for row in rows]
+    raise ValueError(f"samples of up to {max(lengths)} positions and {max(images)} images do not "
+                     f"fit rows of {row_length} positions and {max_images} images")
+
+
+def try_packing(n_rows, lengths, images, row_length, max_images):
+    """-> list of n_rows Rows that hold all samples, or None."""
+    rows = [Row() for _ in range(n_rows)]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for i in longest_first:
+        best = None
+        for row in rows:
+            has_room = (row.positions + lengths[i] <= row_length
+                        and row.images + images[i] <= max_images)
+            if has_room and (best is None or row.positions < best.positions):
+                best = row
+        if best is None:
+            return None
+        best.add(i, lengths[i], images[i])
+    return rows
 
 
 def collate(samples, pack=0, max_images=0, multiple=1):
-    """Samples -> Batch, its rows padded to a multiple of `multiple`; samples that cannot be used leave only their counts."""
-    samples = [Sample(*s) for s in samples]
-    counts = sum((Counter(s.counts) for s in samples), Counter())
-    samples = [s for s in samples if s.ids] or [Sample([0, 0], [0, 0])]  # nothing to use: a row that teaches nothing
-    lengths = [len(s.ids) - 1 for s in samples]
-    rows = pack_rows(lengths, [len(s.images) for s in samples], pack, max_images) if pack else [[i] for i in range(len(samples))]
-    T = -(-max(sum(lengths[i] for i in row) for row in rows) // multiple) * multiple
-    ids, positions = (np.zeros((len(rows), T), dtype=np.int64) for _ in range(2))
-    targets = np.full((len(rows), T), IGNORE, dtype=np.int64)
-    views, plans, owners, per_row = {}, [], [], []
+    """
+    Samples -> Batch. pack: positions of a row for several samples, of max_images images at most;
+    0 = one sample a row. Rows are padded to a multiple of `multiple` positions. Samples that
+    cannot be used leave only their counts.
+    """
+    samples = [Sample(*sample) for sample in samples]  # plain tuples are welcome
+    counts = Counter()
+    label_kinds = {}  # a dict keeps the order
+    for sample in samples:
+        counts.update(sample.counts)
+        label_kinds.update(dict.fromkeys(sample.label_kinds))
+    samples = [sample for sample in samples if sample.ids]
+    if not samples:
+        samples = [Sample([0, 0], [0, 0])]  # a row that supervises nothing; ranks need a batch
+
+    rows = arrange(samples, pack, max_images)
+    row_lengths = []
+    for row in rows:
+        row_lengths.append([samples[i].positions for i in row])
+    longest = max(sum(lengths) for lengths in row_lengths)
+    T = -(-longest // multiple) * multiple  # rounded up
+    ids, targets, positions = token_rows(samples, rows, T)
+    images = Images()
+    for row in rows:
+        images.add_row(samples, row)
+
+    counts["images"] = len(images.plans)
+    counts["positions"] = sum(sample.positions for sample in samples)
+    counts["slots"] = ids.size
+    batch = Batch(
+        ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(targets),
+        views=images.stacks(),
+        plans=images.plans,
+        features_per_row=images.positions_per_row,
+        characters=sum(sample.characters for sample in samples),
+        owners=images.owners,
+        counts=dict(counts),
+        labels=images.labels,
+        label_kinds=tuple(label_kinds),
+    )
+    if pack:
+        # Attention and rotary positions then go by sample, not by row.
+        batch.positions = torch.from_numpy(positions)
+        batch.lengths = row_lengths
+    return batch
+
+
+def arrange(samples, pack, max_images):
+    """Which samples share a row: [[numbers of samples], ...]."""
+    if not pack:
+        return [[i] for i in range(len(samples))]
+    lengths = [sample.positions for sample in samples]
+    n_images = [len(sample.images) for sample in samples]
+    return pack_rows(lengths, n_images, pack, max_images)
+
+
+def token_rows(samples, rows, T):
+    """-> (ids, targets, positions), (B, T) int64 each; rows: the numbers of each row's samples."""
+    shape = (len(rows), T)
+    ids = np.zeros(shape, dtype=np.int64)  # padding on the right: no token attends to it
+    targets = np.full(shape, IGNORE, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
-        at = 0
+        start = 0
         for i in row:
-            (tokens, mask, images, *_), n = samples[i], lengths[i]
-            ids[r, at:at + n] = tokens[:-1]
-            targets[r, at:at + n] = np.where(mask[1:], tokens[1:], IGNORE)  # position t predicts token t + 1
-            positions[r, at:at + n] = np.arange(n)
-            at += n
-            for p, view, tiles in images:
-                plans.append(p)
-                owners.append(i)
-                if p.rows:
-                    views.setdefault(p.mode.tile, []).extend(tiles)
-                views.setdefault(p.mode.size, []).append(view)
-        per_row.append(sum(p.positions for i in row for p, _, _ in samples[i].images))
-    counts.update(images=len(plans), positions=sum(lengths), slots=ids.size)
-    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), {s: torch.from_numpy(np.stack(v)) for s, v in views.items()}, plans,
-                 per_row, sum(s.characters for s in samples), torch.from_numpy(positions) if pack else None,
-                 [[lengths[i] for i in row] for row in rows] if pack else None, owners, dict(counts))
+            sample = samples[i]
+            here = slice(start, start + sample.positions)
+            ids[r, here] = sample.ids[:-1]
+            # Position t predicts token t + 1, where the assistant says that one.
+            following = sample.ids[1:]
+            targets[r, here] = np.where(sample.mask[1:], following, IGNORE)
+            positions[r, here] = np.arange(sample.positions)
+            start = here.stop
+    return ids, targets, positions
+
+
+class Images:
+    """The images of a batch that is being collated, and what belongs to each."""
+    def __init__(self):
+        self.views = {}  # {side in px: [(3, side, side) uint8, ...]}
+        self.plans = []
+        self.owners = []
+        self.labels = []
+        self.positions_per_row = []  # that images take in the decoder
+
+    def add_row(self, samples, row):
+        self.positions_per_row.append(0)
+        for i in row:
+            self.add_sample(samples[i], owner=i)
+
+    def add_sample(self, sample, owner):
+        for plan, global_view, tiles in sample.images:
+            self.plans.append(plan)
+            self.owners.append(owner)
+            self.positions_per_row[-1] += plan.positions
+            if plan.tiles:
+                self.views.setdefault(plan.mode.tile, []).extend(tiles)
+            self.views.setdefault(plan.mode.size, []).append(global_view)
+        # Every image has an entry, so that labels and plans have equal numbers.
+        self.labels.extend(sample.labels or [{} for _ in sample.images])
+
+    def stacks(self):
+        """{side in px: (N, 3, side, side) uint8 tensor}."""
+        stacks = {}
+        for side, views in self.views.items():
+            stacks[side] = torch.from_numpy(np.stack(views))
+        return stacks

@@ -1,7 +1,9 @@
 """
-From conversations to batches: task -> tokens and pixels -> Batch. Micro-batch k of rank r is a matter of arithmetic on
-indices, so any step can be rebuilt, and a resumed run sees exactly what the unbroken one would have seen. Where a set can only be
-read in order (Stream), a batch carries the state that does the same.
+From conversations to batches: task -> tokens and pixels -> Batch.
+
+Which samples micro-batch k of rank r holds is arithmetic on indices, so any step can be rebuilt and
+a resumed run sees exactly what the unbroken one would have seen. Where a set can only be read in
+order (Stream), every batch carries the state from which reading goes on.
 """
 import sys
 from dataclasses import replace
@@ -11,143 +13,367 @@ import torch
 
 from nanochat.batch import COUNTS, Sample, collate
 from nanochat.conversation import BadSample, open_image
-from nanochat.image_modes import plan, preprocess
+from nanochat.image_modes import plan, preprocess, to_tokens, upright_size
 from nanochat.mixture import Mixture, Stream, draws
 
-UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError)  # what malformed rows give rise to
+# What malformed rows raise. Other errors (a full disk, a lost connection) are not the row's fault.
+UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError)
 
 
 class Sampler:
     """
-    Turns conversation i of a task into a Sample. Picklable: it travels to the loader's workers. mode: a Mode, or several, which
-    samples take in turn, shifted by one in every round of a mixture, so that no task keeps to one of them. Samples that do not fit:
-    bad_data  raise | skip: null or empty text, unreadable picture, missing column, ...; what is skipped is counted and named on stderr
-    too_long  raise | clip | drop: over max_tokens positions. Text is clipped at its end; a sample is dropped where that would cut an
-              image or leave no answer, or if it has over max_images images
-    pack      positions of a row for several samples, with max_images images at most; 0 = one sample a row
-    multiple  rows are padded to a multiple of so many positions: few shapes, where each is compiled on its own
+    Turns conversation i of a task into a Sample. Picklable: it travels to the loader's workers.
+
+    mode       a Mode, or a list of modes, which samples take in turn
+    max_tokens positions a sample may have, its images included
+    bad_data   raise | skip: null or empty text, unreadable picture, missing column, ...; a skipped
+               sample is counted, and named on stderr
+    too_long   raise | clip | drop: samples over max_tokens or max_images. Clipping cuts the end of
+               the text; where that would cut an image or leave no answer, and where there are too
+               many images, the sample is dropped
+    max_images images of a sample, and of a packed row
+    pack       positions of a row that holds several samples; 0 = one sample a row
+    multiple   rows are padded to a multiple of so many positions: compiled kernels are made for
+               one shape each, so there should be few shapes
+    labels     kinds of labels to carry along, e.g. ("glyphs",), of those in conversation["labels"]
     """
-    def __init__(self, task, tokenizer, mode, stride, max_tokens, bad_data="raise", too_long="raise", max_images=16, pack=0, multiple=1):
+    def __init__(self, task, tokenizer, mode, stride, max_tokens, bad_data="raise",
+                 too_long="raise", max_images=16, pack=0, multiple=1, labels=()):
         if pack and pack < max_tokens:
-            raise ValueError(f"--pack={pack}: a packed row must hold the longest sample, --max-seq-len={max_tokens} positions")
+            raise ValueError(f"--pack={pack}: a packed row must hold the longest sample, "
+                             f"--max-seq-len={max_tokens} positions")
         self.modes = mode if isinstance(mode, list) else [mode]
         for mode in self.modes:
-            plan(mode, 1, 1, stride)  # a stride that does not fit the mode raises now: it is no fault of the data
-        self.task, self.tokenizer, self.stride, self.max_tokens = task, tokenizer, stride, max_tokens
-        self.bad_data, self.too_long, self.max_images, self.pack, self.multiple = bad_data, too_long, max_images, pack, multiple
-        self.mixture = task if isinstance(task, Mixture) else Mixture([(task, 1)])
-        self.counters = [*COUNTS, *(f"drawn/{name}" for name in self.mixture.names)]
+            # A stride that does not fit raises here; later it would pass for bad data.
+            plan(mode, 1, 1, stride)
+        self.task = task
+        self.tokenizer = tokenizer
+        self.stride = stride
+        self.max_tokens = max_tokens
+        self.bad_data = bad_data
+        self.too_long = too_long
+        self.max_images = max_images
+        self.pack = pack
+        self.multiple = multiple
+        self.labels = tuple(labels)
+        # One way for all: a task alone is a mixture of one.
+        if not isinstance(task, Mixture):
+            task = Mixture([(task, 1)])
+        self.mixture = task
+        # Names of all counts that a batch may have: what ranks add up must have equal names.
+        self.counters = list(COUNTS)
+        for name in self.mixture.names:
+            self.counters.append(f"drawn/{name}")
 
     def __len__(self):
         return len(self.task)
 
     def __getitem__(self, i):
         t, row = self.mixture.place(i)
-        return self.sample(i, t, f"{self.mixture.names[t]} row {row}", partial(self.mixture.tasks[t].__getitem__, row))
+        task = self.mixture.tasks[t]
+        where = f"{self.mixture.names[t]} row {row}"
+        # Not read here: what goes wrong while a row is read is the business of `sample`.
+        return self.sample(i, t, where, partial(task.__getitem__, row))
 
     def sample(self, i, t, where, get):
-        """Conversation get(), number i of the mixture and of its task number t -> Sample. where: data set and row, for errors."""
-        mode = self.modes[(i + i // len(self.mixture.cycle)) % len(self.modes)]
-        counts = {f"drawn/{self.mixture.names[t]}": 1}
+        """
+        get(), a function that gives a conversation -> Sample. It is number i of the mixture and
+        comes from task number t; where: data set and row, for error messages.
+        """
+        name = self.mixture.names[t]
+        drawn = {f"drawn/{name}": 1}
+        mode = self.mode_of(i)
+        try:
+            conversation, sample = self.read(get, mode, where)
+        except BadSample as bad:
+            if self.bad_data != "skip":
+                raise
+            # One write for the whole line: print() makes two, and several workers write at once.
+            sys.stderr.write(f"skipped {bad}\n")
+            return Sample([], counts={**drawn, "bad": 1})
+
+        # Outside of the try: a sample that is too long is sound, so --bad-data must not skip it.
+        id = conversation.get("id", "?")
+        sample, cut = self.fit(sample, f"{where}: conversation {id}")
+        characters = self.supervised_characters(sample)  # after the cut
+        return sample._replace(characters=characters, counts={**drawn, **cut})
+
+    def mode_of(self, i):
+        """
+        The mode of sample i. Samples take the modes in turn; each round of the mixture starts one
+        further, or with as many tasks as modes each task would only ever be seen in one mode.
+        """
+        rounds = i // len(self.mixture.cycle)
+        turn = (i + rounds) % len(self.modes)
+        return self.modes[turn]
+
+    # -------------------------------------------------------------------------
+    # Reading
+
+    def read(self, get, mode, where):
+        """-> (conversation, Sample of any length); BadSample for whatever is wrong with the row."""
         try:
             conversation = get()
-            for m in conversation["messages"]:
-                parts = m["content"] if isinstance(m["content"], (list, tuple)) else [{"type": "text", "text": m["content"]}]
-                if m["role"] != "system" and not any(p["type"] == "image" or (p["text"] or "").strip() for p in parts):
-                    raise BadSample(f"{where}: a message of the {m['role']} is null or empty")
-            images = [preprocess(open_image(image, where), mode, self.stride) for image in conversation["images"]]
-            ids, mask = self.tokenizer.render_conversation(conversation, [p.positions for p, _, _ in images])
-            if not any(mask):
-                raise BadSample(f"{where}: nothing for the assistant to say")
+            return conversation, self.render(conversation, mode, where)
+        except BadSample:
+            raise
         except UNUSABLE as e:
-            bad = e if isinstance(e, BadSample) else BadSample(f"{where}: {type(e).__name__}: {e}")
-            if self.bad_data != "skip":
-                raise bad from e.__cause__ if bad is e else e
-            sys.stderr.write(f"skipped {bad}\n")  # in one piece: several workers write
-            return Sample([], counts={**counts, "bad": 1})
+            raise BadSample(f"{where}: {type(e).__name__}: {e}") from e
+
+    def render(self, conversation, mode, where):
+        """Conversation -> Sample of any length: pixels, tokens and, where wanted, labels."""
+        check_texts(conversation["messages"], where)
+        images = []
+        sizes = []
+        for source in conversation["images"]:
+            image = open_image(source, where)
+            images.append(preprocess(image, mode, self.stride))
+            if self.labels:
+                sizes.append(upright_size(image))
+
+        plans = [image_plan for image_plan, _, _ in images]
+        positions = [image_plan.positions for image_plan in plans]
+        ids, mask = self.tokenizer.render_conversation(conversation, positions)
+        if not any(mask):
+            raise BadSample(f"{where}: there is nothing for the assistant to say")
+
+        labels = ()
+        if self.labels:
+            labels = self.map_labels(conversation, plans, sizes, where)
+        return Sample(ids, mask, images, labels=labels, label_kinds=self.labels)
+
+    def map_labels(self, conversation, plans, sizes, where):
+        """conversation["labels"], in page px -> Sample.labels, in tokens of each image's views."""
+        given = conversation.get("labels", [{} for _ in plans])  # most tasks have none
+        if len(given) != len(plans):
+            raise BadSample(f"{where}: {len(given)} labels for {len(plans)} images: "
+                            f"there must be one dict of labels for each image")
+        mapped = []
+        for image_plan, size, kinds in zip(plans, sizes, given):
+            found = {}
+            for kind in self.labels:
+                if kind in kinds:
+                    found[kind] = map_points(kinds[kind], image_plan, size)
+            mapped.append(found)
+        return mapped
+
+    # -------------------------------------------------------------------------
+    # Fitting
+
+    def fit(self, sample, name):
+        """-> (the Sample, clipped or without ids if it is too long, what that counts as)."""
         end = self.max_tokens + 1  # the last token is only a target
-        if len(ids) > end or len(images) > self.max_images:
-            if self.too_long == "raise":
-                raise ValueError(f"{where}: conversation {conversation.get('id', '?')} takes {len(ids) - 1} positions and {len(images)} "
-                                 f"images, the limit is {self.max_tokens} and {self.max_images}: raise --max-seq-len or --max-images, "
-                                 f"use shorter pages, or --too-long=clip|drop")
-            whole = len(images) <= self.max_images and self.tokenizer.image_token_id not in ids[end:] and any(mask[1:end])
-            if self.too_long == "drop" or not whole:
-                return Sample([], counts={**counts, "dropped": 1})
-            ids, mask, counts = ids[:end], mask[:end], {**counts, "clipped": 1}
-        said = [token for token, m in zip(ids, mask) if m and token < len(self.tokenizer.ranks)]
-        return Sample(ids, mask, images, len(self.tokenizer.decode(said)), counts)
+        too_many_images = len(sample.images) > self.max_images
+        if len(sample.ids) <= end and not too_many_images:
+            return sample, {}
+        if self.too_long == "raise":
+            raise ValueError(
+                f"{name} takes {sample.positions} positions and {len(sample.images)} images, "
+                f"the limit is {self.max_tokens} and {self.max_images}: raise --max-seq-len or "
+                f"--max-images, use shorter pages, or --too-long=clip|drop")
+
+        # A cut image has more features than placeholders; without an answer there is no loss.
+        cuts_an_image = self.tokenizer.image_token_id in sample.ids[end:]
+        leaves_an_answer = any(sample.mask[1:end])
+        can_be_clipped = not too_many_images and not cuts_an_image and leaves_an_answer
+        if self.too_long == "drop" or not can_be_clipped:
+            return Sample([]), {"dropped": 1}
+        clipped = sample._replace(ids=sample.ids[:end], mask=sample.mask[:end])
+        return clipped, {"clipped": 1}
+
+    def supervised_characters(self, sample):
+        # From tokens, since the text may have been cut. <|assistant_end|> has no characters.
+        first_special = len(self.tokenizer.ranks)
+        said = [token for token, supervised in zip(sample.ids, sample.mask)
+                if supervised and token < first_special]
+        return len(self.tokenizer.decode(said))
 
 
-def micro_batches(start, stop, size, rank, world):
-    """The samples of this rank's micro-batches start..stop-1: number k holds (k * world + rank) * size ... + size."""
-    return [range(first, first + size) for first in ((k * world + rank) * size for k in range(start, stop))]
+def map_points(labels, image_plan, page_size):
+    """[(value, x, y), ...] in page px -> (values, {side in px: TokenPoints})."""
+    values = []
+    points = []
+    for value, x, y in labels:
+        values.append(value)
+        points.append((x, y))
+    return values, to_tokens(image_plan, page_size, points)
 
 
-class StreamBatches(torch.utils.data.IterableDataset):
-    """Micro-batches start..stop-1 of a rank; number k is made by worker k % workers, which is the order in which DataLoader asks them."""
-    def __init__(self, sampler, collate, size, start, stop, rank, world, workers, states):
-        self.sampler, self.collate, self.size, self.start, self.stop = sampler, collate, size, start, stop
-        self.rank, self.world, self.workers, self.states = rank, world, workers, states
+def check_texts(messages, where):
+    """BadSample if a message, other than a system message, has neither text nor an image."""
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, (list, tuple)):
+            content = [{"type": "text", "text": content}]
+        # An empty answer would teach the model to say nothing. An empty system message is usual.
+        if message["role"] != "system" and not any(map(says_something, content)):
+            raise BadSample(f"{where}: a message of the {message['role']} is null or empty")
 
-    def __iter__(self):
-        mixture, worker = self.sampler.mixture, getattr(torch.utils.data.get_worker_info(), "id", 0)
-        state = self.states.get(str(worker)) or {"drawn": 0, "parts": [None] * len(mixture.tasks)}
-        drawn, parts = state["drawn"], list(state["parts"])
-        shares = (self.rank, self.world, worker, self.workers)
-        sources = [task.draws(*shares, part) if isinstance(task, Stream) else draws(task, name, *shares, part)
-                   for task, name, part in zip(mixture.tasks, mixture.names, parts)]
-        for k in range(self.start - self.start % self.workers + worker, self.stop, self.workers):
-            if k < self.start:
-                yield None  # its turn in this round was before the stop
-                continue
-            samples = []
-            for drawn in range(drawn + 1, drawn + self.size + 1):
-                t, _ = mixture.cycle[(drawn - 1) % len(mixture.cycle)]
-                where, get, parts[t] = next(sources[t])
-                samples.append(self.sampler.sample(drawn - 1, t, where, get))
-            yield replace(self.collate(samples), state={"worker": worker, "workers": self.workers, "drawn": drawn, "parts": list(parts)})
 
+def says_something(part):
+    if part["type"] == "image":
+        return True
+    text = part["text"] or ""  # hub sets have null here
+    return bool(text.strip())
+
+
+# -----------------------------------------------------------------------------
+# Batches
 
 def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=False, states=None):
     """
-    Iterator of Batch for micro-batches start..stop-1 of this rank. A task with indices must be long enough: nothing is repeated.
-    states: {worker: Batch.state of its last batch}, for a stream that goes on.
+    Iterator of Batch: micro-batches start..stop-1 of this rank, of `size` samples each. A task with
+    indices must be long enough, since no sample is repeated.
+    states: {worker: Batch.state of its last batch}, from which a stream goes on.
     """
-    make = partial(collate, pack=sampler.pack, max_images=sampler.max_images, multiple=sampler.multiple)
-    common = dict(num_workers=workers, pin_memory=pin_memory, prefetch_factor=4 if workers else None)
+    make_batch = partial(collate, pack=sampler.pack, max_images=sampler.max_images,
+                         multiple=sampler.multiple)
+    common = {
+        "num_workers": workers,
+        "pin_memory": pin_memory,
+        # Batches each worker is ahead, so that one slow page does not stop a step. Without workers
+        # DataLoader insists on None.
+        "prefetch_factor": 4 if workers else None,
+    }
     if sampler.mixture.streams:
-        if any(s["workers"] != max(1, workers) for s in (states or {}).values()):
-            raise ValueError(f"--workers={workers}: a stream goes on with as many workers as it was begun with")
-        stream = StreamBatches(sampler, make, size, start, stop, rank, world, max(1, workers), states or {})
-        return filter(None, torch.utils.data.DataLoader(stream, batch_size=None, **common))
+        states = states or {}
+        check_workers(states, workers)
+        dataset = StreamBatches(sampler, make_batch, size, start, stop, rank, world,
+                                max(1, workers), states)
+        # batch_size=None: the data set makes whole batches itself.
+        batches = torch.utils.data.DataLoader(dataset, batch_size=None, **common)
+        return filter(None, batches)  # without the turns that were before the start
+
+    # Fail now, and not in a worker after hours.
     needed = stop * world * size
     if needed > len(sampler):
-        raise ValueError(f"{stop} micro-batches of {size} on {world} ranks need {needed} samples, the task has {len(sampler)}")
+        raise ValueError(f"{stop} micro-batches of {size} on {world} ranks need {needed} samples, "
+                         f"the task has {len(sampler)}")
+    indices = micro_batches(start, stop, size, rank, world)
     return iter(torch.utils.data.DataLoader(
-        sampler, batch_sampler=micro_batches(start, stop, size, rank, world), collate_fn=make, **common))
+        sampler, batch_sampler=indices, collate_fn=make_batch, **common))
+
+
+def micro_batches(start, stop, size, rank, world):
+    """The sample numbers of this rank's micro-batches start..stop-1, each a range."""
+    batches = []
+    for k in range(start, stop):
+        first = (k * world + rank) * size
+        batches.append(range(first, first + size))
+    return batches
+
+
+def check_workers(states, workers):
+    # Each worker reads its own shards, so a state means nothing to another number of workers.
+    for state in states.values():
+        if state["workers"] != max(1, workers):
+            raise ValueError(f"--workers={workers}: the stream was begun with "
+                             f"{state['workers']}, resume with as many workers")
+
+
+class StreamBatches(torch.utils.data.IterableDataset):
+    """
+    Micro-batches start..stop-1 of a rank. Worker k % workers makes number k: that is the order in
+    which DataLoader asks its workers, so batches arrive in order.
+    """
+    def __init__(self, sampler, collate, size, start, stop, rank, world, workers, states):
+        self.sampler = sampler
+        self.collate = collate
+        self.size = size
+        self.start = start
+        self.stop = stop
+        self.rank = rank
+        self.world = world
+        self.workers = workers
+        self.states = states
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        worker = info.id if info else 0
+        shares = (self.rank, self.world, worker, self.workers)
+        before = self.states.get(str(worker))  # the states went through JSON, whose keys are text
+        reader = StreamReader(self.sampler, shares, before)
+
+        # DataLoader's round begins with worker 0. On resume in the middle of a round, workers
+        # that had their turn before the stop pass it with None, which `loader` leaves out.
+        round_start = self.start - self.start % self.workers
+        first = round_start + worker
+        for k in range(first, self.stop, self.workers):
+            if k < self.start:
+                yield None
+                continue
+            samples = [reader.next_sample() for _ in range(self.size)]
+            state = {"worker": worker, "workers": self.workers, **reader.state()}
+            yield replace(self.collate(samples), state=state)
+
+
+class StreamReader:
+    """
+    What one worker draws from the tasks of a mixture, and how far it is.
+    shares: (rank, world, worker, workers); state: of `state()`, to go on from there.
+    """
+    def __init__(self, sampler, shares, state):
+        self.sampler = sampler
+        self.mixture = sampler.mixture
+        self.drawn = 0  # samples, over all tasks
+        self.states = [None] * len(self.mixture.tasks)  # how far each task is
+        if state is not None:
+            self.drawn = state["drawn"]
+            self.states = list(state["parts"])
+
+        self.sources = []
+        for t, task in enumerate(self.mixture.tasks):
+            if isinstance(task, Stream):
+                source = task.draws(*shares, self.states[t])
+            else:
+                source = draws(task, self.mixture.names[t], *shares, self.states[t])
+            self.sources.append(source)
+
+    def next_sample(self):
+        i = self.drawn
+        t, _ = self.mixture.place(i)  # the row does not matter: the source knows where it is
+        source = self.sources[t]
+        where, get, self.states[t] = next(source)
+        self.drawn += 1
+        return self.sampler.sample(i, t, where, get)
+
+    def state(self):
+        # These names are in checkpoints. A copy of the list, because it changes with every draw.
+        return {"drawn": self.drawn, "parts": list(self.states)}
 
 
 def ahead(batches, device):
     """
-    The same batches, their pixels on the device. On CUDA the next batch's travel on a stream of their own while this one is computed
-    with; the rest of a batch is small, and the model takes it from pinned memory itself.
+    The same batches with their pixels on the device. On CUDA the next batch's pixels are copied
+    while the current batch is computed. The rest of a batch is small: the model copies it from
+    pinned memory when it needs it.
     """
-    def send(batch):
-        batch.views = {side: v.to(device, non_blocking=True) for side, v in batch.views.items()}
-        return batch
     if device.type != "cuda":
-        yield from map(send, batches)
+        for batch in batches:
+            yield send_pixels(batch, device)
         return
-    copies, waiting = torch.cuda.Stream(), None
+
+    copies = torch.cuda.Stream()  # on a stream of their own, copies do not queue behind kernels
+    waiting = None  # the batch whose pixels were sent in the last turn
     for batch in batches:
         with torch.cuda.stream(copies):
-            sent = send(batch)
+            sent = send_pixels(batch, device)
+        # One batch late: its step is launched after the copy of the next batch has begun.
         if waiting is not None:
             yield waiting
-        torch.cuda.current_stream().wait_stream(copies)
-        for v in sent.views.values():
-            v.record_stream(torch.cuda.current_stream())  # its memory is not given away before this stream is done with it
+        compute = torch.cuda.current_stream()
+        compute.wait_stream(copies)
+        for stack in sent.views.values():
+            # The allocator must not reuse this memory before the computing stream is done with it.
+            stack.record_stream(compute)
         waiting = sent
     if waiting is not None:
         yield waiting
+
+
+def send_pixels(batch, device):
+    views = {}
+    for side, stack in batch.views.items():
+        views[side] = stack.to(device, non_blocking=True)
+    batch.views = views
+    return batch

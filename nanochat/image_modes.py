@@ -1,142 +1,348 @@
 """
-Image modes: how a picture becomes square views, and how many vision tokens and LLM positions those take. Geometry is one pure
-function, `plan`, which tokenizer, loader and model all use. Sizes, resize rules and tiling are DeepSeek-OCR's (paper table 1).
+Image modes: how a page becomes square views, and how many vision tokens and decoder positions
+those views take. The geometry is one pure function, `plan`, shared by tokenizer, loader and model;
+`to_tokens` is its inverse question: which token shows a given pixel of the page. Sizes, resize
+rules and tiling are DeepSeek-OCR's (paper, table 1).
 """
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-PAD_COLOR = (127, 127, 127)  # int(0.5 * 255): zero after normalisation
+PAD_COLOR = (127, 127, 127)  # int(0.5 * 255): zero after the model's normalization
 
 
 @dataclass(frozen=True)
 class Mode:
     name: str
-    size: int             # px, side of the global view
-    stretch: bool = False # resize straight to the square (aspect lost) instead of padding with grey
-    tile: int = 0         # px, side of a local tile; 0 = global view only
+    size: int              # px, side of the global view
+    stretch: bool = False  # resize to the square and lose the aspect, instead of padding with gray
+    tile: int = 0          # px, side of a local tile; 0 = global view only
     max_tiles: int = 0
 
 
-MODES = {m.name: m for m in (
-    Mode("tiny", 512, stretch=True), Mode("small", 640, stretch=True), Mode("base", 1024), Mode("large", 1280),
-    Mode("gundam", 1024, tile=640, max_tiles=6), Mode("gundam-m", 1280, tile=1024, max_tiles=6),
-    Mode("gundam-9", 1024, tile=640, max_tiles=9), Mode("gundam-m-9", 1280, tile=1024, max_tiles=9),
-    Mode("nano", 64, stretch=True), Mode("dense", 128, stretch=True), Mode("test", 64, stretch=True))}
+# A new mode is one line here. Names say the size, so that they cannot be taken for presets.
+REGISTERED = (
+    Mode("64px", 64, stretch=True),    # nano and the tests
+    Mode("128px", 128, stretch=True),  # dense
+    Mode("512px", 512, stretch=True),
+    Mode("640px", 640, stretch=True),
+    Mode("1024px", 1024),
+    Mode("1280px", 1280),
+    Mode("gundam", 1024, tile=640, max_tiles=6),
+    Mode("gundam-m", 1280, tile=1024, max_tiles=6),
+    # The published code has 6 tiles in one place and 9 in another.
+    Mode("gundam-9", 1024, tile=640, max_tiles=9),
+    Mode("gundam-m-9", 1280, tile=1024, max_tiles=9),
+)
+
+# The paper's names, and those that earlier checkpoints have in their meta file and config.
+ALIASES = {
+    "tiny": "512px",
+    "small": "640px",
+    "base": "1024px",
+    "large": "1280px",
+    "nano": "64px",
+    "test": "64px",
+    "dense": "128px",
+}
+
+MODES = {mode.name: mode for mode in REGISTERED}
+for alias, name in ALIASES.items():
+    MODES[alias] = MODES[name]
 
 
 def get_mode(name, supported=None):
-    if name not in MODES or (supported is not None and name not in supported):
-        raise ValueError(f"image mode {name!r}: must be one of {sorted(supported if supported is not None else MODES)}")
+    """
+    The mode of that name or alias. A model reads in any mode whose sizes fit its token stride
+    (`plan` checks that), so `supported` is ignored; it is accepted for callers that pass it.
+    """
+    if name not in MODES:
+        names = ", ".join(mode.name for mode in REGISTERED)
+        raise ValueError(f"image mode {name!r}: must be one of {names}, "
+                         f"or of their aliases {', '.join(ALIASES)}")
     return MODES[name]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one picture becomes in one mode. Units: vision tokens along a side."""
-    mode: Mode
-    cols: int             # tiles across, 0 when there are none
-    rows: int
-    side: int             # tokens along a side of the global view
-    tile_side: int
-
-    @property
-    def tokens(self):
-        """Vision tokens as the paper counts them (table 1), without newlines and separator."""
-        return self.side ** 2 + self.rows * self.cols * self.tile_side ** 2
-
-    @property
-    def positions(self):
-        """Positions in the decoder: one newline per row of tokens, one separator at the end."""
-        return self.side * (self.side + 1) + 1 + self.rows * self.tile_side * (self.cols * self.tile_side + 1)
-
-    @property
-    def views(self):
-        """{side in px: number of views}."""
-        return {self.mode.size: 1, **({self.mode.tile: self.rows * self.cols} if self.rows else {})}
 
 
 def auto_mode(supported, width, height):
     """
-    The mode for a picture of width x height px when none is given: Gundam where the model supports it, whose own rule sends a picture
-    of at most 640 px a side through without tiles; else the smallest mode the picture does not lose pixels in, or the largest there is.
+    The mode for a page of width x height px when none is given, out of the names `supported`.
+    Gundam if it is among them: its own rule already leaves pages of up to 640 px without tiles.
+    Otherwise the smallest mode in which the page loses no pixels, or else the largest there is.
     """
-    if "gundam" in supported:
-        return MODES["gundam"]
-    single = sorted((MODES[name] for name in supported if not MODES[name].tile), key=lambda m: m.size)
-    return next((m for m in single if m.size >= max(width, height)), single[-1])
+    modes = [get_mode(name) for name in supported]
+    gundam = MODES["gundam"]
+    if gundam in modes:
+        return gundam
+    untiled = [mode for mode in modes if not mode.tile]
+    untiled.sort(key=lambda mode: mode.size)
+    for mode in untiled:
+        if mode.size >= max(width, height):
+            return mode
+    return untiled[-1]
 
 
-def valid_tokens(p, width, height):
-    """
-    Vision tokens of plan `p` that show the picture (width x height px) and not grey padding (paper, equation 1): the global view keeps
-    the share min / max of its tokens when it pads; tiles are stretched and always full.
-    """
-    view = p.side ** 2
-    if not p.mode.stretch:
-        view = math.ceil(view * (1 - (max(width, height) - min(width, height)) / max(width, height)))
-    return view + p.tokens - p.side ** 2
+# -----------------------------------------------------------------------------
+# Geometry
+
+@dataclass(frozen=True)
+class Plan:
+    """What one page becomes in one mode. Sides are counted in vision tokens."""
+    mode: Mode
+    cols: int       # tiles across, 0 when there are none
+    rows: int
+    side: int       # tokens along a side of the global view
+    tile_side: int  # tokens along a side of a tile
+
+    @property
+    def tiles(self):
+        return self.rows * self.cols
+
+    @property
+    def tokens(self):
+        """Vision tokens as the paper counts them (table 1): no newlines, no separator."""
+        return self.side ** 2 + self.tiles * self.tile_side ** 2
+
+    @property
+    def positions(self):
+        """Decoder positions: the tokens, a newline after each row of them, one separator."""
+        global_view = self.side * (self.side + 1)
+        # Tiles are laid out as one large grid: a newline ends a row of tokens across all tiles.
+        height = self.rows * self.tile_side
+        width = self.cols * self.tile_side
+        return height * (width + 1) + global_view + 1
+
+    @property
+    def views(self):
+        """{side in px: number of views}."""
+        count = {self.mode.size: 1}
+        if self.tiles:
+            # Not an assignment: tiles as large as the global view are counted with it.
+            count.setdefault(self.mode.tile, 0)
+            count[self.mode.tile] += self.tiles
+        return count
 
 
 def best_grid(width, height, tile, max_tiles):
-    """(cols, rows) of 2..max_tiles tiles whose aspect is nearest; on a tie the larger if the picture fills over half of it."""
-    grids = sorted({(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if 2 <= c * r <= max_tiles},
-                   key=lambda g: (g[0] * g[1], g))
-    best, best_gap = None, float("inf")
-    for c, r in grids:
-        gap = abs(width / height - c / r)
-        if gap < best_gap or (gap == best_gap and width * height > 0.5 * tile * tile * c * r):
-            best, best_gap = (c, r), gap
+    """
+    (cols, rows) of the 2..max_tiles tiles of `tile` px whose aspect is nearest to the page's.
+    On a tie the larger grid wins if the page has more than half of its pixels (as InternVL2 does).
+    """
+    grids = []
+    for cols in range(1, max_tiles + 1):
+        for rows in range(1, max_tiles // cols + 1):
+            if cols * rows >= 2:
+                grids.append((cols * rows, cols, rows))
+
+    best = None
+    best_gap = float("inf")
+    for n_tiles, cols, rows in sorted(grids):  # small grids first: ties look at ever larger ones
+        gap = abs(width / height - cols / rows)
+        grid_area = tile * tile * n_tiles
+        fills_it = width * height > 0.5 * grid_area
+        if gap < best_gap or (gap == best_gap and fills_it):
+            best = (cols, rows)
+            best_gap = gap
     return best
 
 
 def plan(mode, width, height, stride):
-    """Plan for a picture of width x height px in `mode`, where a vision token covers `stride` px of a side."""
+    """Plan for a page of width x height px in `mode`; a vision token covers stride x stride px."""
     if width < 1 or height < 1:
         raise ValueError(f"image of {width}x{height} px: both sides must be at least 1")
     if mode.size % stride or mode.tile % stride:
-        raise ValueError(f"mode {mode.name}: {mode.size}/{mode.tile} px are not multiples of the token stride {stride} px")
-    cols = rows = 0
+        raise ValueError(f"mode {mode.name}: {mode.size}/{mode.tile} px are not multiples of "
+                         f"the token stride {stride} px")
+    cols = 0
+    rows = 0
+    # A page that fits one tile gets none: the global view shows it as well.
     if mode.tile and max(width, height) > mode.tile:
         cols, rows = best_grid(width, height, mode.tile, mode.max_tiles)
     return Plan(mode, cols, rows, mode.size // stride, mode.tile // stride)
 
 
+def valid_tokens(plan, width, height):
+    """
+    Vision tokens that show the page (width x height px) and not gray padding (paper, equation 1).
+    A padded global view keeps the share min / max of its tokens; tiles are stretched, always full.
+    """
+    global_view = plan.side ** 2
+    tiles = plan.tokens - global_view
+    if not plan.mode.stretch:
+        longer = max(width, height)
+        padding = (longer - min(width, height)) / longer
+        global_view = math.ceil(global_view * (1 - padding))
+    return global_view + tiles
+
+
+def page_box(mode, width, height):
+    """
+    (left, top, width, height) in px of a page of width x height px inside the global view.
+    The rounding is that of PIL's ImageOps.pad, which the published code uses; a page with an
+    aspect beyond 2 * size : 1 gets a box without area, that is an empty view.
+    """
+    size = mode.size
+    box_width = size
+    box_height = size
+    if not mode.stretch and width > height:
+        box_height = round(height / width * size)
+    if not mode.stretch and height > width:
+        box_width = round(width / height * size)
+    left = round((size - box_width) / 2)
+    top = round((size - box_height) / 2)
+    return left, top, box_width, box_height
+
+
+# -----------------------------------------------------------------------------
+# From points of the page to tokens
+
+class TokenPoints(NamedTuple):
+    """Where points of a page lie in its views of one size. Arrays of equal length."""
+    index: np.ndarray   # which of the points
+    view: np.ndarray    # the page's n-th view of this size, in the order in which they are stacked
+    row: np.ndarray     # float token coordinates: token (r, c) covers rows [r, r + 1) ...
+    column: np.ndarray  # ... and columns [c, c + 1)
+
+
+def to_tokens(plan, page_size, xy):
+    """
+    The inverse of `preprocess`: where points of a page are in its views.
+    page_size: (width, height) in px of the upright page; xy: (n, 2), points in px, where pixel k
+    covers [k, k + 1). -> {side in px of a view: TokenPoints}: every point once on the global view
+    and, if there are tiles, once on a tile. ValueError for points that are not on the page.
+    """
+    points = np.asarray(xy, dtype=np.float64).reshape(-1, 2)
+    check_on_page(points, page_size)
+    # Resizing keeps where a point is as a fraction of the page, also where it loses the aspect.
+    across, down = (points / page_size).T  # (n,) each
+
+    found = {}
+    if plan.tiles:
+        found[plan.mode.tile] = on_tiles(plan, across, down)
+    box = page_box(plan.mode, *page_size)
+    whole = on_global_view(plan, box, across, down)
+    if plan.mode.size in found:
+        # Equal sizes share one stack, an image's tiles before its global view.
+        tiles = found[plan.mode.size]
+        whole = whole._replace(view=whole.view + plan.tiles)
+        whole = TokenPoints(*map(np.concatenate, zip(tiles, whole)))
+    found[plan.mode.size] = whole
+    return found
+
+
+def check_on_page(points, page_size):
+    on_page = (points >= 0) & (points <= page_size)
+    outside = points[~on_page.all(1)]
+    if len(outside):
+        width, height = page_size
+        x, y = outside[0]
+        raise ValueError(f"{len(outside)} of {len(points)} points are not on the page of "
+                         f"{width}x{height} px, the first is at {x:g}, {y:g}")
+
+
+def on_global_view(plan, box, across, down):
+    left, top, width, height = box
+    tokens_per_px = plan.side / plan.mode.size
+    column = (left + across * width) * tokens_per_px
+    row = (top + down * height) * tokens_per_px
+    index = np.arange(len(row))
+    view = np.zeros_like(index)  # there is one
+    return TokenPoints(index, view, below(row, plan.side), below(column, plan.side))
+
+
+def on_tiles(plan, across, down):
+    # First in tiles, of which the page has cols x rows, then in tokens within the tile.
+    x = below(across * plan.cols, plan.cols)
+    y = below(down * plan.rows, plan.rows)
+    tile_col = np.floor(x)
+    tile_row = np.floor(y)
+    column = below((x - tile_col) * plan.tile_side, plan.tile_side)
+    row = below((y - tile_row) * plan.tile_side, plan.tile_side)
+    view = tile_row * plan.cols + tile_col  # tiles are stacked row by row
+    return TokenPoints(np.arange(len(row)), view.astype(np.int64), row, column)
+
+
+def below(coordinates, n):
+    """Coordinates kept under n: the page's last edge, and rounding, belong to the last token."""
+    return np.minimum(coordinates, np.nextafter(n, 0))
+
+
+# -----------------------------------------------------------------------------
+# Pixels
+
+def upright_size(image):
+    """(width, height) in px of a PIL image as a viewer shows it, EXIF orientation applied."""
+    width, height = image.size
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in (5, 6, 7, 8):  # the four that include a quarter turn
+        return height, width
+    return width, height
+
+
+def gray_levels(image):
+    """An image of 16-bit, 32-bit or float gray levels -> 8-bit gray."""
+    levels = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError("the image has gray levels that are not finite")
+    # PIL does not say what white is. Levels over 255 are taken for 16-bit ones (65535 / 257 = 255).
+    if levels.max() > 255:
+        levels = levels / 257
+    levels = levels.clip(0, 255).astype(np.uint8)
+    return Image.fromarray(levels)
+
+
 def to_rgb(image):
-    """What a viewer would show on white paper: EXIF orientation applied, 16-bit grey scaled, transparency over white."""
+    """What a viewer would show on white paper: upright, 8 bits a channel, transparency on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # convert() would clip at 255
-        levels = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(levels).all():
-            raise ValueError("the image has grey levels that are not finite")
-        image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = gray_levels(image)  # convert("RGB") would clip all levels at 255
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
     return image.convert("RGB")
 
 
 def to_array(image):
     """PIL RGB -> (3, H, W) uint8."""
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    pixels = np.asarray(image)  # (H, W, 3)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def square_view(image, mode):
+    """PIL RGB -> PIL RGB of size x size px, stretched or with gray padding."""
+    square = (mode.size, mode.size)
+    if image.size == square:
+        return image  # pages drawn at the model's size keep their pixels
+    if mode.stretch:
+        return image.resize(square, Image.Resampling.BICUBIC)
+    view = Image.new("RGB", square, PAD_COLOR)
+    left, top, width, height = page_box(mode, *image.size)
+    if width and height:
+        page = image.resize((width, height), Image.Resampling.BICUBIC)
+        view.paste(page, (left, top))
+    return view
+
+
+def cut_tiles(image, cols, rows, tile):
+    """PIL RGB -> (rows * cols, 3, tile, tile) uint8, row by row. The aspect is lost."""
+    if not rows:
+        return np.zeros((0, 3, tile, tile), dtype=np.uint8)
+    size = (cols * tile, rows * tile)
+    page = to_array(image.resize(size, Image.Resampling.BICUBIC))  # (3, H, W)
+    tiles = page.reshape(3, rows, tile, cols, tile)
+    tiles = tiles.transpose(1, 3, 0, 2, 4)  # (rows, cols, 3, tile, tile)
+    return tiles.reshape(rows * cols, 3, tile, tile)
 
 
 def preprocess(image, mode, stride):
     """
-    PIL image -> (plan, global view (3, S, S) uint8, tiles (rows*cols, 3, t, t) uint8 in row-major order).
-    Orientation from EXIF is applied; normalisation to [-1, 1] is the model's business, on the device.
+    PIL image -> (plan, global view (3, S, S) uint8, tiles (rows * cols, 3, t, t) uint8).
+    Normalization to [-1, 1] is left to the model, on the device: bytes travel faster than floats.
     """
     image = to_rgb(image)
-    p = plan(mode, *image.size, stride)
-    if mode.stretch:
-        view = image if image.size == (mode.size, mode.size) else image.resize((mode.size, mode.size), Image.Resampling.BICUBIC)
-    else:
-        view = ImageOps.pad(image, (mode.size, mode.size), color=PAD_COLOR)
-    t = mode.tile
-    tiles = np.zeros((p.rows * p.cols, 3, t, t), dtype=np.uint8)
-    if len(tiles):
-        big = to_array(image.resize((t * p.cols, t * p.rows), Image.Resampling.BICUBIC))
-        tiles[:] = big.reshape(3, p.rows, t, p.cols, t).transpose(1, 3, 0, 2, 4).reshape(tiles.shape)
-    return p, to_array(view), tiles
+    image_plan = plan(mode, *image.size, stride)
+    tiles = cut_tiles(image, image_plan.cols, image_plan.rows, mode.tile)
+    return image_plan, to_array(square_view(image, mode)), tiles

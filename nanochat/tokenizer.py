@@ -1,10 +1,9 @@
 """
-BPE tokenizer: rustbpe trains it, tiktoken encodes with it. One file, tokenizer.json; nothing is pickled.
+BPE tokenizer: rustbpe trains it, tiktoken encodes with it. One file, tokenizer.json; no pickles.
 
-Special tokens sit at the end of the vocabulary and only the code below puts them into a sequence: text that happens to
-spell one ("<|image|>") is encoded as plain characters.
+Special tokens are at the end of the vocabulary, and only the code below puts them into a sequence:
+text that happens to spell one ("<|image|>") is encoded as plain characters.
 """
-
 import base64
 import hashlib
 import json
@@ -22,9 +21,18 @@ SPECIAL_TOKENS = (
     IMAGE_TOKEN,
 )
 
-# GPT-4's way to cut text before merging: a word takes the space or sign before it, digits go by ones and twos, signs
-# keep together, line ends stand alone. Together the branches match every character, so nothing is lost.
-PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How GPT-4 splits text before merging: a word takes the space or sign before it, signs stay
+# together, line ends stand alone. Digits go by ones and twos as in nanochat, since a small
+# vocabulary has no room for all numbers of three. Together the branches match every character,
+# so nothing is lost.
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
 
 
 class Tokenizer:
@@ -34,32 +42,49 @@ class Tokenizer:
     """
 
     def __init__(self, ranks, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
-        self.ranks, self.pattern, self.special_tokens = list(ranks), pattern, tuple(special_tokens)
-        self.special_ids = {name: len(self.ranks) + k for k, name in enumerate(self.special_tokens)}
-        self.enc = tiktoken.Encoding("nano-deepseek-ocr", pat_str=pattern, special_tokens=self.special_ids,
-                                     mergeable_ranks={token: i for i, token in enumerate(self.ranks)})
+        self.ranks = list(ranks)
+        self.pattern = pattern
+        self.special_tokens = tuple(special_tokens)
+        self.special_ids = {}
+        for k, name in enumerate(self.special_tokens):
+            self.special_ids[name] = len(self.ranks) + k
+        self.enc = tiktoken.Encoding(
+            "nano-deepseek-ocr",
+            pat_str=pattern,
+            mergeable_ranks={token: i for i, token in enumerate(self.ranks)},
+            special_tokens=self.special_ids,
+        )
 
     @classmethod
     def train(cls, text_iterator, vocab_size):
-        """A tokenizer of vocab_size tokens, special ones included; fewer if the text has too few pairs to merge."""
+        """A tokenizer of vocab_size tokens, special ones included; fewer if the text has too few
+        pairs to merge."""
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size {vocab_size} is too small for 256 bytes and {len(SPECIAL_TOKENS)} special "
-                             f"tokens: give {smallest} or more")
+            raise ValueError(f"vocab_size {vocab_size} is too small for 256 bytes and "
+                             f"{len(SPECIAL_TOKENS)} special tokens: give {smallest} or more")
         import rustbpe  # only training needs it
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(text_iterator, vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
+        n_ranks = vocab_size - len(SPECIAL_TOKENS)
+        trainer.train_from_iterator(text_iterator, n_ranks, pattern=PATTERN)
         pairs = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         return cls([bytes(token) for token, _ in pairs])
 
-    # --- file
+    # -------------------------------------------------------------------------
+    # File
 
     def to_json(self):
         ranks = [base64.b64encode(token).decode() for token in self.ranks]
-        return json.dumps({"pattern": self.pattern, "special_tokens": self.special_tokens, "ranks": ranks}, indent=0)
+        content = {
+            "pattern": self.pattern,
+            "special_tokens": self.special_tokens,
+            "ranks": ranks,
+        }
+        return json.dumps(content, indent=0)
 
     def fingerprint(self):
-        """sha256 in hex of the saved content; a checkpoint records it, since ids mean nothing to another tokenizer."""
+        """sha256 in hex of the file's content. Checkpoints record it: ids mean nothing to another
+        tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, folder):
@@ -74,17 +99,19 @@ class Tokenizer:
     def load(cls, folder):
         path = os.path.join(folder, "tokenizer.json")
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no tokenizer at {path}: make one with python -m scripts.tok_train --out {folder}")
+            raise FileNotFoundError(f"no tokenizer at {path}: "
+                                    f"make one with python -m scripts.tok_train --out {folder}")
         try:
             with open(path, encoding="utf-8") as f:
                 content = json.load(f)
             ranks = [base64.b64decode(token) for token in content["ranks"]]
             return cls(ranks, content["pattern"], content["special_tokens"])
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is not a tokenizer ({e!r}): make it again with python -m scripts.tok_train "
-                             f"--out {folder} --overwrite") from e
+            raise ValueError(f"{path} is not a tokenizer ({e!r}): make it again with "
+                             f"python -m scripts.tok_train --out {folder} --overwrite") from e
 
-    # --- text
+    # -------------------------------------------------------------------------
+    # Text
 
     def get_vocab_size(self):
         return self.enc.n_vocab
@@ -98,7 +125,8 @@ class Tokenizer:
 
     def encode_special(self, name):
         if name not in self.special_ids:
-            raise ValueError(f"unknown special token {name!r}: this tokenizer has {', '.join(self.special_ids)}")
+            raise ValueError(f"unknown special token {name!r}: "
+                             f"this tokenizer has {', '.join(self.special_ids)}")
         return self.special_ids[name]
 
     def encode(self, text):
@@ -109,73 +137,107 @@ class Tokenizer:
         return self.enc.decode(ids)
 
     def decode_bytes(self, ids):
-        """As `decode`, before UTF-8: a token may hold a part of a character."""
+        """Like `decode`, before UTF-8: a token may hold a part of a character."""
         return self.enc.decode_bytes(ids)
 
-    # --- conversations
+    # -------------------------------------------------------------------------
+    # Conversations
 
-    def render_conversation(self, conversation, image_positions=(), max_tokens=None):
+    def render_conversation(self, conversation, image_positions=()):
         """
-        (ids, mask) of a conversation (its format: nanochat/conversation.py), as
-            <|bos|><|user_start|>...<|user_end|><|assistant_start|>...<|assistant_end|><|user_start|>...
-        image_positions has one int for each image: how many <|image|> placeholders stand for it.
-        mask is 1 on what the assistant has to say, its text and <|assistant_end|>, and 0 elsewhere.
-        ValueError if the conversation is malformed or longer than max_tokens.
+        Conversation (its format: nanochat/conversation.py) -> (ids, mask), equally long, as
+            <|bos|><|user_start|>...<|user_end|><|assistant_start|>...<|assistant_end|>...
+        image_positions: for each image, how many <|image|> placeholders stand for it.
+        mask: 1 on what the assistant has to say, its text and <|assistant_end|>, else 0.
+        ValueError if the conversation is malformed.
         """
         where = f"conversation {conversation.get('id', '?')!r}"
         messages = turns(conversation, where)
         check_images(messages, conversation.get("images", []), image_positions, where)
+
+        ids = [self.get_bos_token_id()]
+        mask = [0]
         positions = iter(image_positions)
-        ids, mask = [self.get_bos_token_id()], [0]
         for role, parts in messages:
-            start, end = self.encode_special(f"<|{role}_start|>"), self.encode_special(f"<|{role}_end|>")
+            # The start token is part of the prompt, at generation too, so it is never supervised.
+            ids.append(self.encode_special(f"<|{role}_start|>"))
+            mask.append(0)
+
             body = []
             for part in parts:
-                is_image = part["type"] == "image"
-                body += [self.image_token_id] * next(positions) if is_image else self.encode(part["text"])
-            ids += [start, *body, end]
-            mask += [0] + [int(role == "assistant")] * (len(body) + 1)
-        if max_tokens is not None and len(ids) > max_tokens:
-            raise ValueError(f"{where} has {len(ids)} tokens, over the limit of {max_tokens}: "
-                             f"raise the context, or give fewer characters or a smaller image")
+                if part["type"] == "image":
+                    body += [self.image_token_id] * next(positions)
+                else:
+                    body += self.encode(part["text"])
+            body.append(self.encode_special(f"<|{role}_end|>"))
+
+            supervised = 1 if role == "assistant" else 0
+            ids += body
+            mask += [supervised] * len(body)
         return ids, mask
 
     def render_for_completion(self, conversation, image_positions=()):
-        """ids up to and with the <|assistant_start|> that the model answers; a last assistant message is dropped."""
+        """
+        ids of a prompt, up to and including the <|assistant_start|> that the model continues.
+        If the last message is the assistant's, it is left out.
+        """
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        ids, _ = self.render_conversation({**conversation, "messages": messages}, image_positions)
+        prompt = {**conversation, "messages": messages}
+        ids, _ = self.render_conversation(prompt, image_positions)
         return ids + [self.encode_special("<|assistant_start|>")]
 
 
 def turns(conversation, where):
-    """[(role, parts), ...] with every content as a list of parts and a system message put before the first user's."""
+    """
+    -> [(role, parts), ...], user and assistant by turns: every content is a list of parts, and a
+    system message is merged into the first user message. ValueError if that is not possible.
+    """
     messages = []
     for message in conversation["messages"]:
-        parts = message["content"]
-        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else list(parts)
-        for part in parts:
-            if part["type"] not in ("text", "image") or (part["type"] == "image" and message["role"] != "user"):
-                raise ValueError(f"{where}: a {message['role']} message has a part of type {part['type']!r}: "
-                                 f"text is allowed everywhere, image in user messages")
-        messages.append((message["role"], parts))
+        messages.append((message["role"], parts_of(message, where)))
+
+    # There is no special token for the system: nanochat puts its text before the user's, too.
     roles = [role for role, _ in messages]
     if roles[:2] == ["system", "user"]:
-        (_, system), (_, user) = messages[:2]
-        messages[:2] = [("user", [*system, {"type": "text", "text": "\n\n"}, *user])]
+        _, system = messages[0]
+        _, user = messages[1]
+        blank_line = {"type": "text", "text": "\n\n"}
+        messages = [("user", [*system, blank_line, *user]), *messages[2:]]
         roles = roles[1:]
-    if not roles or roles != [("user", "assistant")[k % 2] for k in range(len(roles))]:
-        raise ValueError(f"{where} has the roles {roles}: user and assistant must take turns, user first, "
-                         f"after at most one system message")
+
+    expected = ["user", "assistant"] * len(roles)
+    if not roles or roles != expected[:len(roles)]:
+        raise ValueError(f"{where} has the roles {roles}: user and assistant must take turns, "
+                         f"user first, after at most one system message")
     return messages
+
+
+def parts_of(message, where):
+    """The content of a message as a list of parts; ValueError for a part that is not allowed."""
+    role = message["role"]
+    content = message["content"]
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = list(content)
+    for part in parts:
+        allowed = part["type"] == "text" or (part["type"] == "image" and role == "user")
+        if not allowed:
+            raise ValueError(f"{where}: a {role} message has a part of type {part['type']!r}: "
+                             f"text is allowed everywhere, image in user messages")
+    return parts
 
 
 def check_images(messages, images, image_positions, where):
     """ValueError unless image parts, images and image_positions are equally many."""
-    parts = sum(part["type"] == "image" for _, parts in messages for part in parts)
-    if not parts == len(images) == len(image_positions):
-        raise ValueError(f"{where} has {parts} image parts, {len(images)} images and {len(image_positions)} counts of "
-                         f"image positions: they must be equally many")
+    n_parts = 0
+    for _, parts in messages:
+        n_parts += sum(part["type"] == "image" for part in parts)
+    if not n_parts == len(images) == len(image_positions):
+        raise ValueError(f"{where} has {n_parts} image parts, {len(images)} images and "
+                         f"{len(image_positions)} counts of image positions: "
+                         f"they must be equally many")
     if any(n < 1 for n in image_positions):
-        raise ValueError(f"{where} has image positions {list(image_positions)}: every image takes at least 1")
+        raise ValueError(f"{where} has image positions {list(image_positions)}: "
+                         f"every image takes at least 1")

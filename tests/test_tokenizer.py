@@ -1,18 +1,18 @@
 """
-Tokenizer: any text survives, special tokens in text stay text, and the loss mask is exactly what the assistant says.
+Proves that any text survives the tokenizer, that special tokens spelled in a text stay text, and
+that the loss mask is exactly what the assistant says.
 
     python -m pytest tests/test_tokenizer.py
 """
-
 import json
 import os
 import pickle
 
 import pytest
 
+from nanochat.conversation import ocr_conversation
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import tok_train
-from nanochat.conversation import ocr_conversation
 from tasks.synthdoc import held_out_words, text_stream
 
 
@@ -34,7 +34,9 @@ def said(tokenizer, ids, mask):
 @pytest.mark.parametrize("text", [
     "", " ", "\n\n \t", "a  b\r\nc", "12345 67", "naïve Ünïcode ß", "漢字かな 한국어", "🙂👩‍👩‍👧",
     "e\u0301 \u0000 \ufeff \u2028",
-    "don't stop -- (now)!", "".join(map(chr, range(0x250))), "".join(chr(i) for i in range(0x900, 0xd800, 97)),
+    "don't stop -- (now)!",
+    "".join(map(chr, range(0x250))),
+    "".join(map(chr, range(0x900, 0xd800, 97))),
 ])
 def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -43,9 +45,11 @@ def test_any_text_survives(tokenizer, text):
 def test_special_tokens_in_text_stay_text(tokenizer):
     for name in SPECIAL_TOKENS:
         ids = tokenizer.encode(f"a {name} b")
-        assert tokenizer.decode(ids) == f"a {name} b" and not set(ids) & set(tokenizer.special_ids.values())
+        assert tokenizer.decode(ids) == f"a {name} b"
+        assert not set(ids) & set(tokenizer.special_ids.values())
     ids, _ = tokenizer.render_conversation(ocr("<|image|><|bos|>"), [3])
-    assert ids.count(tokenizer.image_token_id) == 3 and ids.count(tokenizer.get_bos_token_id()) == 1
+    assert ids.count(tokenizer.image_token_id) == 3
+    assert ids.count(tokenizer.get_bos_token_id()) == 1
 
 
 def test_special_tokens_end_the_vocabulary(tokenizer):
@@ -83,8 +87,9 @@ def test_too_small_a_vocabulary():
 
 def test_render_layout(tokenizer):
     ids, mask = tokenizer.render_conversation(ocr(), [5])
-    assert tokenizer.decode(ids) == ("<|bos|><|user_start|>" + "<|image|>" * 5 + "\nFree OCR.<|user_end|>"
-                                     "<|assistant_start|>Hello world<|assistant_end|>")
+    prompt = "<|bos|><|user_start|>" + "<|image|>" * 5 + "\nFree OCR.<|user_end|>"
+    answer = "<|assistant_start|>Hello world<|assistant_end|>"
+    assert tokenizer.decode(ids) == prompt + answer
     assert len(ids) == len(mask) and set(mask) == {0, 1}
 
 
@@ -94,7 +99,11 @@ def test_mask_is_what_the_assistant_says(tokenizer, text):
 
 
 def test_many_turns_and_images(tokenizer):
-    image, text = {"type": "image"}, lambda s: {"type": "text", "text": s}
+    image = {"type": "image"}
+
+    def text(s):
+        return {"type": "text", "text": s}
+
     conversation = {"id": "x", "images": [None, None], "messages": [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [image, text(" and "), image]},
@@ -103,14 +112,21 @@ def test_many_turns_and_images(tokenizer):
         {"role": "assistant", "content": "three"},
     ]}
     ids, mask = tokenizer.render_conversation(conversation, [2, 3])
-    start = "<|bos|><|user_start|>Be brief.\n\n<|image|><|image|> and <|image|><|image|><|image|><|user_end|>"
+    start = ("<|bos|><|user_start|>Be brief.\n\n"
+             "<|image|><|image|> and <|image|><|image|><|image|><|user_end|>")
     assert tokenizer.decode(ids).startswith(start)
     assert said(tokenizer, ids, mask) == "one two<|assistant_end|>three<|assistant_end|>"
     prompt = tokenizer.render_for_completion(conversation, [2, 3])
-    assert ids[:len(prompt)] == prompt and tokenizer.decode(ids[len(prompt):]) == "three<|assistant_end|>"
+    assert ids[:len(prompt)] == prompt
+    assert tokenizer.decode(ids[len(prompt):]) == "three<|assistant_end|>"
     unanswered = {**conversation, "messages": conversation["messages"][:-1]}
     assert tokenizer.render_for_completion(unanswered, [2, 3]) == prompt
-    assert len(conversation["messages"]) == 5 and conversation["messages"][0]["role"] == "system"  # left as it was
+    roles = [message["role"] for message in conversation["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]  # left as it was
+
+
+def of_messages(*messages):
+    return {"id": "x", "messages": [{"role": role, "content": said} for role, said in messages]}
 
 
 @pytest.mark.parametrize("conversation, positions, message", [
@@ -118,24 +134,17 @@ def test_many_turns_and_images(tokenizer):
     (ocr(), [1, 1], "1 images and 2 counts"),
     (ocr(n=2), [1, 1], "1 image parts, 2 images and 2 counts"),
     (ocr(), [0], "at least 1"),
-    ({"id": "x", "messages": []}, [], "roles"),
-    ({"id": "x", "messages": [{"role": "user", "content": "a"}] * 2}, [], "'x' has the roles .*take turns"),
-    ({"id": "x", "messages": [{"role": "assistant", "content": "a"}]}, [], "take turns"),
-    ({"id": "x", "messages": [{"role": "system", "content": "a"}]}, [], "take turns"),
-    ({"id": "x", "messages": [{"role": "user", "content": [{"type": "video"}]}]}, [], "'video'"),
-    ({"id": "x", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}]},
-     [], "assistant message has a part of type 'image'"),
+    (of_messages(), [], "roles"),
+    (of_messages(("user", "a"), ("user", "a")), [], "'x' has the roles .*take turns"),
+    (of_messages(("assistant", "a")), [], "take turns"),
+    (of_messages(("system", "a")), [], "take turns"),
+    (of_messages(("user", [{"type": "video"}])), [], "'video'"),
+    (of_messages(("user", "a"), ("assistant", [{"type": "image"}])), [],
+     "assistant message has a part of type 'image'"),
 ])
 def test_malformed_conversations(tokenizer, conversation, positions, message):
     with pytest.raises(ValueError, match=message):
         tokenizer.render_conversation(conversation, positions)
-
-
-def test_too_long_is_an_error(tokenizer):
-    n = len(tokenizer.render_conversation(ocr(), [5])[0])
-    assert len(tokenizer.render_conversation(ocr(), [5], max_tokens=n)[0]) == n
-    with pytest.raises(ValueError, match=f"'page/7' has {n} tokens, over the limit of {n - 1}"):
-        tokenizer.render_conversation(ocr(), [5], max_tokens=n - 1)
 
 
 def test_tok_train(tmp_path, capsys):
@@ -145,7 +154,8 @@ def test_tok_train(tmp_path, capsys):
     tokenizer = Tokenizer.load(tmp_path)
     assert result["vocab_size"] == tokenizer.get_vocab_size() == 300
     assert result["fingerprint"] == tokenizer.fingerprint()
-    assert 1 < result["chars_per_token"]["random_chars"] < result["chars_per_token"]["heldout"] < 3
+    chars_per_token = result["chars_per_token"]
+    assert 1 < chars_per_token["random_chars"] < chars_per_token["heldout"] < 3
     before = (tmp_path / "tokenizer.json").stat().st_mtime_ns
     with pytest.raises(SystemExit) as e:
         tok_train.main(command)
@@ -157,6 +167,6 @@ def test_tok_train(tmp_path, capsys):
 def test_no_held_out_word_is_a_token(tokenizer):
     assert tok_train.known_held_out_words(tokenizer) == []
     word = sorted(held_out_words())[0]
-    spoiled = Tokenizer.train([f"{word} {word}"] * 9, 300)
-    assert tok_train.known_held_out_words(spoiled) == [word]
+    contaminated = Tokenizer.train([f"{word} {word}"] * 9, 300)
+    assert tok_train.known_held_out_words(contaminated) == [word]
     assert "".join(text_stream("train", 1000)) == "".join(text_stream("train", 1000))
