@@ -1,6 +1,6 @@
 """
-Bar, line and pie charts with a question about them. All values are printed in the chart, and differ, so
-that every question has one answer.
+Bar, line and pie charts with a question about them. All values are printed in the chart, and
+differ, so that every question has one answer.
 """
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def draw_data(rng, width, split):
     """A Chart that has room on `width` px, in words of the split."""
     kind = rng.choice(("bar", "line", "pie"))
     n = rng.randint(2, max(2, min(6, width // 50)))
-    longest = max(5, min(8, width // 16))  # letters
+    longest = max(5, min(8, width // 16))  # letters: labels must not run into each other
     words = []
     while len(words) < n + 1:
         word, = draw_words(rng, split, 1, 1)
@@ -49,10 +49,11 @@ def draw_data(rng, width, split):
     labels = words[1:]
 
     year = rng.randrange(1950, 2020)
+    # Years run along an axis, but are no parts of a whole.
     if kind != "pie" and rng.random() < 0.4:
         labels = [str(year + k) for k in range(n)]
     unit = rng.choice((0.1, 1, 1, 10))
-    values = rng.sample(range(5, 100), n)
+    values = rng.sample(range(5, 100), n)  # without replacement: one is the highest
     return Chart(kind, name, labels, values, unit)
 
 
@@ -65,6 +66,7 @@ class Canvas:
 
     def __init__(self, chart, width, height):
         n = len(chart.values)
+        # A pie's legend has a line for each value; elsewhere a slot on the axis holds 6.5 letters.
         if chart.kind == "pie":
             px = min(height / (n + 4), width / 18)
         else:
@@ -76,7 +78,8 @@ class Canvas:
         self.draw = ImageDraw.Draw(self.image)
 
     def write(self, x, y, text, anchor):
-        """Text at (x, y) px; anchor as in PIL. A white outline keeps it apart from what it crosses."""
+        """Text at (x, y) px; anchor as in PIL."""
+        # The white outline keeps it legible where it crosses a line or a bar.
         self.draw.text(
             (round(x), round(y)),
             text,
@@ -93,12 +96,14 @@ def draw_pie(canvas, chart):
     px = canvas.px
     side = min(canvas.height - 3 * px, canvas.width // 2 - px)
     circle = (px // 2, 2 * px, px // 2 + side, 2 * px + side)
+    total = sum(chart.values)
     start = -90  # degrees: the top
     for k, (label, value) in enumerate(zip(chart.labels, chart.values)):
-        stop = start + 360 * value / sum(chart.values)
+        stop = start + 360 * value / total
         canvas.draw.pieslice(circle, start, stop, COLOURS[k], "white")
         start = stop
 
+        # One line of the legend, with a swatch of half its height.
         y = (2.2 + 1.3 * k) * px
         swatch = (side + px, round(y), side + 1.5 * px, round(y + px / 2))
         canvas.draw.rectangle(swatch, COLOURS[k])
@@ -108,19 +113,24 @@ def draw_pie(canvas, chart):
 def draw_bars_or_line(canvas, chart):
     """Bars or a line over a grid, with the value above each point and its label under the axis."""
     px = canvas.px
+    # Room for the numbers on the left, the name above and the labels below.
     left = 3.2 * px
     top = 3.2 * px
     bottom = canvas.height - 2 * px
     peak = 20 * math.ceil(max(chart.values) / 20)  # value of the top grid line
     for k in range(GRID_LINES):
         y = round(bottom - (bottom - top) * k / (GRID_LINES - 1))
+        value = peak * chart.unit * k / (GRID_LINES - 1)
         canvas.draw.line((left, y, canvas.width, y), GRID_COLOUR)
-        canvas.write(left - px / 3, y, f"{peak * chart.unit * k / (GRID_LINES - 1):g}", "rm")
+        canvas.write(left - px / 3, y, f"{value:g}", "rm")
 
+    # A slot of the axis for each value, the point in its middle.
     slot = (canvas.width - left) / len(chart.values)
     points = []
     for k, value in enumerate(chart.values):
-        points.append((left + slot * (k + 0.5), bottom - (bottom - top) * value / peak))
+        x = left + slot * (k + 0.5)
+        y = bottom - (bottom - top) * value / peak
+        points.append((x, y))
     if chart.kind == "line":
         canvas.draw.line(points, COLOURS[0], max(1, px // 6))
 
@@ -146,6 +156,7 @@ def ask(rng, chart):
     highest = chart.labels[chart.values.index(max(chart.values))]
     lowest = chart.labels[chart.values.index(min(chart.values))]
     difference = abs(chart.values[a] - chart.values[b]) * chart.unit
+    # Answers are numbers as printed, or labels: relaxed accuracy compares either.
     questions = (
         (f"What is the value of {name} in {label_a}?", chart.printed(a)),
         (f"Which category has the highest value of {name}?", highest),

@@ -1,6 +1,6 @@
 """
-What a scanner does to a page, a PIL "L" image: skew, blur, uneven light, noise and JPEG, in this order.
-All amounts and the noise depend on a seed alone.
+What a scanner does to a page, a PIL "L" image: skew, blur, uneven light, noise and JPEG, in this
+order. All amounts and the noise depend on a seed alone.
 """
 import io
 import math
@@ -30,10 +30,12 @@ def parse_damage(damage):
 
 
 def skew_margin(strengths, width, height):
-    """Whole px by which skew moves a point of a page at most: what has to stay blank around the ink."""
+    """The px that have to stay blank around the ink, or skew could turn it out of the page."""
     angle = math.radians(LIMITS["skew"] * strengths.get("skew", 0))
-    corner = math.hypot(width, height) / 2  # from the middle
-    return math.ceil(2 * corner * math.sin(angle / 2))
+    # No point moves further than a corner, which moves along this chord.
+    radius = math.hypot(width, height) / 2
+    chord = 2 * radius * math.sin(angle / 2)
+    return math.ceil(chord)
 
 
 def damage_image(image, strengths, seed, print_px):
@@ -43,27 +45,30 @@ def damage_image(image, strengths, seed, print_px):
     print_px is the size of the text in px, to which blur is relative.
     """
     rng = np.random.default_rng(seed)
-    amount = {}
+    # Every amount is drawn, used or not: none depends on the strengths of the others.
+    amounts = {}
     for kind, limit in LIMITS.items():
-        amount[kind] = limit * strengths.get(kind, 0) * rng.uniform(1 / 3, 1)
-    degrees = amount["skew"] * rng.choice((-1, 1))
+        amounts[kind] = limit * strengths.get(kind, 0) * rng.uniform(1 / 3, 1)
+    skew, blur, shade, noise, loss = amounts.values()
+    degrees = skew * rng.choice((-1, 1))
 
+    # The page is turned first, as it lies under the lid; the other kinds come from lamp and sensor.
     if degrees:
         paper = image.getpixel((0, 0))
         image = image.rotate(-degrees, Image.Resampling.BICUBIC, fillcolor=paper)
-    if amount["blur"]:
-        image = image.filter(ImageFilter.GaussianBlur(amount["blur"] * print_px))
-    if amount["light"] or amount["noise"]:
+    if blur:
+        image = image.filter(ImageFilter.GaussianBlur(blur * print_px))
+    if shade or noise:
         # Light at the four corners, interpolated between them.
-        corners = 1 - amount["light"] * rng.random((2, 2))
+        corners = 1 - shade * rng.random((2, 2))
         light = Image.fromarray(corners.astype(np.float32))
         light = light.resize(image.size, Image.Resampling.BILINEAR)
         levels = np.asarray(image) * np.asarray(light)  # (height, width) float32
-        noise = rng.standard_normal(levels.shape, dtype=np.float32)
-        levels += noise * np.float32(amount["noise"])
+        grain = rng.standard_normal(levels.shape, dtype=np.float32)
+        levels += grain * np.float32(noise)  # float32 all along: half the time of float64
         image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    if amount["jpeg"]:
+    if loss:
         file = io.BytesIO()
-        image.save(file, "JPEG", quality=round(95 - amount["jpeg"]))
+        image.save(file, "JPEG", quality=round(95 - loss))
         image = Image.open(file).copy()  # a plain image without an open file
     return image, math.radians(degrees)

@@ -20,8 +20,8 @@ FACES = {
     "stix": "STIXGeneral.ttf",
     "stix-bold": "STIXGeneralBol.ttf",
 }
-# The faces of text, each with that of its titles. Whole pages draw from them by position, so the order
-# decides what every page looks like.
+# The faces of text, each with that of its titles. Whole pages draw from them by position, so the
+# order decides what every page looks like.
 BOLD = {
     "serif": "serif-bold",
     "sans": "sans-bold",
@@ -68,7 +68,7 @@ class Advances(dict):
     def __init__(self, face, px):
         self.font = font(face, px)
 
-    def __missing__(self, char):
+    def __missing__(self, char):  # what dict calls for a key that it does not have
         self[char] = self.font.getlength(char)
         return self[char]
 

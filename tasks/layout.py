@@ -1,6 +1,6 @@
 """
-From the blocks of a whole page to a laid-out Page: text, tables and figures flow through one to three
-columns, with header, footer and page number around them.
+From the blocks of a whole page to a laid-out Page: text, tables and figures flow through one to
+three columns, with header, footer and page number around them.
 """
 import html
 import math
@@ -22,10 +22,10 @@ FIGURE_PX = 100  # least width of a figure
 class Block(NamedTuple):
     """One part of a page's content, before it has a place."""
 
-    kind: str  # title, text_block, table, figure, or of a note header, footer, page_number
-    content: object  # words; of a table its rows of cells; of a figure the (split, seed) of its chart
+    kind: str  # title, text_block, table or figure; of a note header, footer or page_number
+    content: object  # words; rows of cells of a table; (split, seed) of a figure's chart
     scale: float = 1  # print size over that of the text
-    marker: str = ""  # of a list item
+    marker: str = ""  # of a list item, "2. "
 
     @property
     def spans_columns(self):
@@ -58,6 +58,7 @@ def set_text(block, face, px, room):
     if texts is None:
         return None
     height = line_height(face, px)
+    # A piece for every line: a column break may come after any of them.
     first = block.marker + texts[0]
     pieces = [Piece(height, first, [Line(0, 0, face, px, first)])]
     for text in texts[1:]:
@@ -87,14 +88,14 @@ def table_html(rows):
 
 
 def set_table(rows, face, px, room, ruling):
-    pad = max(2, px // 3)
+    pad = max(2, px // 3)  # px around the text of a cell
     xs = [0]  # left edges of the columns, and the right edge of the last
     for column in zip(*rows):
         widest = max(text_width(face, px, cell) for cell in column)
         xs.append(xs[-1] + int(widest) + 2 * pad)
     row_height = line_height(face, px) + pad
     ys = [k * row_height for k in range(len(rows) + 1)]
-    if xs[-1] >= room:
+    if xs[-1] >= room:  # a cell is never wrapped
         return None
 
     lines = []
@@ -105,7 +106,7 @@ def set_table(rows, face, px, room, ruling):
 
 
 def set_figure(content, px, room):
-    width = min(room, 24 * px)
+    width = min(room, 24 * px)  # its print grows with that of the text
     if width < FIGURE_PX:
         return []  # left out: its print could not be read
     height = round(width * 0.6)
@@ -115,8 +116,8 @@ def set_figure(content, px, room):
 
 def set_block(block, face, px, room, ruling="none"):
     """
-    list of Pieces of a block in a column `room` px wide, none where a figure is left out; None if it
-    does not fit. px is the print size of the page's text.
+    list of Pieces of a block in a column `room` px wide, none where a figure is left out; None if
+    it does not fit. px is the print size of the page's text.
     """
     px = max(MIN_PX, round(px * block.scale))
     if block.kind == "figure":
@@ -193,12 +194,13 @@ class Columns:
         if pieces is None:
             return False
 
-        continues = False
+        continues = False  # a paragraph that was begun in the column before
         while pieces:
             n = self.count_fitting(block, pieces)
             if n == 0:
                 self.column += 1
                 self.y = self.top
+                # A title over all columns has to fit where it is: nothing is above it.
                 if self.column == self.page.columns or block.spans_columns:
                     return False
                 continue
@@ -222,7 +224,7 @@ class Columns:
             return len(pieces)
         if block.kind == "title":
             return 0  # a heading is not cut
-        # No column ends in a hyphen: page_truth would join the pieces to "two-" and "fold" to "two-fold".
+        # No column ends in a hyphen: page_truth would join "two-" and "fold" without a space.
         while n > 0 and NO_SPACE.match(pieces[n - 1].text[-1]):
             n -= 1
         return max(0, n)
@@ -249,7 +251,7 @@ class Columns:
                 figure = piece.figure
                 box.figure = Figure(x, y, figure.width, figure.height, figure.split, figure.seed)
             y += pitch
-        if continues:
+        if continues:  # the truth joins the two
             page.relations.append((number - 1, number))
         page.boxes.append(box)
         self.y = bottom
@@ -263,6 +265,7 @@ def add_notes(page, notes, style):
     """
     edge = max(math.ceil(style.margin * max(page.width, page.height)), page.size_px // 2)
     frame = Frame(edge, edge, page.width - edge, page.height - edge)
+    # Edges of the paper's margin; the frame's own top and bottom move as notes are added.
     right = frame.right
     bottom = frame.bottom
     room = int(0.7 * frame.width)
@@ -279,6 +282,7 @@ def add_notes(page, notes, style):
         on_top = note.kind == "header" or (is_number and style.number_on_top)
         x = right - width if is_number else edge
         y = edge if on_top else bottom - height
+        # Half a line of room between a note and the text.
         if on_top:
             frame.top = edge + 3 * height // 2
         else:
@@ -300,15 +304,18 @@ def estimated_letters(block):
         return 500
     # For a table the brackets, quotes and commas of its rows stand for the room around its cells.
     text = " ".join(str(part) for part in block.content)
-    return block.scale ** 2 * (len(text) + 20)  # 20 for the half line that the last one leaves empty
+    # 20 for the part of its last line that stays empty.
+    return block.scale ** 2 * (len(text) + 20)
 
 
 def largest_px(blocks, face, columns, width, height, style):
     """About the largest print size in px, a float, at which the blocks fit."""
-    letters = 1.15 * sum(estimated_letters(block) for block in blocks)  # a seventh: where lines break
+    # About a seventh of the room is lost where lines break.
+    letters = 1.15 * sum(estimated_letters(block) for block in blocks)
+    # The area of a letter at a print of 1 px, measured on common words at 64 px.
     sample = " ".join(FUNCTION_WORDS)
-    # (1 - 2 margins)^2 of the page is filled with letters of this area at a print of 1 px.
-    letter_area = text_width(face, 64, sample) / len(sample) * line_height(face, 64) / 64 ** 2
+    letter_width = text_width(face, 64, sample) / len(sample)
+    letter_area = letter_width * line_height(face, 64) / 64 ** 2
     page_area = width * height * (1 - 2 * style.margin) ** 2
     by_area = math.sqrt(page_area / letters / letter_area / style.spacing)
     # However little there is to say: 8 em to a column, and four lines to a page.
@@ -328,9 +335,10 @@ def attempts(blocks, notes, faces, columns, width, height, min_px, style):
 
 def set_page(rng, blocks, notes, faces, columns, width, height, min_px):
     """
-    A Page of the blocks in the first face in which they fit at min_px or else at MIN_PX, in print about
-    as large as fits; PageFull if there is none. The notes are left out where room is short.
+    A Page of the blocks in the first face in which they fit at min_px or else at MIN_PX, in print
+    about as large as fits; PageFull if there is none. The notes are left out where room is short.
     """
+    # Drawn once, so that how a page looks does not depend on how many sizes were tried.
     style = draw_style(rng)
     tries = attempts(blocks, notes, faces, columns, width, height, min_px, style)
     for face, px, spacing, notes_tried in tries:
@@ -342,9 +350,9 @@ def set_page(rng, blocks, notes, faces, columns, width, height, min_px):
 
     n_chars = 0
     for block in blocks:
-        if block.kind in ("title", "text_block"):
+        if block.kind in ("title", "text_block"):  # what the argument chars counts
             n_chars += sum(len(word) + 1 for word in block.content)
     raise PageFull(
-        f"{n_chars} characters in {columns} columns do not fit a page of {width}x{height} px at the "
-        f"smallest print, {MIN_PX} px: raise image_size, or lower chars or columns"
+        f"{n_chars} characters in {columns} columns do not fit a page of {width}x{height} px at "
+        f"the smallest print, {MIN_PX} px: raise image_size, or lower chars or columns"
     )

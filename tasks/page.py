@@ -1,6 +1,7 @@
 """
-A laid-out page: lines of print, boxes around them, and what follows from these: the truth in reading
-order, the annotation in OmniDocBench's schema, the picture, and where each glyph is on the picture.
+A laid-out page: lines of print, boxes around them, and what follows from these: the truth in
+reading order, the annotation in OmniDocBench's schema, the picture, and where each glyph is on the
+picture.
 
 All coordinates are px from the top left corner of the page; right and bottom edges are exclusive.
 """
@@ -68,7 +69,7 @@ class Page:
     paper: int
     columns: int = 1
     kinds: tuple = ("text", "table")  # of the boxes in the truth
-    relations: list = field(default_factory=list)  # (j, k): box k continues box j in the next column
+    relations: list = field(default_factory=list)  # (j, k): box k continues box j's text
     rules: list = field(default_factory=list)  # (left, top, right, bottom) of the lines of tables
     damaged: bool = False
     skew: float = 0.0  # radians by which damage turned the picture clockwise about its middle
@@ -78,7 +79,8 @@ class Page:
         return page_truth(annotation(self), self.kinds)
 
     def turned(self, x, y):
-        """Where a point of the straight page is on the picture."""
+        """Where a point (x, y) of the straight page is on the picture."""
+        # y points down, so that a positive angle turns clockwise.
         middle_x = self.width / 2
         middle_y = self.height / 2
         cos = math.cos(self.skew)
@@ -103,7 +105,7 @@ def wrap(words, widths, space, limit, joiner=" "):
     widths: px of every word; space: px of the joiner.
     """
     lines = []
-    used = 0
+    used = 0  # px of the last line
     for word, width in zip(words, widths):
         if width > limit:
             return None
@@ -129,6 +131,7 @@ def detection(page, number, box):
     entry = {
         "category_type": box.kind,
         "ignore": False,
+        # OmniDocBench counts from 1, and gives None to what is outside the reading order.
         "order": None if box.order is None else box.order + 1,
         "anno_id": number,
         "poly": poly,
@@ -142,6 +145,7 @@ def detection(page, number, box):
 
 def annotation(page, image_path="page.png", page_no=0):
     """The page as a row of OmniDocBench.json."""
+    # Pieces of one paragraph in two columns, which a reader has to join.
     relations = []
     for source, target in page.relations:
         relations.append(
@@ -174,26 +178,27 @@ def annotation(page, image_path="page.png", page_no=0):
 
 def print_line(mask, line, labels):
     """
-    Prints a line into `mask`, (height, width) uint8 of ink, and appends (character, x, y) of each glyph
-    to `labels`: the centre of its ink box. What reaches over the edge is cut off.
+    Prints a line into `mask`, (height, width) uint8 of ink, and appends (character, x, y) of each
+    glyph to `labels`: the centre of its ink box. What reaches over the edge is cut off.
     """
     height, width = mask.shape
     glyph_of = glyphs(line.face, line.px)
-    pen = line.x
+    pen = line.x  # left edge of the next character's advance
     for char in line.text:
         glyph = glyph_of[char]
         ink = glyph.ink
         if ink is not None:
             left = pen + glyph.left
             top = line.y + glyph.top
-            if left < 0 or top < 0:
+            if left < 0 or top < 0:  # a negative index would count from the other end
                 ink = ink[max(0, -top):, max(0, -left):]
                 left = max(0, left)
                 top = max(0, top)
             there = mask[top:top + ink.shape[0], left:left + ink.shape[1]]
-            # Maximum, not assignment: neighbours may overlap. `there` is smaller at the far edges.
+            # Maximum, not assignment: neighbours may overlap. At the far edges `there` is smaller.
             np.maximum(there, ink[:there.shape[0], :there.shape[1]], out=there)
 
+            # A glyph of which the edge cuts off more than half has no place to point to.
             x = pen + glyph.x
             y = line.y + glyph.y
             if 0 <= x < width and 0 <= y < height:
@@ -216,7 +221,7 @@ def render(page):
 
     Every bbox is tightened from the room of its box to its ink.
     """
-    mask = np.zeros((page.height, page.width), np.uint8)
+    mask = np.zeros((page.height, page.width), np.uint8)  # of ink: 0 is paper, 255 is ink
     for left, top, right, bottom in page.rules:
         mask[top:bottom, left:right] = 255
     labels = []
@@ -226,6 +231,7 @@ def render(page):
         for line in box.lines:
             print_line(mask, line, labels)
 
+    # On the ink and not on the picture, where paper and ink are grey.
     ink = Image.fromarray(mask)
     for box in page.boxes:
         left, top, _, _ = box.bbox
@@ -241,10 +247,11 @@ def scan(page, strengths, name):
     """
     The page as a scanner sees it: -> (PIL "L" image, glyph labels on it), as `render` gives them.
 
-    strengths: {kind: 0 to 1} of damage.py. The damage is drawn by `name`; page.skew and page.damaged
-    say what was done.
+    strengths: {kind: 0 to 1} of damage.py. The damage is drawn by `name`; page.skew and
+    page.damaged say what was done.
     """
     image, labels = render(page)
+    # A clean page skips all of it: a generator of numpy alone takes a tenth of a small page's time.
     page.damaged = any(strengths.values())
     if page.damaged:
         image, page.skew = damage_image(image, strengths, stable_hash(name), page.size_px)

@@ -1,6 +1,6 @@
 """
-Small pages of words rendered on the fly, with exact truth in reading order: nothing to download, and no
-two runs differ. (SynthPage has whole pages with columns, tables and charts.)
+Small pages of words rendered on the fly, with exact truth in reading order: nothing to download,
+and no two runs differ. (SynthPage has whole pages with columns, tables and charts.)
 
 Page i of a split depends on (the arguments, i) and on nothing else, in three steps:
     choose_words -> lay_out -> scan       words -> Page of Boxes -> PIL image
@@ -27,13 +27,17 @@ from tasks.words import (
     train_words,
 )
 
-CAPITAL_SHARE = 0.08  # of the words of pages without prose, except random_chars
+# Of the words of pages without prose, except random_chars.
+CAPITAL_SHARE = 0.08
 PUNCTUATION_SHARE = 0.08
+
+# The grid of a primer page, in characters: about as many as a page of the nano model has later.
 PRIMER_FACE = "mono"
-PRIMER_COLUMNS = 8  # characters
+PRIMER_COLUMNS = 8
 PRIMER_ROWS = 4
 PRIMER_FREEDOM = 0.1  # a page drawn less free than this is a primer page
 PRIMER_PART = 0.25  # of a curriculum: primer pages alone
+
 TITLE_SCALE = 1.4  # print size of a title over that of the text
 MIN_CHARS = 10  # a page must have room for any word of the list (9 letters and a comma)
 MARGIN = 1  # px of paper kept on every side of a clean page
@@ -55,6 +59,7 @@ def listed_words(rng, split):
     """Yields words of the list, and except in heldout_words numbers, without end."""
     only_held_out = split == "heldout_words"
     while True:
+        # Numbers would be read by a model that knows none of the held-out words.
         if not only_held_out and rng.random() < NUMBER_SHARE:
             word = str(rng.randrange(10, 10 ** rng.randint(2, 4)))
         else:
@@ -68,6 +73,7 @@ def listed_words(rng, split):
 
 def word_source(rng, split):
     """Yields the words of one page without end."""
+    # A page is either prose or words of the list, not both.
     if split in ("train", "heldout") and rng.random() < PROSE_SHARE:
         yield from prose_from_anywhere(rng, held_out=split == "heldout")
     while split == "random_chars":
@@ -76,16 +82,16 @@ def word_source(rng, split):
 
 
 def choose_words(rng, split, n_chars, random_share):
-    """list of words, with the spaces n_chars or a little fewer: up to the first word that would go over."""
+    """list of words: n_chars characters or a little fewer, counting the spaces between them."""
     words = []
-    used = 0
+    used = 0  # characters, with a space after every word
     for word in word_source(rng, split):
         if rng.random() < random_share:
             word = random_string(rng)
         if used + len(word) <= n_chars:
             words.append(word)
             used += len(word) + 1
-        elif words:
+        elif words:  # a first word that is too long is skipped: no page is empty
             return words
 
 
@@ -95,7 +101,7 @@ def choose_words(rng, split, n_chars, random_share):
 
 def estimate_px(blocks, face, width, height, joiner, min_px):
     """About the largest print size in px at which the blocks fit width x height px."""
-    # Widths and heights at a print of 1 px. They grow almost in proportion, so they are measured once.
+    # Measured once, at a print of 1 px: widths grow almost in proportion to the print size.
     space = text_width(face, 64, joiner) / 64
     pitch = line_height(face, 64) / 64
     between = (len(blocks) > 1) / 2  # half a line after every block
@@ -106,7 +112,7 @@ def estimate_px(blocks, face, width, height, joiner, min_px):
     def fits(px):
         total = 0
         for (_, words, scale), word_widths in zip(blocks, widths):
-            limit = width / (px * scale) - 2 * overhang(face)
+            limit = width / (px * scale) - 2 * overhang(face)  # in em, as the widths are
             lines = wrap(words, word_widths, space, limit, joiner)
             if lines is None:
                 return False
@@ -131,7 +137,7 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
     bottom = 0
     for kind, words, scale in blocks:
         size = round(px * scale)
-        pad = math.ceil(size * overhang(face))
+        pad = math.ceil(size * overhang(face))  # on both sides, so that ink stays in its box
         widths = [text_width(face, size, word) for word in words]
         space = text_width(face, size, joiner)
         texts = wrap(words, widths, space, width - 2 * pad, joiner)
@@ -152,6 +158,17 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
     return boxes if bottom <= height else None
 
 
+def stack_shrinking(blocks, face, px, spacing, width, height, joiner, min_px):
+    """(Boxes, px) in the largest print from px down to min_px that fits; (None, px) if none does."""
+    boxes = stack_blocks(blocks, face, px, spacing, width, height, joiner)
+    if boxes is None:  # px is an estimate: if it is a little too large, closer lines may be enough
+        boxes = stack_blocks(blocks, face, px, 1, width, height, joiner)
+    while boxes is None and px > min_px:
+        px -= 1
+        boxes = stack_blocks(blocks, face, px, 1, width, height, joiner)
+    return boxes, px
+
+
 def move(box, dx, dy):
     left, top, right, bottom = box.bbox
     box.bbox = (left + dx, top + dy, right + dx, bottom + dy)
@@ -160,11 +177,11 @@ def move(box, dx, dy):
 
 def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin=MARGIN):
     """
-    A Page of `blocks`, or None if they do not fit in print of min_px. Size (as large as fits times 0.9
-    to 1), line spacing, position, ink and paper are drawn. No word is split or cut.
+    A Page of `blocks`, or None if they do not fit in print of min_px. Size (as large as fits times
+    0.9 to 1), line spacing, position, ink and paper are drawn. No word is split or cut.
 
-    freedom < 1 is for curricula: face, size, spacing and position are drawn nearer to those of a primer
-    page, and lines may break inside words. margin: px of paper kept on every side.
+    freedom < 1 is for curricula: face, size, spacing and position are drawn nearer to those of a
+    primer page, and lines may break inside words. margin: px of paper kept on every side.
     """
     room_x = width - 2 * margin
     room_y = height - 2 * margin
@@ -181,18 +198,14 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
     primer = min(largest, primer_px(width))
     px = primer ** (1 - freedom) * (largest * rng.uniform(0.9, 1)) ** freedom
     px = max(min_px, round(px))
+    # Lines further apart than print of that size needs: up to 15 %.
     spacing = rng.uniform(1, 1 + 0.15 * freedom)
 
-    # `largest` is an estimate: where it was too large, first the lines move closer, then print shrinks.
-    boxes = stack_blocks(blocks, face, px, spacing, room_x, room_y, joiner)
-    if boxes is None:
-        boxes = stack_blocks(blocks, face, px, 1, room_x, room_y, joiner)
-    while boxes is None and px > min_px:
-        px -= 1
-        boxes = stack_blocks(blocks, face, px, 1, room_x, room_y, joiner)
+    boxes, px = stack_shrinking(blocks, face, px, spacing, room_x, room_y, joiner, min_px)
     if boxes is None:
         return None
 
+    # Less free pages begin nearer to the top left corner, where every primer page does.
     free_x = room_x - max(box.bbox[2] for box in boxes)
     free_y = room_y - boxes[-1].bbox[3]
     x = margin + rng.randint(0, int(free_x * freedom))
@@ -213,14 +226,15 @@ def primer_text(words):
 
 def lay_out_primer(rng, words, width, height):
     """
-    A page of a curriculum's beginning: large print of one monospaced face that fills a fixed grid, words
-    broken where a row ends. The n-th character always stands in the same place, so that the decoder need
-    not find it first: reading takes off sooner (FINDINGS.md, leads).
+    A page of a curriculum's beginning: large print of one monospaced face that fills a fixed grid,
+    words broken where a row ends. The n-th character always stands in the same place, so that the
+    decoder need not find it first: reading takes off sooner (FINDINGS.md, leads).
     """
     text = primer_text(words)
     px = primer_px(width)
     pitch = height // PRIMER_ROWS
     lines = []
+    # No margin and no overhang: the grid matters here, not whether an edge of a letter is cut off.
     for start in range(0, len(text), PRIMER_COLUMNS):
         row = text[start:start + PRIMER_COLUMNS]
         lines.append(Line(0, len(lines) * pitch, PRIMER_FACE, px, row))
@@ -236,29 +250,30 @@ def lay_out_primer(rng, words, width, height):
 
 class SynthDoc(Task):
     """
-    Page i as an OCR conversation, with labels of its glyphs and extra keys chars (length of the truth),
-    face, size_px, split and page.
+    Page i as an OCR conversation, with labels of its glyphs and extra keys chars (length of the
+    truth), face, size_px, split and page.
 
     size          number of pages; costs nothing, a training run may ask for as many as it likes
     image_size    px, one int for a square or (width, height)
-    chars         (low, high) of the number of characters, drawn uniformly; or [(low, high, weight), ...],
-                  a mixture
-    random_share  of the words replaced by random strings; None is RANDOM_SHARE in train and 0 elsewhere
-    ramp          curriculum over the first `ramp` pages: primer pages (large print filling a fixed grid),
-                  then layouts that grow freer in face, size and position page by page. Earlier kinds stay
-                  in the mix: a sudden change first disturbs what was learned
+    chars         (low, high) of the number of characters, drawn uniformly; or [(low, high, weight),
+                  ...], a mixture
+    random_share  of the words replaced by random strings; None is RANDOM_SHARE in train and 0
+                  elsewhere
+    ramp          curriculum over the first `ramp` pages: primer pages (large print filling a fixed
+                  grid), then layouts that grow freer in face, size and position page by page.
+                  Earlier kinds stay in the mix: a sudden change first disturbs what was learned
     faces         names from FACES; None is all of them
-    min_px        smallest print: a text that does not fit in its face at this size is set in another face,
-                  and smaller only if it fits in none
+    min_px        smallest print: a text that does not fit in its face at this size is set in
+                  another face, and smaller only if it fits in none
     titles        share of the pages that open with a title of one to three words in larger print
-    damage        of a scanner, 0 to 1 or {kind: 0 to 1}, see tasks/damage.py. Primer pages stay clean:
-                  they fill their page to the edge, and are there to be easy
+    damage        of a scanner, 0 to 1 or {kind: 0 to 1}, see tasks/damage.py. Primer pages stay
+                  clean: they fill their page to the edge, and are there to be easy
     """
 
     name = "synthdoc"
 
-    def __init__(self, split, size, image_size=128, chars=(24, 48), random_share=None, seed=0, ramp=0,
-                 faces=None, min_px=MIN_PX, titles=0.0, damage=0):
+    def __init__(self, split, size, image_size=128, chars=(24, 48), random_share=None, seed=0,
+                 ramp=0, faces=None, min_px=MIN_PX, titles=0.0, damage=0):
         self.split = split
         self.size = size
         self.width, self.height = page_size(image_size)
@@ -303,7 +318,8 @@ class SynthDoc(Task):
             )
         if not MIN_PX <= self.min_px <= self.height:
             raise ValueError(
-                f"min_px {self.min_px} is no size of print on this page: give {MIN_PX} to {self.height}"
+                f"min_px {self.min_px} is no print size for this page: "
+                f"give {MIN_PX} to {self.height}"
             )
 
     def __len__(self):
@@ -311,19 +327,20 @@ class SynthDoc(Task):
 
     def freedom(self, rng, i):
         """
-        How free the layout of page i is, 0 to 1. A curriculum begins with primer pages alone (0); then
-        pages are drawn from 0 up to a limit that grows to 1, at first evenly, towards the end near the
-        limit.
+        How free the layout of page i is, 0 to 1. A curriculum begins with primer pages alone (0);
+        then pages are drawn from 0 up to a limit that grows to 1, at first evenly, towards the end
+        near the limit.
         """
         if not self.ramp:
             return 1.0
         progress = max(0.0, (i / self.ramp - PRIMER_PART) / (1 - PRIMER_PART))
         if progress >= 1:
             return 1.0
+        # The power goes from 1 (even odds) to 0 (all at the limit).
         return progress * rng.random() ** (1 - progress)
 
     def blocks(self, i):
-        """(rng, freedom, blocks) of page i: what it says, and the generator that goes on to the layout."""
+        """(rng, freedom, blocks) of page i: what it says, and the generator for its layout."""
         self.check_index(i)
         rng = random.Random(f"synthdoc/{self.split}/{self.seed}/{i}")
         weights = [weight for _, _, weight in self.chars]
@@ -338,6 +355,7 @@ class SynthDoc(Task):
             n_chars = round((1 - freedom) * full + freedom * n_chars)
         words = choose_words(rng, self.split, n_chars, self.random_share)
 
+        # Titles only once the curriculum is over: a primer page has one size of print.
         has_title = rng.random() < self.titles and len(words) >= 4 and freedom == 1
         if not has_title:
             return rng, freedom, [("text_block", words, 1)]
@@ -354,8 +372,10 @@ class SynthDoc(Task):
 
     def lay_out(self, rng, blocks, freedom):
         """A Page of the blocks in the first face in which they fit at min_px, or else at MIN_PX."""
+        # Skew must not turn ink out of the page. A clean page has the plain margin.
         margin = MARGIN + skew_margin(self.damage, self.width, self.height)
         faces = rng.sample(self.faces, len(self.faces))
+        # Another face before smaller print: faces differ in width by half.
         for min_px in (self.min_px, MIN_PX):
             for face in faces:
                 page = lay_out(rng, blocks, face, self.width, self.height, freedom, min_px, margin)
@@ -363,8 +383,9 @@ class SynthDoc(Task):
                     return page
         n_chars = sum(len(" ".join(words)) for _, words, _ in blocks)
         raise PageFull(
-            f"{n_chars} characters do not fit a page of {self.width}x{self.height} px at the smallest "
-            f"print, {MIN_PX} px, in any of {', '.join(faces)}: raise image_size or lower chars"
+            f"{n_chars} characters do not fit a page of {self.width}x{self.height} px at the "
+            f"smallest print, {MIN_PX} px, in any of {', '.join(faces)}: "
+            "raise image_size or lower chars"
         )
 
     def __getitem__(self, i):
@@ -392,8 +413,9 @@ class SynthDoc(Task):
 
 
 def text_stream(split="train", n_chars=2_000_000, seed=0, chars=(100, 400)):
-    """Yields texts of a split's pages, about n_chars characters in all, for training the tokenizer."""
-    task = SynthDoc(split, size=n_chars, chars=chars, seed=f"text/{seed}")  # no page to read has such a seed
+    """Yields texts of pages, about n_chars characters in all, to train the tokenizer on."""
+    # A seed of its own: the tokenizer must not be fitted to the very pages that are trained on.
+    task = SynthDoc(split, size=n_chars, chars=chars, seed=f"text/{seed}")
     i = 0
     done = 0
     while done < n_chars:

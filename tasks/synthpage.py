@@ -1,16 +1,18 @@
 """
-Whole pages rendered on the fly: headings, paragraphs, lists, tables and charts in one to three columns,
-with headers, footers and page numbers, from 64 px up, clean or as scanned, annotated in OmniDocBench's
-schema; and charts with a question. (SynthDoc has the small pages of words on which the nano model begins.)
+Whole pages rendered on the fly: headings, paragraphs, lists, tables and charts in one to three
+columns, with headers, footers and page numbers, from 64 px up, clean or as scanned, annotated in
+OmniDocBench's schema; and charts with a question. (SynthDoc has the small pages of words on which
+the nano model begins.)
 
-Page i depends on (the arguments, i) alone: PageWriter draws its blocks, layout.set_page places them,
-page.scan prints them. The content does not depend on the size of the page, so that one text can be read
-at several resolutions.
+Page i depends on (the arguments, i) alone: PageWriter draws its blocks, layout.set_page places
+them, page.scan prints them. The content does not depend on the size of the page, so that one text
+can be read at several resolutions.
 
-The splits are those of words.py. Sentences are words of the list in Zipf's odds among function words,
-numbers and punctuation; between them stand sentences of prose: in train any, in heldout each on one of
-the first hundred pages. Held-out prose is short (19,000 characters in Python 3.11, a little different in
-other versions): the rest of a held-out page is like English in its letters and lengths only.
+The splits are those of words.py. Sentences are words of the list in Zipf's odds among function
+words, numbers and punctuation; between them stand sentences of prose: in train any, in heldout each
+on one of the first hundred pages. Held-out prose is short (19,000 characters in Python 3.11, a
+little different in other versions): the rest of a held-out page is like English in its letters and
+lengths only.
 """
 import json
 import random
@@ -32,12 +34,14 @@ from tasks.words import (
     read_paragraphs,
 )
 
-PARTS = {"paragraph": 10, "heading": 3, "list": 2, "table": 1, "figure": 1}  # odds of what comes next
-TEXT = {"paragraph": 10, "heading": 2, "list": 1}  # odds on pages of text alone
+# Odds of what comes next on a page: on mixed pages, and on pages of text alone.
+PARTS = {"paragraph": 10, "heading": 3, "list": 2, "table": 1, "figure": 1}
+TEXT = {"paragraph": 10, "heading": 2, "list": 1}
 FLOATS = ("table", "figure")
 MAX_FLOATS = 2  # on a page
 COLUMN_PX = 160  # of a page's width for every column
-SLACK = 20  # characters by which a page may be short: a list's marker, the longest word and a blank line
+# Characters by which a page may be short: a list's marker, the longest word and a blank line.
+SLACK = 20
 DEAL = 100  # held-out pages over which the held-out prose is dealt out
 LONGEST_WORD = 30  # letters, in a user's own text
 
@@ -51,12 +55,13 @@ def read_own_text(paths, split, faces):
     cannot be printed as they are: with letters that a face lacks, or with words over LONGEST_WORD.
     """
     texts = read_paragraphs(paths, split)
-    used_faces = {*faces, *(BOLD.get(face, face) for face in faces)}
+    used_faces = set(faces) | {BOLD.get(face, face) for face in faces}
     lacking = set()
     for char in set("".join(texts)) - {" "}:
         if any(lacks(face, char) for face in used_faces):
             lacking.add(char)
 
+    # A longer word could be wider than a column, and words are never split.
     kept = []
     for text in texts:
         words = text.split()
@@ -64,8 +69,9 @@ def read_own_text(paths, split, faces):
             kept.append(words)
     if not kept:
         raise ValueError(
-            f"text_files {paths} with {len(texts)} paragraphs in split {split!r} (train, or heldout: one "
-            "in ten; blank lines separate them) have none that can be printed: letters lacking "
+            f"text_files {paths} with {len(texts)} paragraphs in split {split!r} (train, or "
+            "heldout: one in ten; blank lines separate them) have none that can be printed: "
+            "letters lacking "
             f"{''.join(sorted(lacking))[:40]!r}, longest word {LONGEST_WORD}"
         )
     return kept, len(texts) - len(kept)
@@ -75,13 +81,15 @@ class PageWriter:
     """
     Draws the blocks of one page until its text has about n_chars characters.
 
-    paragraphs: endless lists of words; own_words: those of a user's text, empty for the built-in ones.
+    paragraphs: endless lists of words; own_words: those of a user's text, empty for the built-in
+    ones.
     """
 
     def __init__(self, rng, split, n_chars, paragraphs, own_words):
         self.rng = rng
         self.split = split
-        self.room = n_chars + 2  # characters; every block counts the blank line after it, the last has none
+        # Characters left. + 2: every block counts the blank line after it, but the last has none.
+        self.room = n_chars + 2
         self.paragraphs = paragraphs
         self.own_words = own_words
         self.blocks = []
@@ -92,7 +100,7 @@ class PageWriter:
     def write(self, parts):
         """-> list of Blocks; parts: odds by name, as PARTS."""
         go_on = True
-        if self.rng.random() >= 0.5:
+        if self.rng.random() >= 0.5:  # the other half of the pages has no title
             longest = 6 if self.room > 200 else 2
             go_on = self.add("title", self.words(2, longest), TITLE)
         part = "paragraph"
@@ -102,6 +110,7 @@ class PageWriter:
         return self.blocks
 
     def next_part(self, parts):
+        # Tables and figures do not use up n_chars, so that their number needs a limit of its own.
         n_floats = sum(block.kind in FLOATS for block in self.blocks)
         odds = []
         for name in parts:
@@ -115,16 +124,19 @@ class PageWriter:
             self.blocks.append(Block("table", self.table_rows(), SMALL))
             return True
         if part == "figure":
+            # The seed of a chart, which is drawn once its size is known.
             self.blocks.append(Block("figure", (self.split, self.rng.getrandbits(32))))
             return True
         if part == "list":
             return self.add_list()
+        # A heading is always followed by a paragraph.
         if part == "heading":
             self.add_heading()
         return self.add("text_block", next(self.paragraphs))
 
     def add(self, kind, words, scale=1, marker=""):
         """Adds as many of the words as the page has room for; -> whether these are all."""
+        # A space or newline after every word, and one newline more after the last.
         used = 1 + len(marker)
         n = 0
         while n < len(words) and used + len(words[n]) + 1 <= self.room:
@@ -140,12 +152,14 @@ class PageWriter:
         n_items = self.rng.randint(2, 6)
         for k in range(n_items):
             paragraph = next(self.paragraphs)
+            # The beginning of a paragraph: items are short.
             words = paragraph[:self.rng.randint(4, 20)]
             if not self.add("text_block", words, marker=marker.format(k + 1)):
                 return False
         return True
 
     def add_heading(self):
+        # Drawn even where it is not used: fixed evaluation sets depend on the order of these draws.
         number = f"{self.rng.randint(1, 9)}.{self.rng.randint(1, 9)}"
         is_numbered = self.rng.random() < 0.3
         words = self.words(1, 5)
@@ -178,28 +192,30 @@ class PageWriter:
 
 class SynthPage(Task):
     """
-    Page i as an OCR conversation, with labels of its glyphs and extra keys chars (length of the truth),
-    bucket, face, size_px, columns, split and page.
+    Page i as an OCR conversation, with labels of its glyphs and extra keys chars (length of the
+    truth), bucket, face, size_px, columns, split and page.
 
     image_size    px, one int for a square or (width, height), 64 and more
-    chars         (low, high) of the number of characters besides tables, or [(low, high, bucket), ...],
-                  which pages take in turn
+    chars         (low, high) of the number of characters besides tables, or [(low, high, bucket),
+                  ...], which pages take in turn
     columns       numbers of columns to draw from; a page has no more than fit at COLUMN_PX each
-    parts         odds of paragraph, heading, list, table and figure (a chart, which is no part of the
-                  truth), as PARTS; a table may have seven rows, for which small pages have no room
-    kinds         of boxes in the truth, as in tasks/omnidocbench.py: "text" and "table"; headers, footers
-                  and page numbers never count
+    parts         odds of paragraph, heading, list, table and figure (a chart, which is no part of
+                  the truth), as PARTS; a table may have seven rows, for which small pages have no
+                  room
+    kinds         of boxes in the truth, as in tasks/omnidocbench.py: "text" and "table"; headers,
+                  footers and page numbers never count
     damage        of a scanner, 0 to 1 or {kind: 0 to 1}, see tasks/damage.py; the truth stays
-    min_px        smallest print: a text that does not fit at it is set in another face, and smaller, down
-                  to MIN_PX, if it fits in none
-    text_files    a user's own UTF-8 files instead of the built-in words; `left_out` counts paragraphs
-                  that could not be printed
+    min_px        smallest print: a text that does not fit at it is set in another face, and
+                  smaller, down to MIN_PX, if it fits in none
+    text_files    a user's own UTF-8 files instead of the built-in words; `left_out` counts
+                  paragraphs that could not be printed
     """
 
     name = "synthpage"
 
-    def __init__(self, split, size, image_size=1024, chars=(500, 2500), columns=(1, 2, 3), parts=PARTS,
-                 kinds=("text", "table"), damage=0, faces=tuple(BOLD), min_px=7, text_files=None, seed=0):
+    def __init__(self, split, size, image_size=1024, chars=(500, 2500), columns=(1, 2, 3),
+                 parts=PARTS, kinds=("text", "table"), damage=0, faces=tuple(BOLD), min_px=7,
+                 text_files=None, seed=0):
         self.split = split
         self.size = size
         self.width, self.height = page_size(image_size)
@@ -207,6 +223,7 @@ class SynthPage(Task):
         if isinstance(chars[0], int):
             low, high = chars
             self.chars = [(low, high, f"{low}-{high}")]
+        # One column always fits, and no page gets more than it is wide enough for.
         self.columns = []
         for n in (1, 2, 3):
             if n in columns and (n == 1 or n * COLUMN_PX <= self.width):
@@ -225,12 +242,13 @@ class SynthPage(Task):
         if text_files:
             self.own, self.left_out = read_own_text(text_files, split, faces)
         self.own_words = [word for paragraph in self.own for word in paragraph]
+        # A page that goes round the text more than once would repeat itself.
         n_letters = sum(map(len, self.own_words))
         longest_page = max(high for _, high, _ in self.chars)
         if self.own and n_letters < longest_page:
             raise ValueError(
-                f"text_files hold {n_letters} characters of the split {split}, too few for one page of "
-                f"chars {chars}: give more text, or lower chars"
+                f"text_files hold {n_letters} characters of the split {split}, too few for one "
+                f"page of chars {chars}: give more text, or lower chars"
             )
 
     def check_arguments(self, image_size, columns):
@@ -243,7 +261,7 @@ class SynthPage(Task):
         check(min(self.width, self.height) >= 64, f"image_size {image_size}: give 64 px or more")
         check(
             self.columns,
-            f"columns {columns}: give some of 1, 2, 3, and an image_size of {COLUMN_PX} px for each",
+            f"columns {columns}: give some of 1, 2, 3, and {COLUMN_PX} px of image_size for each",
         )
         for low, high, _ in self.chars:
             check(SLACK <= low <= high, f"chars ({low}, {high}): give {SLACK} <= low <= high")
@@ -266,12 +284,13 @@ class SynthPage(Task):
 
     def paragraphs(self, rng, i):
         """Yields lists of words without end."""
+        # A user's own text is read on from a random paragraph.
         start = rng.randrange(len(self.own) or 1)
-        if self.own:
-            while True:
-                yield self.own[start % len(self.own)]
-                start += 1
+        while self.own:
+            yield self.own[start % len(self.own)]
+            start += 1
 
+        # Held-out prose stands on one page each, or it would be the same few sentences everywhere.
         dealt = []
         if self.split == "heldout" and i < DEAL:
             dealt = prose_sentences(True)[i::DEAL]
@@ -299,6 +318,7 @@ class SynthPage(Task):
         """(Page i before it is printed, bucket of its length)."""
         self.check_index(i)
         blocks, notes, bucket = self.content(i)
+        # A generator of its own: what a page says must not depend on its size.
         rng = random.Random(f"synthpage/{self.split}/{self.seed}/{i}/layout")
         faces = rng.sample(self.faces, len(self.faces))
         columns = rng.choice(self.columns)
@@ -314,7 +334,7 @@ class SynthPage(Task):
         page, bucket = self.lay_out(i)
         name = f"synthpage/{self.split}/{self.seed}/{i}"
         image, glyphs = scan(page, self.damage, name)
-        truth = page.truth
+        truth = page.truth  # as it would be read from the annotation
         return ocr_conversation(
             image,
             truth,
@@ -332,7 +352,8 @@ class SynthPage(Task):
 
 class SynthChart(Task):
     """
-    Chart i with a question as the user's text and a short answer in ChartQA's form as the assistant's.
+    Chart i with a question as the user's text and a short answer in ChartQA's form as the
+    assistant's.
 
     image_size    px, one int for a square or (width, height), 64 and more
     """
@@ -343,7 +364,7 @@ class SynthChart(Task):
     def __init__(self, split, size, image_size=512, seed=0):
         if split not in SPLITS or size < 1:
             raise ValueError(
-                f"split {split!r}, size {size}: give one of {', '.join(SPLITS)}, and one chart or more"
+                f"split {split!r}, size {size}: give one of {', '.join(SPLITS)}, and 1 or more"
             )
         self.width, self.height = page_size(image_size)
         if min(self.width, self.height) < 64:
@@ -360,6 +381,7 @@ class SynthChart(Task):
         self.check_index(i)
         name = f"synthchart/{self.split}/{self.seed}/{i}"
         rng = random.Random(name)
+        # No labels: what is printed in a chart is not asked for as text.
         image, question, answer = draw_chart(rng, self.width, self.height, self.split)
         return ocr_conversation(image, answer, name, prompt=f"\n{question}", split=self.split)
 
@@ -367,16 +389,17 @@ class SynthChart(Task):
 # -----------------------------------------------------------------------------
 # Fixed sets, and a set of one's own
 
-FOX_PAGES = {600: 7, 700: 28, 800: 28, 900: 14, 1000: 11, 1100: 8, 1200: 4}  # text tokens from: pages
+# Text tokens, of 100 more in a bucket: pages, as in the paper's study of compression.
+FOX_PAGES = {600: 7, 700: 28, 800: 28, 900: 14, 1000: 11, 1100: 8, 1200: 4}
 CHARS_PER_TOKEN = 4.5  # of English text, about
 
 
 def fox_like(size_px=1024, damage=0):
     """
-    100 dense held-out pages, fixed by seed, in the buckets of the paper's study of compression on Fox's
-    English pages: 600-700 to 1200-1300 text tokens, at 4.5 characters a token 2,700-3,149 to 5,400-5,849
-    characters. One or two columns, no tables. A twentieth of the text is prose, the rest is like English
-    in its letters and lengths only (see the top of this file).
+    100 dense held-out pages, fixed by seed, in the buckets of the paper's study of compression on
+    Fox's English pages: 600-700 to 1200-1300 text tokens, at 4.5 characters a token 2,700-3,149 to
+    5,400-5,849 characters. One or two columns, no tables. A twentieth of the text is prose, the
+    rest is like English in its letters and lengths only (see the top of this file).
     """
     chars = []
     for tokens, pages in FOX_PAGES.items():
@@ -390,7 +413,7 @@ def fox_like(size_px=1024, damage=0):
 
 
 def omnidocbench_like(size_px=1024, damage=0):
-    """100 held-out pages of mixed layouts, fixed by seed: all PARTS, 1 to 3 columns, 500 to 3,500 characters."""
+    """100 held-out pages, fixed by seed: all PARTS, 1 to 3 columns, 500 to 3,500 characters."""
     return SynthPage("heldout", 100, size_px, (500, 3500), damage=damage, seed="omnidocbench")
 
 
@@ -401,7 +424,7 @@ def write_folder(task, folder):
     task: conversations with a page, as SynthPage and SynthDoc give them.
     """
     images = Path(folder) / "images"
-    images.mkdir(parents=True)
+    images.mkdir(parents=True)  # FileExistsError if there is one: nothing is overwritten
     rows = []
     for i, conversation in enumerate(task):
         name = f"{i:05}.png"

@@ -2,10 +2,10 @@
 The words that rendered pages are made of, and which split may use which.
 
     train          words of the list and prose, some of them replaced by random strings
-    heldout        other pages of the same kinds of words and of prose from held-out topics, no random
-                   strings
-    heldout_words  only words that no training text contains: there is nothing to recall, they have to
-                   be read
+    heldout        other pages of the same kinds of words and of prose from held-out topics, no
+                   random strings
+    heldout_words  only words that no training text contains: there is nothing to recall, they have
+                   to be read
     random_chars   only random letters and digits: no language prior helps at all
 
 Words: words.txt (licence in words.LICENSE). Prose: the topics of Python's own help, which differ a
@@ -23,14 +23,15 @@ from nanochat.common import stable_hash
 
 SPLITS = ("train", "heldout", "heldout_words", "random_chars")
 ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyz0123456789"
-RANDOM_SHARE = 0.15  # of the training words: with none the model guesses words instead of reading letters
+RANDOM_SHARE = 0.15  # of the training words: with none the model guesses words, not letters
 PROSE_SHARE = 0.2  # of the word pages, and of the sentences of whole pages in train
 NUMBER_SHARE = 0.08  # of the words
 FUNCTION_SHARE = 0.3  # of the words of a sentence
 ZIPF_OFFSET = 20
+# Among the words of a sentence; those that stand here more than once are more frequent.
 FUNCTION_WORDS = (
-    "the the the of of and and to to in in a is for with on by as at from it was that are or be".split()
-)
+    "the the the of of and and to to in in a is for with on by as at from it was that are or be"
+).split()
 
 # -----------------------------------------------------------------------------
 # The word list
@@ -89,12 +90,15 @@ def random_string(rng):
 # -----------------------------------------------------------------------------
 # Prose
 
+# A word with inner hyphens or apostrophes and one mark after it, or a short number.
 PLAIN_WORD = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*[.,;:]?|[0-9]{1,4}[.,]?")
+# Of reStructuredText: quotes, asterisks, backticks, and parentheses that stand around whole words.
 MARKUP = re.compile(r'["*`]|\(\)|(?<!\S)\(|\)(?!\w)')
 
 
 def paragraphs(held_out):
-    """list of one-line paragraphs without markup: of the held-out tenth of the topics, or of the rest."""
+    """list of one-line paragraphs without markup, from a tenth of the topics (True) or the rest."""
+    # Whole topics are held out: paragraphs of one topic repeat each other's phrases.
     found = []
     for name in sorted(topics):
         topic_is_held_out = stable_hash(name) % 10 == 0
@@ -105,7 +109,7 @@ def paragraphs(held_out):
 
 
 def plain_runs(paragraph):
-    """list of runs of 8 or more plain words: code, tables, long words and held-out words cut a paragraph."""
+    """list of the runs of 8 or more plain words between code, tables, long and held-out words."""
     runs = [[]]
     for word in paragraph.split():
         is_plain = PLAIN_WORD.fullmatch(word) and len(word) <= 12
@@ -118,11 +122,11 @@ def plain_runs(paragraph):
 
 @lru_cache(None)
 def prose(held_out):
-    """tuple of words: the plain sentences of the held-out topics (True) or of the rest (False), run together."""
-    # Topics quote each other, so the training part drops every paragraph that a held-out topic has too.
+    """tuple of words: the plain sentences of the held-out topics (True) or of the rest."""
+    # Topics quote each other: training drops every paragraph that a held-out topic has too.
     quoted = set() if held_out else set(paragraphs(True))
     words = []
-    for paragraph in dict.fromkeys(paragraphs(held_out)):
+    for paragraph in dict.fromkeys(paragraphs(held_out)):  # each once, in order
         if paragraph not in quoted:
             for run in plain_runs(paragraph):
                 words.extend(run)
@@ -142,8 +146,8 @@ def prose_sentences(held_out):
 
 def draw_words(rng, split, low, high, own=()):
     """
-    low to high words of the split, or of `own`, the words of a user's text: a heading, a label, a cell.
-    The first has a capital, except in random_chars.
+    low to high words of the split, or of `own`, the words of a user's text: a heading, a label, a
+    cell. The first has a capital, except in random_chars.
     """
     n = rng.randint(low, high)
     if split == "random_chars":
@@ -173,13 +177,14 @@ def draw_number(rng):
 
 
 def draw_sentence(rng, split):
-    """5 to 18 words with function words, numbers and punctuation among them, as the split allows."""
+    """list of 5 to 18 words, with function words, numbers and punctuation as the split allows."""
     words = draw_words(rng, split, 5, 18)
     if split == "random_chars":
         return words
 
     last = len(words) - 1
     for k in range(len(words)):
+        # One draw decides between random string, function word, number and the word as it is.
         u = rng.random()
         if split == "train" and u < RANDOM_SHARE:
             words[k] = random_string(rng)
@@ -202,18 +207,19 @@ def draw_sentence(rng, split):
 
 def read_paragraphs(paths, split):
     """
-    list of one-line paragraphs of UTF-8 files, cut at blank lines, no paragraph twice. One in ten, by its
-    hash, is in the split heldout, the others are in train; no other split has any.
+    list of one-line paragraphs of UTF-8 files, cut at blank lines, no paragraph twice. One in ten,
+    by its hash, is in the split heldout, the others are in train; no other split has any.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
     found = []
     for path in paths:
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
+            text = Path(path).read_text(encoding="utf-8-sig")  # -sig: with or without a BOM
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"text file {path} is not UTF-8 ({error}): convert it, e.g. iconv -f latin1 -t utf-8"
+                f"text file {path} is not UTF-8 ({error}): "
+                "convert it, e.g. iconv -f latin1 -t utf-8"
             ) from error
         if not text.strip():
             raise ValueError(f"text file {path} is empty: leave it out")
@@ -222,6 +228,7 @@ def read_paragraphs(paths, split):
             if paragraph.strip():
                 found.append(" ".join(paragraph.split()))
 
+    # By hash, so that a paragraph stays in its split when files are added or put in another order.
     part = []
     for paragraph in dict.fromkeys(found):
         split_of_paragraph = "train" if stable_hash(paragraph) % 10 else "heldout"
