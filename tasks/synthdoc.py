@@ -12,7 +12,8 @@ import random
 
 from nanochat.conversation import Task, ocr_conversation
 from tasks.damage import parse_damage, skew_margin
-from tasks.fonts import FACES, MIN_PX, font, font_folder, line_height, overhang, text_width
+from tasks.fonts import FACES, MIN_PX, font_folder, line_height, overhang, text_width
+from tasks.fonts import font  # noqa: F401 (scripts/data_look.py imports it from here)
 from tasks.page import Box, Line, Page, PageFull, page_size, scan, wrap
 from tasks.words import (
     NUMBER_SHARE,
@@ -20,7 +21,6 @@ from tasks.words import (
     RANDOM_SHARE,
     SPLITS,
     held_out_list,
-    held_out_words,
     prose,
     random_string,
     ranked,
@@ -59,7 +59,7 @@ def listed_words(rng, split):
     """Yields words of the list, and except in heldout_words numbers, without end."""
     only_held_out = split == "heldout_words"
     while True:
-        # Numbers would be read by a model that knows none of the held-out words.
+        # No numbers among the held-out words: training has numbers too.
         if not only_held_out and rng.random() < NUMBER_SHARE:
             word = str(rng.randrange(10, 10 ** rng.randint(2, 4)))
         else:
@@ -159,7 +159,7 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
 
 
 def stack_shrinking(blocks, face, px, spacing, width, height, joiner, min_px):
-    """(Boxes, px) in the largest print from px down to min_px that fits; (None, px) if none does."""
+    """(Boxes, px) in the largest print from px down to min_px that fits, or (None, min_px)."""
     boxes = stack_blocks(blocks, face, px, spacing, width, height, joiner)
     if boxes is None:  # px is an estimate: if it is a little too large, closer lines may be enough
         boxes = stack_blocks(blocks, face, px, 1, width, height, joiner)
