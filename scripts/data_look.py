@@ -22,7 +22,7 @@ from nanochat.dataloader import Sampler
 from nanochat.image_modes import get_mode
 from nanochat.tokenizer import Tokenizer
 from tasks.registry import add_page_arguments, open_set, parse_data
-from tasks.synthdoc import font
+from tasks.fonts import font
 from tasks.synthpage import write_folder
 
 SHOWN = 8  # samples on the sheet

@@ -4,7 +4,6 @@ Train the tokenizer on the training text of the embedded tasks. The held-out wor
     python -m scripts.tok_train
     python -m scripts.tok_train --vocab-size 300 --max-chars 200000 --out /tmp/tokenizer
 """
-
 import argparse
 import json
 import os
@@ -13,13 +12,17 @@ import time
 from nanochat.common import run_main
 from nanochat.tokenizer import Tokenizer
 from tasks.synthchat import SynthChat
-from tasks.synthdoc import held_out_words, text_stream
+from tasks.synthdoc import text_stream
+from tasks.words import held_out_words
 
-CHAT_SHARE = 0.03  # of the characters; its few templates would otherwise take merges from the pages' words
+# Of the characters. With more, the chat's few templates would take merges from the pages' words.
+CHAT_SHARE = 0.03
+MEASURED_SPLITS = ("heldout", "heldout_words", "random_chars")
+MEASURED_CHARS = 100_000  # of each split
 
 
 def training_text(max_chars, seed):
-    """Page texts and chat messages, max_chars characters in all."""
+    """Yields page texts and chat messages, max_chars characters in all."""
     left = int(max_chars * CHAT_SHARE)
     yield from text_stream("train", max_chars - left, seed)
     for conversation in SynthChat("train", max_chars, seed=f"text/{seed}"):
@@ -31,42 +34,78 @@ def training_text(max_chars, seed):
 
 
 def known_held_out_words(tokenizer):
-    """Held-out words that are a token of their own: the model would pick them from a list instead of reading them."""
+    """Held-out words that are one token: the model would pick them from a list, not read them."""
     tokens = {token.decode("utf-8", errors="replace").strip().lower() for token in tokenizer.ranks}
     return sorted(held_out_words() & tokens)
 
 
-def main(argv=None):
+def measure_chars_per_token(tokenizer, split, seed):
+    """Characters per token on pages of a split."""
+    n_chars = 0
+    n_tokens = 0
+    for text in text_stream(split, MEASURED_CHARS, seed):
+        n_chars += len(text)
+        n_tokens += len(tokenizer.encode(text))
+    return round(n_chars / n_tokens, 3)
+
+
+def parse_args(argv):
     parser = argparse.ArgumentParser(description="Train the tokenizer")
-    parser.add_argument("--vocab-size", type=int, default=270, help="tokens in all, special ones included")
-    parser.add_argument("--max-chars", type=int, default=2_000_000, help="characters of text to train on")
-    parser.add_argument("--out", default="checkpoints/tokenizer", help="folder for tokenizer.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the training text")
+    flag = parser.add_argument
+    flag("--vocab-size", type=int, default=270, help="tokens in all, special ones included")
+    flag("--max-chars", type=int, default=2_000_000, help="characters of text to train on")
+    flag("--out", default="checkpoints/tokenizer", help="folder for tokenizer.json")
+    flag("--overwrite", action="store_true", help="replace an existing tokenizer")
+    flag("--seed", type=int, default=0, help="seed of the training text")
     args = parser.parse_args(argv)
+
     if args.max_chars < 1:
         parser.error(f"--max-chars is {args.max_chars}: give 1 or more")
     path = os.path.join(args.out, "tokenizer.json")
     if os.path.exists(path) and not args.overwrite:
-        parser.error(f"{path} exists and checkpoints may depend on it: choose another --out, or give --overwrite")
+        parser.error(
+            f"{path} exists and checkpoints may depend on it: choose another --out, "
+            "or give --overwrite"
+        )
+    return parser, args
 
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+
+    # Train
     t0 = time.time()
     tokenizer = Tokenizer.train(training_text(args.max_chars, args.seed), args.vocab_size)
+    vocab_size = tokenizer.get_vocab_size()
+    if vocab_size < args.vocab_size:
+        print(f"NOTE: only {vocab_size} of {args.vocab_size} tokens: raise --max-chars for more")
+
+    # No training text has a held-out word, but merges of its parts could still spell one.
     known = known_held_out_words(tokenizer)
     if known:
-        parser.error(f"{len(known)} held-out words are single tokens ({', '.join(known[:5])}), which would spoil the "
-                     f"heldout_words split: lower --vocab-size, now {args.vocab_size}")
-    if tokenizer.get_vocab_size() < args.vocab_size:
-        print(f"NOTE: only {tokenizer.get_vocab_size()} of {args.vocab_size} tokens: raise --max-chars for more")
+        parser.error(
+            f"{len(known)} held-out words are single tokens ({', '.join(known[:5])}), which would "
+            f"contaminate the heldout_words split: lower --vocab-size, now {args.vocab_size}"
+        )
+
+    # Measure
     chars_per_token = {}
-    for split in ("heldout", "heldout_words", "random_chars"):
-        texts = list(text_stream(split, 100_000, args.seed))
-        chars_per_token[split] = round(sum(map(len, texts)) / sum(len(tokenizer.encode(text)) for text in texts), 3)
+    for split in MEASURED_SPLITS:
+        chars_per_token[split] = measure_chars_per_token(tokenizer, split, args.seed)
         print(f"{split:>14}: {chars_per_token[split]:.3f} characters per token")
+
+    # Save
     tokenizer.save(args.out)
+    path = os.path.join(args.out, "tokenizer.json")
     print(f"saved {path} after {time.time() - t0:.1f} s")
-    print(json.dumps({"tok_train": args.out, "vocab_size": tokenizer.get_vocab_size(), "chars": args.max_chars,
-                      "chars_per_token": chars_per_token, "fingerprint": tokenizer.fingerprint()}))
+    record = {
+        "tok_train": args.out,
+        "vocab_size": vocab_size,
+        "chars": args.max_chars,
+        "chars_per_token": chars_per_token,
+        "fingerprint": tokenizer.fingerprint(),
+    }
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import random
 
 from nanochat.common import stable_hash
 from nanochat.conversation import Task
-from tasks.synthdoc import train_words
+from tasks.words import train_words
 
 SPLITS = ("train", "heldout")  # as SynthDoc's, of which the others make no sense for a chat
 

@@ -1,29 +1,47 @@
 """
-Whole pages: a page depends on (arguments, index) only; all ink is in its box and no box meets another; the truth is what is printed
-in reading order, and what tasks/omnidocbench.py reads from the folder; splits cannot leak; damage leaves the truth alone.
+Whole pages: they depend on (arguments, index) only; all ink is in its box and no box meets another;
+the truth is what is printed in reading order, and what tasks/omnidocbench.py reads from the folder;
+every glyph has its label; splits cannot leak; damage leaves the truth alone.
 
     python -m pytest tests/test_synthpage.py
 """
-
 import hashlib
 import json
+import random
 import re
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from tasks import synthpage
+from tasks.charts import draw_chart, draw_data
 from tasks.damage import LIMITS, damage_image, parse_damage
+from tasks.fonts import FACES
 from tasks.omnidocbench import OmniDocBench
-from tasks.synthdoc import FACES, PageFull, held_out_words, letters, prose
-from tasks.synthpage import (FOX_PAGES, SynthChart, SynthPage, annotation, fox_like, omnidocbench_like, prose_sentences, write_folder)
+from tasks.page import PageFull, annotation
+from tasks.synthpage import (
+    FOX_PAGES,
+    SynthChart,
+    SynthPage,
+    fox_like,
+    omnidocbench_like,
+    write_folder,
+)
+from tasks.words import held_out_words, letters, prose, prose_sentences
 
 FURNITURE = ("header", "footer", "page_number")
+SMALL_PAGE = {"paragraph": 3, "heading": 1, "list": 1}  # parts that 64 px have room for
+MIXED_PAGE = {"paragraph": 2, "table": 2, "figure": 2}
 
 
 def digest(conversation):
-    return hashlib.sha256(conversation["images"][0].tobytes() + repr(conversation["messages"]).encode()).hexdigest()
+    """sha256 of picture, question and answer."""
+    pixels = conversation["images"][0].tobytes()
+    return hashlib.sha256(pixels + repr(conversation["messages"]).encode()).hexdigest()
+
+
+def answer_of(conversation):
+    return conversation["messages"][1]["content"]
 
 
 def text_of(conversation):
@@ -32,7 +50,12 @@ def text_of(conversation):
 
 @pytest.fixture(scope="module")
 def mixed():
-    return [omnidocbench_like(800)[i] for i in range(40)]
+    task = omnidocbench_like(800)
+    return [task[i] for i in range(40)]
+
+
+# -----------------------------------------------------------------------------
+# Pages
 
 
 @pytest.mark.parametrize("make", [
@@ -42,211 +65,410 @@ def mixed():
 ], ids=["clean", "damaged", "charts"])
 def test_a_page_depends_on_arguments_and_index_only(make):
     in_order = [digest(make(10**9, 0)[i]) for i in range(12)]
-    assert [digest(make(100, 0)[i]) for i in reversed(range(12))] == in_order[::-1]
-    assert len(set(in_order)) == 12 and not {digest(make(100, 1)[i]) for i in range(12)} & set(in_order)
+    backwards = [digest(make(100, 0)[i]) for i in reversed(range(12))]
+    assert backwards == in_order[::-1]
+    assert len(set(in_order)) == 12
+    assert not {digest(make(100, 1)[i]) for i in range(12)} & set(in_order)
+
+
+@pytest.mark.parametrize("split, options, i, expected", [
+    ("heldout", {"image_size": 64, "chars": (20, 50), "parts": SMALL_PAGE}, 100,
+     "aecdfc15e15600c2"),
+    ("heldout", {"image_size": (500, 900)}, 101, "771d707166e9675f"),
+    ("heldout_words", {"image_size": 1024, "chars": (500, 3500)}, 4, "8508e4230270060d"),
+    ("random_chars", {"image_size": 640, "chars": (1000, 3000), "columns": (2,)}, 2,
+     "17fd71a6d3295c54"),
+    ("heldout", {"image_size": 800, "seed": 1, "chars": (500, 2000), "parts": MIXED_PAGE,
+                 "kinds": ("table",)}, 107, "4660999879afa69d"),
+])
+def test_pages_are_those_that_models_were_measured_on(split, options, i, expected):
+    """As in test_synthdoc.py: no prose, and only Pillow or the fonts may change these hashes."""
+    conversation = SynthPage(split, 10_000, **options)[i]
+    pixels = conversation["images"][0].tobytes()
+    found = hashlib.sha256(pixels + answer_of(conversation).encode()).hexdigest()
+    assert found[:16] == expected
+
+
+def apart(a, b):
+    """Whether two boxes (left, top, right, bottom) have no pixel in common."""
+    beside = a[2] <= b[0] or b[2] <= a[0]
+    above = a[3] <= b[1] or b[3] <= a[1]
+    return beside or above
 
 
 def boxes_apart(page):
-    return all(a.bbox[2] <= b.bbox[0] or b.bbox[2] <= a.bbox[0] or a.bbox[3] <= b.bbox[1] or b.bbox[3] <= a.bbox[1]
-               for k, a in enumerate(page.boxes) for b in page.boxes[:k])
+    for k, box in enumerate(page.boxes):
+        for other in page.boxes[:k]:
+            if not apart(box.bbox, other.bbox):
+                return False
+    return True
 
 
-@pytest.mark.parametrize("image_size, chars", [(64, (20, 50)), ((160, 96), (40, 120)), ((500, 900), (300, 2000)), (1280, (1000, 6000))])
-def test_ink_is_inside_boxes_that_do_not_meet(image_size, chars):
-    task = SynthPage("heldout", 12, image_size, chars, parts={"paragraph": 3, "heading": 1, "list": 1, "table": 0.3 * (image_size != 64)})
+@pytest.mark.parametrize("image_size, chars, tables", [
+    (64, (20, 50), 0),
+    ((160, 96), (40, 120), 0.3),
+    ((500, 900), (300, 2000), 0.3),
+    (1280, (1000, 6000), 0.3),
+])
+def test_ink_is_inside_boxes_that_do_not_meet(image_size, chars, tables):
+    task = SynthPage("heldout", 12, image_size, chars, parts={**SMALL_PAGE, "table": tables})
     for conversation in task:
-        page, levels = conversation["page"], np.array(conversation["images"][0])
-        assert conversation["images"][0].mode == "L" and levels.shape == (task.height, task.width) == (page.height, page.width)
+        page = conversation["page"]
+        image = conversation["images"][0]
+        levels = np.array(image)
+        assert image.mode == "L"
+        assert levels.shape == (task.height, task.width) == (page.height, page.width)
+        assert boxes_apart(page)
         for box in page.boxes:
             left, top, right, bottom = box.bbox
             assert 0 < left < right < page.width and 0 < top < bottom < page.height
             ink = levels[top:bottom, left:right] != page.paper
             assert ink[0].any() and ink[-1].any() and ink[:, 0].any() and ink[:, -1].any()
-        assert boxes_apart(page)
         for box in page.boxes:
-            levels[box.bbox[1]:box.bbox[3], box.bbox[0]:box.bbox[2]] = page.paper
-        assert (levels == page.paper).all()  # no ink outside the boxes
+            left, top, right, bottom = box.bbox
+            levels[top:bottom, left:right] = page.paper
+        assert (levels == page.paper).all(), "ink outside the boxes"
 
 
 def test_columns_are_read_one_after_the_other(mixed):
     seen = set()
-    for page in (c["page"] for c in mixed):
+    for conversation in mixed:
+        page = conversation["page"]
         seen.add(page.columns)
         body = [box for box in page.boxes if box.kind not in FURNITURE]
-        assert [box.order for box in body] == sorted(box.order for box in body) and boxes_apart(page)
+        orders = [box.order for box in body]
+        assert orders == sorted(orders) and boxes_apart(page)
         for a, b in zip(body, body[1:]):
-            assert b.bbox[1] >= a.bbox[3] or b.bbox[0] >= a.bbox[2]  # below, or to the right
-        # a word is as wide as its letters: nothing runs out of its column into the next
-        for box in (b for b in body if b.kind == "text_block"):
-            assert box.bbox[2] - box.bbox[0] <= page.width / page.columns
+            below = b.bbox[1] >= a.bbox[3]
+            to_the_right = b.bbox[0] >= a.bbox[2]
+            assert below or to_the_right
+        # Nothing runs out of its column into the next.
+        for box in body:
+            if box.kind == "text_block":
+                assert box.bbox[2] - box.bbox[0] <= page.width / page.columns
     assert seen == {1, 2, 3}
 
 
 def test_truth_is_what_is_printed(mixed):
-    kinds = {box.kind for c in mixed for box in c["page"].boxes}
-    assert kinds == {"title", "text_block", "table", "figure", *FURNITURE}
     task = omnidocbench_like(800)
+    kinds = set()
     for i, conversation in enumerate(mixed):
-        page, truth = conversation["page"], conversation["messages"][1]["content"]
-        blocks, _, _ = task.content(i)
-        said = [marker + " ".join(words) for kind, words, _, marker in blocks if kind in ("title", "text_block")]
-        assert [part for part in truth.split("\n\n") if not part.startswith("<table>")] == said  # pieces of two columns are one again
+        page = conversation["page"]
+        truth = answer_of(conversation)
         assert conversation["chars"] == len(truth)
+        blocks, _, _ = task.content(i)
+        said = []
+        for block in blocks:
+            if block.kind in ("title", "text_block"):
+                said.append(block.marker + " ".join(block.content))
+        # Pieces of a paragraph in two columns are one again.
+        assert [part for part in truth.split("\n\n") if not part.startswith("<table>")] == said
+
         for box in page.boxes:
-            printed = [text for _, _, _, _, text in box.lines] if box.kind != "figure" else []
+            kinds.add(box.kind)
+            printed = [line.text for line in box.lines]
             if box.kind == "table":
-                assert re.findall("<td>(.*?)</td>", box.text) == printed and truth.count(box.text) == 1
+                assert re.findall("<td>(.*?)</td>", box.text) == printed
+                assert truth.count(box.text) == 1
                 rows = re.findall("<tr>(.*?)</tr>", box.text)
                 assert len(rows) >= 3 and len({row.count("<td>") for row in rows}) == 1
             else:
                 assert box.text == " ".join(printed)
             if box.kind in FURNITURE:
                 assert box.order is None
+    assert kinds == {"title", "text_block", "table", "figure", *FURNITURE}
     assert any(c["page"].relations for c in mixed)
-    assert all(re.search(mark, " ".join(map(text_of, mixed))) for mark in (r"\d", r"[,;:]", r"[?!]", "%", "•", r"\(2\)"))
+    printed = " ".join(map(text_of, mixed))
+    for mark in (r"\d", r"[,;:]", r"[?!]", "%", "•", r"\(2\)"):
+        assert re.search(mark, printed)
+
+
+@pytest.mark.parametrize("damage", [0, 1])
+def test_truth_without_a_picture_is_the_same(damage):
+    task = SynthPage("train", 6, 500, (300, 1200), damage=damage)
+    assert [task.truth(i) for i in range(6)] == [answer_of(c) for c in task]
+
+
+# -----------------------------------------------------------------------------
+# Labels
+
+
+def test_every_printed_glyph_has_its_label(mixed):
+    """In text, tables, headers and footers, but not in figures; and on the line of its glyph."""
+    for conversation in mixed[:12]:
+        page = conversation["page"]
+        labels, = conversation["labels"]
+        assert set(labels) == {"glyphs"}
+        glyphs = iter(labels["glyphs"])
+        for box in page.boxes:
+            left, top, right, bottom = box.bbox
+            for line in box.lines:
+                last_x = left
+                for char in line.text.replace(" ", ""):
+                    labelled, x, y = next(glyphs)
+                    assert labelled == char
+                    assert last_x < x < right and top < y < bottom
+                    assert line.y < y < line.y + 1.5 * line.px
+                    last_x = x
+        assert next(glyphs, None) is None
+
+
+def test_labels_turn_with_the_page():
+    task = SynthPage("heldout", 8, (400, 300), (300, 700), damage={"skew": 1})
+    clean = SynthPage("heldout", 8, (400, 300), (300, 700))
+    for damaged, straight in zip(task, clean):
+        page = damaged["page"]
+        assert page.skew
+        expected = []
+        for char, x, y in straight["labels"][0]["glyphs"]:
+            expected.append((char, *page.turned(x, y)))
+        assert damaged["labels"] == [{"glyphs": expected}]
+
+
+# -----------------------------------------------------------------------------
+# Fixed sets and folders
 
 
 def test_the_folder_reads_as_omnidocbench(tmp_path):
-    pages = [omnidocbench_like(640)[i] for i in range(12)]
-    write_folder(pages, tmp_path / "set")
+    task = omnidocbench_like(640)
+    pages = [task[i] for i in range(12)]
+    folder = tmp_path / "set"
+    write_folder(pages, folder)
     for kinds in (("text",), ("text", "table")):
-        read = OmniDocBench(tmp_path / "set", kinds=kinds)
-        for page, row, again in zip(pages, read.truths, read):
+        read = OmniDocBench(folder, kinds=kinds)
+        for page, again in zip(pages, read):
             page["page"].kinds = kinds
-            assert row == page["page"].truth == again["messages"][1]["content"]
-            assert np.array_equal(np.asarray(again["images"][0])[..., 0], np.asarray(page["images"][0]))
-    assert read.truths == [page["messages"][1]["content"] for page in pages]
-    row = json.loads((tmp_path / "set" / "OmniDocBench.json").read_text())[3]
-    assert set(row) == {"layout_dets", "extra", "page_info"} and row["page_info"]["image_path"] == "00003.png"
-    assert set(row["page_info"]["page_attribute"]) == {"data_source", "language", "layout", "special_issue"}
-    for det in row["layout_dets"]:
-        assert {"category_type", "poly", "ignore", "order", "anno_id"} <= set(det) and len(det["poly"]) == 8
+            assert answer_of(again) == page["page"].truth
+            pixels = np.asarray(again["images"][0])
+            assert np.array_equal(pixels[..., 0], np.asarray(page["images"][0]))
+    assert [answer_of(again) for again in read] == [answer_of(page) for page in pages]
+
+    row = json.loads((folder / "OmniDocBench.json").read_text())[3]
+    assert set(row) == {"layout_dets", "extra", "page_info"}
+    assert row["page_info"]["image_path"] == "00003.png"
+    attributes = {"data_source", "language", "layout", "special_issue"}
+    assert set(row["page_info"]["page_attribute"]) == attributes
+    for entry in row["layout_dets"]:
+        assert {"category_type", "poly", "ignore", "order", "anno_id"} <= set(entry)
+        assert len(entry["poly"]) == 8
     with pytest.raises(FileExistsError):
-        write_folder(pages, tmp_path / "set")
+        write_folder(pages, folder)
 
 
 def test_fox_like_buckets_and_no_page_repeats_another():
     task = fox_like()
-    texts, buckets = [], {}
+    texts = []
+    buckets = {}
     for i in range(len(task)):
         blocks, _, bucket = task.content(i)
-        texts.append("\n\n".join(marker + " ".join(words) for _, words, _, marker in blocks))
+        texts.append("\n\n".join(block.marker + " ".join(block.content) for block in blocks))
         low, high = (int(n) * 4.5 for n in bucket.split("-"))
         assert low <= len(texts[-1]) < high
         buckets[bucket] = buckets.get(bucket, 0) + 1
-    assert buckets == {f"{n}-{n + 100}": pages for n, pages in FOX_PAGES.items()} and sum(buckets.values()) == 100
+    assert buckets == {f"{n}-{n + 100}": pages for n, pages in FOX_PAGES.items()}
+    assert sum(buckets.values()) == 100
     assert 2700 <= min(map(len, texts)) and max(map(len, texts)) < 5850
-    runs = [{tuple(words[k:k + 16]) for k in range(len(words) - 15)} for words in map(str.split, texts)]
-    assert sum(map(len, runs)) == len(set().union(*runs))  # no sixteen words in a row stand on two pages
-    one, other = task[0], fox_like(640)[0]
-    assert one["messages"] == other["messages"] and one["messages"][1]["content"] == texts[0]  # one text at every size
-    assert one["bucket"] in buckets and one["images"][0].size == (1024, 1024) and one["columns"] in (1, 2)
+
+    # No sixteen words in a row stand on two pages.
+    seen = set()
+    for text in texts:
+        words = text.split()
+        runs = {tuple(words[k:k + 16]) for k in range(len(words) - 15)}
+        assert not runs & seen
+        seen |= runs
+
+    # The same text at every size.
+    one = task[0]
+    assert one["messages"] == fox_like(640)[0]["messages"] and answer_of(one) == texts[0]
+    assert one["bucket"] in buckets and one["columns"] in (1, 2)
+    assert one["images"][0].size == (1024, 1024)
 
 
 def test_splits_cannot_leak():
     held_out = held_out_words()
-    for i in range(25):
-        train = SynthPage("train", 999, 640, (500, 1500), seed=1)[i]
-        assert held_out.isdisjoint(letters(text_of(train) + train["messages"][1]["content"].replace("td>", "")))
-        only = SynthPage("heldout_words", 999, 640, (200, 800))[i]
-        assert held_out >= set(letters(" ".join(re.sub("<.*?>", " ", box.text) for box in only["page"].boxes)))
-        noise = SynthPage("random_chars", 99, 640, (200, 800))[i]["messages"][1]["content"]
-        assert not re.search("[A-Z]{2}|the ", noise)
-        chart = SynthChart("train", 999)[i]["messages"]
-        assert held_out.isdisjoint(letters(chart[0]["content"][1]["text"] + " " + chart[1]["content"]))
+    tasks = {}
+    for split in ("train", "heldout_words", "random_chars"):
+        tasks[split] = SynthPage(split, 999, 640, (200, 800))
+    charts = SynthChart("train", 999)
+    for i in range(40):
+        train = tasks["train"][i]
+        assert held_out.isdisjoint(letters(text_of(train)))
+        assert held_out.isdisjoint(letters(answer_of(train).replace("td>", "")))
+        only = " ".join(box.text for box in tasks["heldout_words"][i]["page"].boxes)
+        assert held_out >= set(letters(re.sub("<.*?>", " ", only)))
+        assert not re.search("[A-Z]{2}|the ", answer_of(tasks["random_chars"][i]))
+        question, answer = charts[i]["messages"]
+        text = question["content"][1]["text"] + " " + answer["content"]
+        assert held_out.isdisjoint(letters(text))
+
+
+def test_held_out_prose_is_dealt_out_and_not_trained_on():
+    held_out = prose_sentences(True)
     trained = " ".join(prose(False))
-    assert len(prose_sentences(True)) > 50 and sum(" ".join(s) in trained for s in prose_sentences(True) if len(s) > 8) == 0
-    dealt = [tuple(s) for i in range(100) for s in prose_sentences(True)[i::100]]
-    assert sorted(dealt) == sorted(map(tuple, prose_sentences(True)))
+    assert len(held_out) > 50
+    for sentence in held_out:
+        assert len(sentence) <= 8 or " ".join(sentence) not in trained
+    # Each sentence is on at most one of the first hundred pages.
+    task = SynthPage("heldout", 100, 640, (1000, 2500), parts={"paragraph": 1})
+    pages = [" ".join(" ".join(block.content) for block in task.content(i)[0]) for i in range(100)]
+    long = [" ".join(sentence) for sentence in held_out if len(sentence) > 12]
+    counts = [sum(sentence in page for page in pages) for sentence in long]
+    assert max(counts) == 1 and sum(counts) > len(long) / 4
+
+
+# -----------------------------------------------------------------------------
+# Damage
 
 
 @pytest.mark.parametrize("kind", LIMITS)
 def test_each_damage_changes_pixels_and_not_the_truth(kind):
-    clean, bad = (SynthPage("heldout", 9, 300, (100, 300), damage=d)[4] for d in (0, {kind: 1}))
-    assert clean["messages"] == bad["messages"] and clean["images"][0].size == bad["images"][0].size
-    assert bad["images"][0].mode == "L" and clean["images"][0].tobytes() != bad["images"][0].tobytes()
-    assert clean["page"].truth == bad["page"].truth and annotation(bad["page"])["page_info"]["page_attribute"]["special_issue"]
-    none = damage_image(clean["images"][0], parse_damage(0), 1, 12)
-    assert none == (clean["images"][0], 0)
+    clean = SynthPage("heldout", 9, 300, (100, 300))[4]
+    damaged = SynthPage("heldout", 9, 300, (100, 300), damage={kind: 1})[4]
+    assert clean["messages"] == damaged["messages"]
+    before = clean["images"][0]
+    after = damaged["images"][0]
+    assert after.size == before.size and after.mode == "L"
+    assert after.tobytes() != before.tobytes()
+    assert clean["page"].truth == damaged["page"].truth
+    attributes = annotation(damaged["page"])["page_info"]["page_attribute"]
+    assert attributes["special_issue"]
+    assert damage_image(before, parse_damage(0), 1, 12) == (before, 0)
 
 
 def test_a_turned_page_keeps_its_ink_and_its_polygons_follow():
-    for i in range(8):
-        c = SynthPage("heldout", 9, (400, 300), (300, 700), damage={"skew": 1})[i]
-        page, levels = c["page"], np.asarray(c["images"][0])
-        ink = Image.new("L", (page.width, page.height))
-        for det in annotation(page)["layout_dets"]:
-            assert min(det["poly"]) > 0 and max(det["poly"][::2]) < page.width and max(det["poly"][1::2]) < page.height
-            ImageDraw.Draw(ink).polygon(det["poly"], fill=255)
-        ink = ink.filter(ImageFilter.MaxFilter(3))  # half a pixel of interpolation
-        assert (abs(levels[np.asarray(ink) == 0].astype(int) - page.paper) < 40).all() and page.skew
+    for conversation in SynthPage("heldout", 8, (400, 300), (300, 700), damage={"skew": 1}):
+        page = conversation["page"]
+        levels = np.asarray(conversation["images"][0]).astype(int)
+        allowed = Image.new("L", (page.width, page.height))
+        for entry in annotation(page)["layout_dets"]:
+            poly = entry["poly"]
+            assert min(poly) > 0
+            assert max(poly[::2]) < page.width and max(poly[1::2]) < page.height
+            ImageDraw.Draw(allowed).polygon(poly, fill=255)
+        allowed = allowed.filter(ImageFilter.MaxFilter(3))  # half a pixel of interpolation
+        outside = levels[np.asarray(allowed) == 0]
+        assert page.skew and (abs(outside - page.paper) < 40).all()
 
 
-def test_charts_answer_their_question():
-    texts = []
-    for image_size in (64, (200, 120), 512):
-        for c in SynthChart("heldout", 40, image_size):
-            (user, answer), image = c["messages"], c["images"][0]
-            question = user["content"][1]["text"]
-            edge = np.asarray(image).min(2)
-            assert set(np.unique(np.concatenate([edge[0], edge[-1], edge[:, 0], edge[:, -1]]))) <= {200, 255}  # gridlines at most
-            assert image.mode == "RGB" and question.startswith("\n") and question.endswith("?") and 0 < len(answer["content"]) < 12
-            numeric = re.match(r"\n(What|How many)", question)
-            assert bool(re.fullmatch(r"\d+(\.\d)?", answer["content"])) == bool(numeric) or answer["content"].isdigit()  # or a year
-            texts.append(question.split()[3])
-    assert len(set(texts)) >= 4
+# -----------------------------------------------------------------------------
+# Charts
 
 
-def test_chart_values_are_those_drawn(monkeypatch):
-    """The answer is printed in the chart, or follows from what is."""
-    import random
+@pytest.mark.parametrize("image_size", [64, (200, 120), 512])
+def test_charts_answer_their_question(image_size):
+    asked = set()
+    for conversation in SynthChart("heldout", 40, image_size):
+        user, assistant = conversation["messages"]
+        question = user["content"][1]["text"]
+        answer = assistant["content"]
+        image = conversation["images"][0]
+        assert image.mode == "RGB" and "labels" not in conversation
+        # Nothing but grid lines reaches the edge.
+        levels = np.asarray(image).min(2)
+        edge = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+        assert set(np.unique(edge)) <= {200, 255}
+
+        assert question.startswith("\n") and question.endswith("?")
+        assert 0 < len(answer) < 12
+        is_number = bool(re.fullmatch(r"\d+(\.\d)?", answer))
+        if re.match(r"\n(What|How many)", question):
+            assert is_number
+        else:
+            assert not is_number or answer.isdigit()  # a label may be a year
+        asked.add(question.split()[3])
+    assert len(asked) >= 4
+
+
+def test_chart_answers_follow_from_the_values():
     for seed in range(60):
-        printed = []
-        text = synthpage.ImageDraw.ImageDraw.text
-        monkeypatch.setattr(synthpage.ImageDraw.ImageDraw, "text", lambda self, xy, s, *a, **k: (printed.append((xy, s)), text(self, xy, s, *a, **k)))
-        image, question, answer = synthpage.draw_chart(random.Random(seed), 400, 300, "train")
-        monkeypatch.undo()
-        words = " ".join(s for _, s in printed).split()
-        if "How many" not in question and "difference" not in question:
-            assert answer in words
+        chart = draw_data(random.Random(seed), 400, "train")
+        _, question, answer = draw_chart(random.Random(seed), 400, 300, "train")
+        printed = [chart.printed(k) for k in range(len(chart.values))]
+        assert len(set(printed)) == len(set(chart.labels)) == len(printed)
+        if "How many" in question:
+            assert answer == str(len(printed))
         elif "difference" in question:
-            numbers = [float(w) for w in words if re.fullmatch(r"[\d.]+", w)]
-            assert any(abs(abs(a - b) - float(answer)) < 1e-6 for a in numbers for b in numbers)
+            numbers = [float(value) for value in printed]
+            differences = {f"{abs(a - b):.4g}" for a in numbers for b in numbers}
+            assert f"{float(answer):.4g}" in differences
+        else:
+            assert answer in printed or answer in chart.labels
 
 
-def test_a_persons_own_text(tmp_path):
-    paragraphs = [f"Paragraf {k}: Größe <b> & Maß, {'wort ' * (k % 7)}zu drei- und vierstöckigen Häusern." for k in range(600)]
-    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs + ["漢字 gibt es nicht.", "Kein\u200bRaum.", "x" * 80]), encoding="utf-8")
-    kinds, said = {"paragraph": 5, "table": 1, "list": 1}, {}
+def test_a_chart_prints_its_values_and_labels(monkeypatch):
+    written = []
+    text = ImageDraw.ImageDraw.text
+
+    def spy(self, xy, string, *args, **kwargs):
+        written.append(string)
+        text(self, xy, string, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
+    for seed in range(20):
+        written.clear()
+        chart = draw_data(random.Random(seed), 400, "train")
+        draw_chart(random.Random(seed), 400, 300, "train")
+        words = " ".join(written).split()
+        assert chart.name in words
+        for k, label in enumerate(chart.labels):
+            assert label in words and chart.printed(k) in words
+
+
+# -----------------------------------------------------------------------------
+# A user's own text
+
+
+def test_own_text(tmp_path):
+    paragraphs = []
+    for k in range(600):
+        filler = "wort " * (k % 7)
+        paragraphs.append(
+            f"Paragraf {k}: Größe <b> & Maß, {filler}zu drei- und vierstöckigen Häusern."
+        )
+    unprintable = ["漢字 gibt es nicht.", "Kein\u200bRaum.", "x" * 80]
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(paragraphs + unprintable), encoding="utf-8")
+
+    parts = {"paragraph": 5, "table": 1, "list": 1}
+    said = {}
+    left_out = 0
     for split in ("train", "heldout"):
-        task = SynthPage(split, 50, 500, (300, 900), text_files=[tmp_path / "a.txt"], parts=kinds)
-        said[split] = {k for c in task for k in re.findall(r"Paragraf (\d+):", c["messages"][1]["content"])}
-        left_out = task.left_out
-    assert not said["train"] & said["heldout"] and len(said["train"]) > 100 and len(said["heldout"]) > 10
-    assert left_out + SynthPage("train", 1, 500, (300, 900), text_files=tmp_path / "a.txt").left_out == 3
-    for c in SynthPage("train", 40, 400, (300, 900), columns=(2,), text_files=[tmp_path / "a.txt"]):
-        whole = c["messages"][1]["content"]
-        assert "drei-und" not in whole
-        assert all(any(p.startswith(part) for p in paragraphs) for part in whole.split("\n\n") if re.match(r"Paragraf \d+:", part))
+        task = SynthPage(split, 50, 500, (300, 900), text_files=[path], parts=parts)
+        left_out += task.left_out
+        truths = " ".join(answer_of(conversation) for conversation in task)
+        said[split] = set(re.findall(r"Paragraf (\d+):", truths))
+    assert not said["train"] & said["heldout"]
+    assert len(said["train"]) > 100 and len(said["heldout"]) > 10
+    assert left_out == len(unprintable)
+
+    # A paragraph that goes on in the second column is joined as it was, hyphens included.
+    for conversation in SynthPage("train", 40, 400, (300, 900), columns=(2,), text_files=path):
+        truth = answer_of(conversation)
+        assert "drei-und" not in truth
+        for part in truth.split("\n\n"):
+            if re.match(r"Paragraf \d+:", part):
+                assert any(paragraph.startswith(part) for paragraph in paragraphs)
 
 
-def test_own_text_that_cannot_be_used(tmp_path):
-    def task(name, content=None, split="train", chars=(100, 200)):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        return SynthPage(split, 1, chars=chars, text_files=[str(tmp_path / name)])
-    with pytest.raises(FileNotFoundError, match="none.txt"):
-        task("none.txt")
-    with pytest.raises(ValueError, match="empty.txt is empty"):
-        task("empty.txt", b" \n\n")
-    with pytest.raises(ValueError, match="latin.txt is not UTF-8.*iconv"):
-        task("latin.txt", "Größe".encode("latin1"))
-    with pytest.raises(ValueError, match="5 characters of the split train, too few.*give more text"):
-        task("short.txt", b"ab cde")
-    with pytest.raises(ValueError, match="0 paragraphs in split 'random_chars'"):
-        task("short.txt", b"ab cde", split="random_chars")
-    with pytest.raises(ValueError, match="letters lacking '[字漢]"):
-        task("kanji.txt", "漢字".encode())
+@pytest.mark.parametrize("name, content, split, error, message", [
+    ("none.txt", None, "train", FileNotFoundError, "none.txt"),
+    ("empty.txt", b" \n\n", "train", ValueError, "empty.txt is empty"),
+    ("latin.txt", "Größe".encode("latin1"), "train", ValueError, "latin.txt is not UTF-8.*iconv"),
+    ("short.txt", b"ab cde", "train", ValueError,
+     "5 characters of the split train, too few.*give more text"),
+    ("short.txt", b"ab cde", "random_chars", ValueError, "0 paragraphs in split 'random_chars'"),
+    ("kanji.txt", "漢字".encode(), "train", ValueError, "letters lacking '[字漢]"),
+])
+def test_own_text_that_cannot_be_used(tmp_path, name, content, split, error, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=message):
+        SynthPage(split, 1, chars=(100, 200), text_files=[str(path)])
+
+
+# -----------------------------------------------------------------------------
+# Errors
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -270,10 +492,20 @@ def test_bad_arguments(arguments, message):
         SynthPage(**{"split": "train", "size": 1, **arguments})
 
 
+@pytest.mark.parametrize("arguments, message", [
+    ({"split": "test"}, "split 'test'"),
+    ({"size": 0}, "size 0"),
+    ({"image_size": 32}, "64 px"),
+])
+def test_bad_arguments_of_charts(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SynthChart(**{"split": "train", "size": 1, **arguments})
+
+
 def test_a_full_page_is_an_error_and_every_face_is_tried():
     with pytest.raises(PageFull, match="64x64 px.*raise image_size"):
         SynthPage("train", 1, 64, (900, 900))[0]
     task = SynthPage("train", 30, 300, (100, 200), faces=list(FACES))
-    assert {c["face"] for c in task} == set(FACES)
+    assert {conversation["face"] for conversation in task} == set(FACES)
     with pytest.raises(IndexError):
         task[30]

@@ -13,7 +13,8 @@ import pytest
 from nanochat.conversation import ocr_conversation
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import tok_train
-from tasks.synthdoc import held_out_words, text_stream
+from tasks.synthdoc import text_stream
+from tasks.words import held_out_words
 
 
 @pytest.fixture(scope="module")
