@@ -31,7 +31,7 @@ GAP = 4  # px: paper between views
 TEXT = 480  # px: width of the text beside them
 TEXT_PX = 12  # print size of the text; the face is about 8 px wide and 16 px high a line
 BAD_SHOWN = 5  # reasons printed
-WRITABLE = ("synthpage", "fox_like", "omnidocbench_like")  # sets whose pages have annotated boxes
+WRITABLE = ("synthdoc", "synthpage", "fox_like", "omnidocbench_like")  # annotated pages
 
 # -----------------------------------------------------------------------------
 # Looking
