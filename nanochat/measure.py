@@ -1,4 +1,4 @@
-"""Instruments: seconds of a call on any device, memory bandwidth, and peak memory without a device."""
+"""Instruments: time of a call on any device, memory bandwidth, peak memory without a device."""
 import statistics
 import time
 import weakref

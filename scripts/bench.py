@@ -404,7 +404,7 @@ def measure_memory(args, cfg, mode, stage):
         "dtype": str(dtype)[6:],
         "predicted_gb": memory.peak / 1e9,
         "weights_gb": weights / 1e9,  # fp32: a Linear casts them when it is used
-        "weights_and_optimizer_gb": between_steps / 1e9,
+        "between_steps_gb": between_steps / 1e9,  # weights, optimizer's state and the batch
     }
 
 
