@@ -1,8 +1,8 @@
 """
 What does each choice do to reading? Stage 1 once per variant and seed, and one table of results.
 
-    python -m scripts.ablation                   # standardization and optimizer, 300 steps, 3 seeds
-    python -m scripts.ablation --seeds=0 --steps=50 --variants="standardize=none;standardize=channel"
+    python -m scripts.ablation                  # standardization and optimizer, 300 steps, 3 seeds
+    python -m scripts.ablation --seeds=0,1 --steps=50 --variants="lr=1e-3;lr=3e-3 warmup-steps=40"
 
 A variant is any flags of scripts.vis_tok_train without their dashes, separated by spaces (a value
 with spaces in quotes); variants are separated by semicolons. Finished runs are not repeated, and an

@@ -1,6 +1,6 @@
 """
-Proves that every measurement of scripts.bench runs at toy size and that its figures make sense, that
-FLOPs and predicted memory are counted right, and that an ablation keeps and tabulates its runs.
+Proves that every measurement of scripts.bench runs at toy size and that its figures make sense,
+that FLOPs and predicted memory are right, and that an ablation keeps and tabulates its runs.
 
 python -m pytest tests/test_bench.py
 """
@@ -93,7 +93,7 @@ def test_a_packed_batch_supervises_the_text_of_each_sample():
     page = batch.plans[0].positions
     text = 12 - page  # a sample has 12 positions, and one is left over
     assert batch.images == 6
-    # The text is predicted from the page's last position on; its own last position predicts nothing.
+    # The page's last position predicts the text's first token; the text's last predicts nothing.
     assert batch.supervised() == 6 * text
     assert (batch.ids == 300).sum() == 6 * page
     at = batch.targets != -1
@@ -175,9 +175,9 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputation(measure):
     recomputed = predicted("--batch=64", "--seq=256", "--recompute")
     assert few["predicted_gb"] < many["predicted_gb"] < long["predicted_gb"]
     assert recomputed["predicted_gb"] < 0.8 * long["predicted_gb"]
-    # AdamW has two numbers beside each weight, and gradients are gone between steps.
-    small = predicted("--batch=2")  # its pixels are too few to count
-    assert small["between_steps_gb"] == pytest.approx(3 * small["weights_gb"], rel=0.05)
+    # AdamW has two numbers beside each weight, and gradients are gone between steps; pixels are not,
+    # but those of two pages are too few to count.
+    assert few["between_steps_gb"] == pytest.approx(3 * few["weights_gb"], rel=0.05)
 
 
 # -----------------------------------------------------------------------------
