@@ -175,7 +175,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputation(measure):
     recomputed = predicted("--batch=64", "--seq=256", "--recompute")
     assert few["predicted_gb"] < many["predicted_gb"] < long["predicted_gb"]
     assert recomputed["predicted_gb"] < 0.8 * long["predicted_gb"]
-    # AdamW has two numbers beside each weight, and gradients are gone between steps; pixels are not,
+    # AdamW has two numbers beside each weight, and gradients are gone between steps; pixels stay,
     # but those of two pages are too few to count.
     assert few["between_steps_gb"] == pytest.approx(3 * few["weights_gb"], rel=0.05)
 
