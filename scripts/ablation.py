@@ -1,59 +1,152 @@
 """
-Runs stage 1 once for every variant and seed and prints one table: what does each choice do to reading?
+What does each choice do to reading? Stage 1 once per variant and seed, and one table of results.
 
-    python -m scripts.ablation                                            # standardisation and optimizer, 300 steps, 3 seeds
-    python -m scripts.ablation --seeds=0 --steps=50 --variants="standardize=none;standardize=channel"   # a quick look
+    python -m scripts.ablation                  # standardization and optimizer, 300 steps, 3 seeds
+    python -m scripts.ablation --seeds=0,1 --steps=50 --variants="lr=1e-3;lr=3e-3 warmup-steps=40"
 
-A variant is a list of flags of scripts.vis_tok_train without their dashes, separated by spaces; variants by semicolons.
-Runs that are done are not run again. The last line is one line of JSON.
+A variant is any flags of scripts.vis_tok_train without their dashes, separated by spaces (a value
+with spaces in quotes); variants are separated by semicolons. Finished runs are not repeated, and an
+interrupted one is resumed. The last line is JSON.
 """
 import argparse
 import os
+import re
+import shlex
+import statistics
 import subprocess
 import sys
 
-import numpy as np
+from nanochat.common import git_commit, json_line, print0, read_json, run_main
 
-from nanochat.common import read_json
-from nanochat.common import git_commit, json_line, run_main
+# What the decoder sees of the encoder, and what trains them: the two choices that decided most.
+VARIANTS = (
+    "standardize=none optimizer=muon;"
+    "standardize=channel optimizer=muon;"
+    "standardize=position optimizer=muon;"
+    "standardize=position optimizer=adamw lr=2e-3"
+)
+# Of a run's summary.json. The gap says whether the page is read at all, the cosines whether all
+# pages look alike to the decoder (near 1: the encoder has collapsed).
+FIGURES = (
+    "val/one_minus_ned",
+    "val/loss_per_char",
+    "vision/gap",
+    "vision/cosine_compressor",
+    "vision/cosine_projector",
+)
+RESERVED = ("seed", "model-tag", "checkpoints", "resume")  # set below, they tell the runs apart
 
-VARIANTS = ";".join([f"standardize={kind} optimizer=muon" for kind in ("none", "channel", "position")]
-                    + ["standardize=position optimizer=adamw lr=2e-3"])
-FIGURES = ("val/one_minus_ned", "val/loss_per_char", "vision/gap", "vision/cosine_compressor", "vision/cosine_projector")
+
+def parse_variants(text):
+    """"lr=2e-3 recompute;lr=3e-3" -> {text of a variant: its flags, with dashes}."""
+    variants = {}
+    for variant in text.split(";"):
+        flags = shlex.split(variant)
+        for flag in flags:
+            if flag.split("=")[0] in RESERVED:
+                raise ValueError(
+                    f"--variants: {variant!r} sets {flag!r}, but {', '.join(RESERVED)} are set for "
+                    f"every run by this script: use --seeds and --checkpoints")
+        variants[variant.strip()] = [f"--{flag}" for flag in flags]
+    return variants
+
+
+def run_name(variant, steps, seed):
+    """The run folder's name: the variant in characters that every file system takes."""
+    # File systems differ in what they take beside letters, digits and these.
+    words = re.sub(r"[^\w.,+-]", "-", variant.replace(" ", "_"))
+    return f"{words}_steps-{steps}_seed-{seed}"
+
+
+def run(name, flags, seed, args):
+    """Trains one variant with one seed, unless that is done. -> its summary."""
+    folder = os.path.join(args.checkpoints, name)
+    summary = os.path.join(folder, "summary.json")  # written at the very end of a run
+    if os.path.exists(summary):
+        return read_json(summary)
+    # The variant comes last, so that it may also change what is set for all, e.g. num-iterations.
+    command = [
+        sys.executable, "-m", "scripts.vis_tok_train",
+        f"--num-iterations={args.steps}",
+        f"--tokenizer={args.tokenizer}",
+        "--eval-every=-1",
+        "--save-every=-1",
+        f"--seed={seed}",
+        f"--checkpoints={args.checkpoints}",
+        f"--model-tag={name}",
+        *flags,
+    ]
+    # A folder with a run in it is refused without --resume; that starts anew if no step was saved.
+    if os.path.exists(os.path.join(folder, "run.json")):  # begun and not finished
+        command.append("--resume")
+    log_path = folder + ".log"
+    print0(f"{name}: running, output in {log_path}")
+    with open(log_path, "a") as log:  # an interrupted run's own output stays in it
+        # Errors go to the screen. A process of its own, since a run sets seeds and global state.
+        process = subprocess.run(command, stdout=log)
+    if process.returncode:
+        raise ValueError(f"{name} ended with status {process.returncode}: see the error above and "
+                         f"{log_path}; run this again to go on")
+    return read_json(summary)
+
+
+def tabulate(summaries):
+    """{figure: {mean, min, max}} over the seeds of a variant, and the mean minutes of a run."""
+    # The range and not the deviation: of three seeds, one that fails to read is what matters.
+    row = {"runs": len(summaries)}
+    for figure in FIGURES:
+        values = [summary[figure] for summary in summaries]
+        row[figure] = {  # four digits: seeds differ in the second
+            "mean": round(statistics.mean(values), 4),
+            "min": round(min(values), 4),
+            "max": round(max(values), 4),
+        }
+    row["minutes"] = round(statistics.mean(summary["minutes"] for summary in summaries), 2)
+    return row
+
+
+def print_row(variant, row):
+    cells = [f"{variant:45s}"]
+    for figure in FIGURES:
+        name = figure.split("/")[1]
+        value = row[figure]
+        cells.append(f"{name} {value['mean']:.3f} ({value['min']:.3f}-{value['max']:.3f})")
+    print0(" | ".join(cells))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--variants", default=VARIANTS, help="flags of each variant")
-    parser.add_argument("--seeds", default="0,1,2", help="with commas")
-    parser.add_argument("--steps", type=int, default=300, help="stage-1 steps of each run")
-    parser.add_argument("--checkpoints", default="checkpoints/ablation", help="where the runs are written")
-    parser.add_argument("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--variants", default=VARIANTS, help="flags of each variant")
+    flag("--seeds", default="0,1,2", help="with commas")
+    flag("--steps", type=int, default=300, help="stage-1 steps of each run")
+    flag("--checkpoints", default="checkpoints/ablation", help="where the runs are written")
+    flag("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
     args = parser.parse_args(argv)
 
+    variants = parse_variants(args.variants)
+    # Two variants of one name would share their runs, and come out equal.
+    names = {run_name(variant, args.steps, seed="all") for variant in variants}
+    if len(names) < len(variants):
+        raise ValueError(f"--variants={args.variants}: two of them differ only in punctuation")
     os.makedirs(args.checkpoints, exist_ok=True)
     table = []
-    for variant in args.variants.split(";"):
-        runs = []
+    # All seeds of a variant before the next one, so that whole rows come early.
+    for variant, flags in variants.items():
+        summaries = []
         for seed in args.seeds.split(","):
-            tag = f"{variant.replace(' ', '_').replace('=', '-')}_steps-{args.steps}_seed-{seed}"
-            summary = os.path.join(args.checkpoints, tag, "summary.json")
-            if not os.path.exists(summary):
-                flags = [f"--{flag}" for flag in variant.split()]
-                resume = ["--resume"] if os.path.exists(os.path.join(args.checkpoints, tag, "run.json")) else []
-                with open(os.path.join(args.checkpoints, tag + ".log"), "w") as log:
-                    subprocess.run([sys.executable, "-m", "scripts.vis_tok_train", *flags, f"--seed={seed}", f"--num-iterations={args.steps}",
-                                    f"--checkpoints={args.checkpoints}", f"--tokenizer={args.tokenizer}", f"--model-tag={tag}",
-                                    "--eval-every=-1", "--save-every=-1", *resume], check=True, stdout=log)
-            runs.append(read_json(summary))
-        row = {"variant": variant, "runs": len(runs)}
-        for figure in FIGURES:
-            values = [r[figure] for r in runs]
-            row[figure] = {"mean": round(float(np.mean(values)), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
-        row["minutes"] = round(float(np.mean([r["minutes"] for r in runs])), 2)
-        table.append(row)
-        print(f"{variant:45s} | " + " | ".join(f"{f.split('/')[1]} {row[f]['mean']:.3f} ({row[f]['min']:.3f}-{row[f]['max']:.3f})" for f in FIGURES), flush=True)
-    json_line({"ablation": table, "steps": args.steps, "seeds": args.seeds, "commit": git_commit()})
+            name = run_name(variant, args.steps, seed)
+            summaries.append(run(name, flags, seed, args))
+        row = tabulate(summaries)
+        print_row(variant, row)  # at once: a long ablation is read while it runs
+        table.append({"variant": variant, **row})
+    json_line({
+        "ablation": table,
+        "steps": args.steps,
+        "seeds": args.seeds,
+        "commit": git_commit(),
+    })
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """
-Where a step's time goes, and how much of the chip it uses: stage 1, stage 2 and generation, eager and compiled.
+Where time and memory go: training steps, generation, data, and the comparison with transformers.
 
-    python -m scripts.bench                                                # nano, this machine
-    python -m scripts.bench --against=5c218fe --what=stage1                # this tree and a commit's, step by step in turn: a ratio
-    python -m scripts.bench --suite=checkpoints/bench.jsonl                # every figure a GPU is asked for, each in a process of its own
-    python -m scripts.bench --preset=base --mode=base --what=stage2 --seq=8192 --pack=7 --batch=4 --recompute
-    python -m scripts.bench --preset=base --what=generate,attention --batch=64 --new-tokens=1000
+    python -m scripts.bench                            # nano, here: stage1, stage2, generate
+    python -m scripts.bench --what=data --workers=2    # pages per CPU second, padding, data wait
+    python -m scripts.bench --what=transformers --batch=16              # needs a trained checkpoint
+    python -m scripts.bench --what=memory --preset=base --mode=base --batch=4 --seq=8192 --recompute
+    python -m scripts.bench --suite=checkpoints/bench.jsonl   # all that is asked of a new GPU
 
-One JSON line for each of the runs asked for. MFU counts the FLOPs of nanochat/model.py's forward_flops (checked here against torch's
-FlopCounterMode) against a matrix product measured in the same run; recomputation is not counted as work.
+Prints one JSON line per measurement. MFU is the model's FLOPs (forward_flops, nanochat/model.py) as
+a share of a matrix product's rate in the same run; recomputation does not count as work.
 """
 import argparse
 import gc
@@ -16,328 +16,603 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from PIL import Image
 
-from nanochat.common import choose_compile, choose_dtype, compute_init, git_commit, json_line, matmul_rate, print0, run_main, synchronize
+from nanochat.batch import IGNORE, Batch
+from nanochat.common import (
+    choose_compile, choose_dtype, compute_init, git_commit, json_line, matmul_rate, run_main,
+    synchronize)
 from nanochat.config import PRESETS
+from nanochat.conversation import ocr_conversation
 from nanochat.dataloader import Sampler, ahead, loader
-from nanochat.batch import Batch
 from nanochat.engine import Engine
 from nanochat.image_modes import get_mode, plan
-from nanochat.model import LOSS_CHUNK, DeepseekOCR, forward_flops
+from nanochat.measure import (
+    PeakMemory, flash_attention, median_and_range, memory_bandwidth, seconds)
+from nanochat.model import DeepseekOCR, forward_flops
 from nanochat.optim import Optimizer
+from nanochat.reader import NanoDeepseekOCR
 from nanochat.tokenizer import Tokenizer
+from scripts.parity import transformers_gpt
 from tasks.synthdoc import SynthDoc
-from tasks.registry import text_pages
+from tasks.synthpage import TEXT, SynthPage
 
-SUITE = (  # a GPU's figures, the cheapest first; batches for 80 GB
+MEASUREMENTS = ("stage1", "stage2", "generate", "data", "memory", "transformers")
+
+# The rows of --suite, cheapest first. Batch sizes are for 80 GB.
+SUITE = (
     "--preset=nano --batch=256",
+    "--preset=nano --batch=256 --what=stage1,stage2 --compile=no",
     "--preset=small --batch=64 --seq=768 --what=stage1,stage2",
+    "--preset=small --batch=64 --seq=768 --what=stage1,stage2 --compile=no",
+    "--preset=small --batch=64 --what=data --workers=-1",
     "--preset=small --batch=64 --what=generate --new-tokens=1000",
-    "--preset=base --mode=base --batch=10 --what=attention",
     "--preset=base --mode=base --batch=64 --what=generate --new-tokens=1000",
-    "--preset=base --mode=base --batch=8 --seq=1536 --what=stage1 --optimizer=adamw",
-    "--preset=base --mode=base --batch=4 --seq=8192 --what=stage2 --optimizer=adamw",
-    "--preset=base --mode=base --batch=4 --seq=8192 --what=stage2 --optimizer=adamw --compile=yes --cudnn",
-    "--preset=base --mode=base --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw")
+    "--preset=base --mode=base --batch=8 --seq=1536 --what=memory,stage1 --optimizer=adamw",
+    "--preset=base --mode=base --batch=4 --seq=8192 --what=memory,stage2 --optimizer=adamw",
+    "--preset=base --mode=base --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw",
+)
+
+PROMPT_ROOM = 64  # decoder positions for the prompt's text, beside the page and what is generated
 
 
-def make_batch(model, mode, rows, seq, pack=1):
-    """`rows` rows of `seq` positions: `pack` random square pages each, at equal distances, the text behind each supervised."""
-    p, length = plan(mode, mode.size, mode.size, model.cfg.token_stride), seq // pack
-    if p.positions >= length:
-        raise ValueError(f"--seq={seq} --pack={pack}: mode {mode.name} alone takes {p.positions} positions, a sample has {length}")
-    rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.cfg.image_token_id, (rows, seq), generator=rng)
-    targets = ids.roll(-1, 1)
-    for start in range(0, pack * length, length):
-        ids[:, start:start + p.positions] = model.cfg.image_token_id
-        targets[:, start:start + p.positions - 1], targets[:, start + length - 1] = -1, -1
-    targets[:, pack * length:] = -1
-    pixels = torch.randint(256, (rows * pack, 3, mode.size, mode.size), generator=rng, dtype=torch.uint8)
-    packed = dict(positions=(torch.arange(seq) % length).repeat(rows, 1), lengths=[[length] * pack] * rows) if pack > 1 else {}
-    batch = Batch(ids, targets, {mode.size: pixels}, [p] * (rows * pack), [p.positions * pack] * rows, **packed)
-    return next(ahead([batch.pin_memory() if model.device.type == "cuda" else batch], model.device))
+# -----------------------------------------------------------------------------
+# What is measured: a model with random weights, and batches of the right shapes
+
+def byte_tokenizer():
+    """Every byte is a token, so nothing has to be trained before a measurement."""
+    # 256 bytes and the special tokens fit every preset's vocabulary.
+    return Tokenizer(bytes([i]) for i in range(256))
 
 
-def seconds(device, call, repeats):
-    """Median seconds of call(), after two to warm up."""
-    times = []
-    for i in range(repeats + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times += [time.perf_counter() - start] if i >= 2 else []
-    return sorted(times)[len(times) // 2]
+def page_plan(mode, stride):
+    """The plan of a square page that is large enough for a tiled mode to cut it into tiles."""
+    return plan(mode, 2 * mode.size, 2 * mode.size, stride)
 
 
-def build(args, cfg, device):
-    gc.collect()  # a compiled model is a reference cycle, and its memory would count as this one's
+def make_config(args, mode):
+    cfg = PRESETS[args.preset]()
+    cfg.image_token_id = byte_tokenizer().image_token_id  # a preset leaves it open
+    # The decoder gets as many positions as the flags ask for, whatever the preset says.
+    generating = page_plan(mode, cfg.token_stride).positions + PROMPT_ROOM + args.new_tokens
+    cfg.gpt.sequence_len = max(cfg.gpt.sequence_len, args.seq, generating)
+    return cfg
+
+
+def build(cfg, device, dtype):
+    # A compiled model is a reference cycle: the one before would still hold its memory.
+    gc.collect()
     with device:
-        model = DeepseekOCR(cfg).init_weights(0)
-    model.dtype = choose_dtype(device, args.dtype)
+        model = DeepseekOCR(cfg)
+    # The head starts at zero, so a fresh model always generates token 0: quick to decode to text.
+    model.init_weights(0)
+    model.dtype = dtype
     return model
 
 
-def training(args, model, mode, stage, compiled, peak):
-    """One training step: a record with speed, MFU, shares of time and peak memory."""
-    device = model.device
-    if stage == 2:
-        model.encoder.freeze_sam()
-    model.train()
-    model.recompute(args.recompute)
+def make_batch(model, mode, rows, seq, pack=1):
+    """
+    A Batch of `rows` rows of `seq` positions, its pixels on the model's device. A row holds `pack`
+    samples of equal length: a page of noise, and random text behind it, all of it supervised.
+    """
+    page = page_plan(mode, model.cfg.token_stride)
+    length = seq // pack
+    if page.positions >= length:
+        raise ValueError(
+            f"--seq={seq} --pack={pack} leaves {length} positions to a sample, and a page in mode "
+            f"{mode.name} takes {page.positions} of them: raise --seq or lower --pack")
+    image_token = model.cfg.image_token_id
+    # Drawn on the host: every device then gets the same batch.
+    rng = torch.Generator().manual_seed(0)
+
+    # Text from the whole vocabulary, so that the embedding's gradient is spread as in training.
+    ids = torch.randint(model.cfg.gpt.vocab_size, (rows, seq), generator=rng)  # (B, T)
+    ids[ids == image_token] = 0
+    for start in range(0, pack * length, length):
+        ids[:, start:start + page.positions] = image_token
+
+    # No position predicts a placeholder. The last one of a sample is followed by the page of the
+    # next (the roll closes the circle), so it is unsupervised by the same rule.
+    targets = ids.roll(-1, 1)
+    targets[targets == image_token] = IGNORE
+    targets[:, pack * length - 1:] = IGNORE  # what is left of the row is padding
+
+    views = {}
+    for side, n in page.views.items():
+        shape = (rows * pack * n, 3, side, side)
+        views[side] = torch.randint(256, shape, generator=rng, dtype=torch.uint8)
+    plans = [page] * (rows * pack)
+    batch = Batch(ids, targets, views, plans, features_per_row=[page.positions * pack] * rows)
+    if pack > 1:
+        batch.positions = (torch.arange(seq) % length).repeat(rows, 1)  # each sample counts from 0
+        batch.lengths = [[length] * pack] * rows
+    if model.device.type == "cuda":
+        batch = batch.pin_memory()
+    return next(ahead([batch], model.device))
+
+
+class TrainingStep:
+    """What a stage does with a batch: loss, gradients, clipping, update."""
+    def __init__(self, args, model, stage):
+        if stage == "stage2":
+            model.encoder.freeze_sam()
+        model.train()
+        model.recompute(args.recompute)
+        self.model = model
+        # Rates so low that training on noise cannot diverge.
+        self.optimizer = Optimizer(
+            model, args.optimizer, lr=1e-5, matrix_lr=1e-5, dtype=model.dtype)
+
+    # The division by `supervised` makes a mean of the sum, as in the training loop.
+    def forward_backward(self, batch):
+        loss_sum, _count = self.model(batch)["text"]
+        (loss_sum / batch.supervised()).backward()
+
+    def __call__(self, batch):
+        self.forward_backward(batch)
+        self.optimizer.clip_grad_norm(1.0)
+        self.optimizer.step(1.0)
+        self.optimizer.zero_grad()
+
+
+def step_flags(args):
+    """The flags that decide how long a training step takes and how much memory."""
+    names = ("seq", "pack", "recompute", "optimizer")
+    return {name: getattr(args, name) for name in names}
+
+
+# -----------------------------------------------------------------------------
+# --what=stage1,stage2: a training step
+
+def measure_training(args, cfg, device, mode, stage, peak):
+    """Speed, MFU, memory and the shares of a step. peak: FLOP/s of a matrix product."""
+    compiled = choose_compile(device, args.compile)
+    model = build(cfg, device, choose_dtype(device, args.dtype))
+    step = TrainingStep(args, model, stage)
     if compiled:
         model.compile_blocks()
-    optimizer = Optimizer(model, args.optimizer, lr=1e-5, matrix_lr=1e-5, dtype=model.dtype)
     batch = make_batch(model, mode, args.batch, args.seq, args.pack)
-    supervised, pixels, images = batch.supervised(), batch.views[mode.size], batch.images
-
-    def forward_backward():
-        (model(batch)["text"][0] / supervised).backward()
-
-    def step():
-        forward_backward()
-        optimizer.clip_grad_norm(1.0)
-        optimizer.step(1.0)
-        optimizer.zero_grad()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()  # the peak is this model's own
+
     start = time.perf_counter()
-    step()
+    step(batch)
     synchronize(device)
-    first = time.perf_counter() - start  # with compiling
-    dt = seconds(device, step, args.repeats)
-    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    parts = {}
-    with torch.no_grad():
-        parts["encoder forward"] = seconds(device, lambda: model.project(pixels), args.repeats)
-        x = torch.randn(args.batch, args.seq, model.cfg.gpt.n_embd, device=device, dtype=model.dtype)
-        parts["decoder forward"] = seconds(device, lambda: model.gpt(x, lengths=batch.lengths), args.repeats)
-        hidden = x.flatten(0, 1)[:min(supervised, max(1, LOSS_CHUNK // model.cfg.gpt.vocab_size))]
-        targets = torch.zeros(len(hidden), dtype=torch.long, device=device)
-        parts["loss forward"] = supervised / len(hidden) * seconds(device, lambda: model.chunk_loss(hidden, targets), args.repeats)
-    forward_backward()
-    both = seconds(device, forward_backward, args.repeats)  # gradients add up, which takes no longer
-    parts["backward"] = max(0.0, both - sum(parts.values()))
-    parts["optimizer"] = max(0.0, dt - both)
-    parts["rendering, meanwhile where there are workers"] = rendering(args, model, mode)
+    first_step = time.perf_counter() - start  # with compiling, and the optimizer's state made
+    dt = seconds(device, lambda: step(batch), args.repeats)
+    peak_gb = None
     if device.type == "cuda":
-        on_host = pixels.cpu().pin_memory()
-        parts["pixels to the device, meanwhile"] = seconds(device, lambda: on_host.to(device, non_blocking=True), args.repeats)
-    f = forward_flops(model.cfg, {mode.size: images}, args.seq, args.batch, supervised, batch.lengths)
-    flops = 3 * sum(f.values()) - (2 * f["sam"] if stage == 2 else 0)
-    return {"compiled": compiled, "seq": args.seq, "pack": args.pack, "recompute": args.recompute, "optimizer": args.optimizer, "first_step_seconds": first,
-            "seconds": dt,
-            "images_per_sec": images / dt, "tokens_per_sec": batch.ids.numel() / dt, "mfu": flops / dt / peak, "peak_gb": peak_gb,
-            "share": {k: round(v / dt, 3) for k, v in parts.items()}}
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9  # before the parts below add to it
+
+    shares = {}
+    for part, part_seconds in time_parts(step, batch, dt, args.repeats).items():
+        shares[part] = round(part_seconds / dt, 3)
+    return {
+        **step_flags(args),
+        "compiled": compiled,
+        "first_step_seconds": first_step,
+        "seconds": dt,  # median, all data on the device
+        "images_per_sec": batch.images / dt,
+        "tokens_per_sec": batch.ids.numel() / dt,
+        "mfu": step_flops(cfg, batch, stage) / dt / peak,
+        "peak_gb": peak_gb,  # only on CUDA
+        "share": shares,  # they add up to 1, but for noise
+    }
 
 
-def rendering(args, model, mode):
-    """Seconds in which --workers processes render the pages of a step, tokens and all: below a step's own, no step waits for data."""
-    side = mode.size
-    pages = text_pages("train", 1 << 40, side, [(400, 1300, 1)], 0) if side >= 512 else SynthDoc("train", 1 << 40, side, chars=(31, 41))
-    sampler = Sampler(pages, Tokenizer(bytes([i]) for i in range(256)), mode, model.cfg.token_stride, 1 << 20)
-    batches = loader(sampler, args.batch * args.pack, 0, args.repeats + 2)
-    return seconds(torch.device("cpu"), lambda: next(batches), args.repeats) / max(1, args.workers)
+def step_flops(cfg, batch, stage):
+    """FLOPs of a step: a backward pass costs two forward passes, except through a frozen SAM."""
+    rows, length = batch.ids.shape
+    views = {side: len(pixels) for side, pixels in batch.views.items()}
+    flops = forward_flops(cfg, views, length, rows, batch.supervised(), batch.lengths)
+    total = 3 * sum(flops.values())
+    if stage == "stage2":
+        total -= 2 * flops["sam"]
+    return total
 
 
-class EndlessTokenizer:
-    """Stands in for a tokenizer where only ids are timed: its end token is none that a model could choose."""
-    def __init__(self, model):
-        self.image_token_id = model.cfg.image_token_id
-        self.vocab_size = model.cfg.gpt.vocab_size
+def time_parts(step, batch, step_seconds, repeats):
+    """{part of a step: seconds}. A part that cannot run alone is the rest of what contains it."""
+    model = step.model
+    device = model.device
+    shape = (*batch.ids.shape, model.cfg.gpt.n_embd)
+    embeddings = torch.randn(shape, device=device, dtype=model.dtype)  # (B, T, C)
 
-    def encode_special(self, name):
-        return -1 if name == "<|assistant_end|>" else self.image_token_id
+    def encode():
+        for pixels in batch.views.values():
+            model.project(pixels)
 
-    def get_vocab_size(self):
-        return self.vocab_size
+    def decode():
+        # Positions are left out: a packed row's rotary angles cost as much as any other's.
+        model.gpt(embeddings, lengths=batch.lengths)
+
+    with torch.no_grad():
+        encoder = seconds(device, encode, repeats)
+        decoder = seconds(device, decode, repeats)
+        forward = seconds(device, lambda: model(batch), repeats)
+    # Gradients exist from here on and are added to, which takes as long as writing them.
+    forward_backward = seconds(device, lambda: step.forward_backward(batch), repeats)
+    # max: on a busy machine the difference of two medians may come out below zero.
+    return {
+        "encoder forward": encoder,
+        "decoder forward": decoder,
+        "fusion and loss forward": max(0.0, forward - encoder - decoder),
+        "backward": max(0.0, forward_backward - forward),
+        "optimizer": max(0.0, step_seconds - forward_backward),
+    }
 
 
-def generation(args, model, mode, graphs):
+# -----------------------------------------------------------------------------
+# --what=generate
+
+def measure_generation(args, cfg, device, mode):
+    """Greedy generation of --new-tokens for each of --batch blank pages, no row ends early."""
+    model = build(cfg, device, choose_dtype(device, args.dtype)).eval()
+    cast_decoder(model)
+    engine = engine_without_end(model, byte_tokenizer(), mode)
+    blank = Image.new("RGB", (2 * mode.size, 2 * mode.size), "white")
+    pages = [ocr_conversation(blank, "", "blank")] * args.batch
+    _, prompt_lengths = engine.prompt_batch(pages)
+
+    prefill = seconds(device, lambda: engine.generate(pages, 1), repeats=3)
+    whole = seconds(device, lambda: engine.generate(pages, args.new_tokens), repeats=3)
+    per_step = (whole - prefill) / (args.new_tokens - 1)
+    # Decoding is bound by memory: a step does few FLOPs with everything that it reads. Rows grow by
+    # a token per step, so on average half of the new tokens are in the cache.
+    mean_length = prompt_lengths[0] + args.new_tokens / 2
+    read_per_second = bytes_read_per_step(model, args.batch, mean_length) / per_step
+    bandwidth = memory_bandwidth(device)
+    return {
+        "new_tokens": args.new_tokens,
+        "seconds": whole,
+        "pages_per_sec": args.batch / whole,
+        "tokens_per_sec": args.batch * args.new_tokens / whole,
+        "prefill_share": prefill / whole,  # preprocessing, encoder and prompt
+        "bandwidth_share": read_per_second / bandwidth,
+        "bandwidth_gb_per_sec": bandwidth / 1e9,
+    }
+
+
+def cast_decoder(model):
+    """Decoder weights in the compute dtype, as the scripts that read have them."""
+    for parameter in model.gpt.parameters():
+        parameter.data = parameter.data.to(model.dtype)
+
+
+def engine_without_end(model, tokenizer, mode):
+    """An Engine that never says the end token: every row gets as many tokens as are asked for."""
+    engine = Engine(model, tokenizer, mode)
+    engine.banned.append(engine.end)  # never generated, like all other special tokens
+    return engine
+
+
+def bytes_read_per_step(model, rows, length):
+    """What a decoding step has to read: weights of blocks and head, keys and values so far."""
+    gpt = model.cfg.gpt
+    blocks = sum(parameter.numel() for parameter in model.gpt.transformer.h.parameters())
+    head = gpt.vocab_size * gpt.n_embd
+    head_dim = gpt.n_embd // gpt.n_head
+    # Keys and values; the embedding table is not in here, since a step gathers only `rows` of it.
+    cache = 2 * gpt.n_layer * rows * gpt.n_kv_head * head_dim * length
+    bytes_per_number = torch.finfo(model.dtype).bits // 8
+    return (blocks + head + cache) * bytes_per_number
+
+
+# -----------------------------------------------------------------------------
+# --what=data
+
+def measure_data(args, cfg, device, mode):
+    """How fast pages come, how much of a batch is padding, how long a step waits for its batch."""
+    sampler = page_sampler(cfg, mode)
+    record = {"workers": args.workers}
+    record["dense_pages_per_cpu_second"] = dense_pages_per_cpu_second(args.pages)
+    record["samples_per_second"] = samples_per_second(args, sampler)
+    record["data_wait"], record["padding"] = wait_and_padding(args, cfg, device, sampler)
+    return record
+
+
+def page_sampler(cfg, mode):
+    """The loader's Sampler on pages such as a preset of this size is trained on."""
+    endless = 1 << 40  # pages are rendered when they are asked for
+    # At 512 px and more a view has room for print of some 10 px on a whole page; below, for words.
+    if mode.size >= 512:
+        task = SynthPage("train", endless, mode.size, chars=(400, 1300), columns=(1, 2), parts=TEXT)
+    else:
+        task = SynthDoc("train", endless, mode.size, chars=(31, 41))
+    return Sampler(task, byte_tokenizer(), mode, cfg.token_stride, cfg.gpt.sequence_len)
+
+
+def dense_pages_per_cpu_second(pages):
+    """{size: pages} that one core renders, each as full as a page of Fox."""
+    rates = {}
+    for px in (640, 1024):
+        for damage in (0, 1):
+            task = SynthPage("train", 1 + pages, px, chars=(4000, 5000), columns=(1, 2), parts=TEXT,
+                             damage=damage)
+            task[0]  # reads fonts and words, once per process
+            # CPU time, since a machine that renders has other work as well.
+            start = time.process_time()
+            for i in range(1, 1 + pages):
+                task[i]
+            name = f"{px}px, damaged" if damage else f"{px}px"
+            rates[name] = pages / (time.process_time() - start)
+    return rates
+
+
+def samples_per_second(args, sampler):
+    """What --workers processes (0: this one) render and collate while nothing else is done."""
+    batches = loader(sampler, args.batch, 0, 1 + args.steps, workers=args.workers)
+    next(batches)  # after it, the worker processes have started
+    start = time.perf_counter()
+    for _ in batches:
+        pass
+    return args.batch * args.steps / (time.perf_counter() - start)
+
+
+def wait_and_padding(args, cfg, device, sampler):
+    """(share of a stage-1 step spent waiting for data, share of padding), over half of --steps."""
+    step = TrainingStep(args, build(cfg, device, choose_dtype(device, args.dtype)), "stage1")
+    on_cuda = device.type == "cuda"
+    batches = loader(
+        sampler, args.batch, 0, args.steps, workers=args.workers, pin_memory=on_cuda)
+    batches = ahead(batches, device)
+    waited = 0.0
+    total = 0.0
+    positions = 0
+    slots = 0
+    for i in range(args.steps):
+        start = time.perf_counter()
+        batch = next(batches)  # without workers, it is rendered now
+        wait = time.perf_counter() - start
+        step(batch)
+        synchronize(device)
+        if i >= args.steps // 2:  # until then workers start and queues fill
+            waited += wait
+            total += time.perf_counter() - start
+            positions += batch.counts["positions"]
+            slots += batch.counts["slots"]
+    return waited / total, 1 - positions / slots
+
+
+# -----------------------------------------------------------------------------
+# --what=memory
+
+def measure_memory(args, cfg, mode, stage):
     """
-    Greedy generation of --new-tokens for --batch pages, no row ends early. Decoding is bound by reading weights and cache from memory: its
-    share of the bandwidth counts them once a token, and captures, the cache's growth and the unused room in it as lost time.
+    Predicted peak of a training step on a GPU, in GB: the very step, run on the meta device. On top
+    come the CUDA context, workspaces of kernels and gaps between tensors.
     """
-    model.eval()
-    for p in model.gpt.parameters():  # as engine.load_engine has it
-        p.data = p.data.to(model.dtype)
-    batch = make_batch(model, mode, args.batch, plan(mode, mode.size, mode.size, model.cfg.token_stride).positions + 8)
-    lengths = [batch.ids.size(1)] * args.batch
-    engine, device = Engine(model, EndlessTokenizer(model), mode), model.device
-    engine.prompt_batch, engine.graphs = lambda _: (batch, lengths), graphs
-    prefill = seconds(device, lambda: list(engine.decode(None, 1, 0.0, 0)), 3)
-    whole = seconds(device, lambda: list(engine.decode(None, args.new_tokens, 0.0, 0)), 3)
-    g, size = model.cfg.gpt, torch.finfo(model.dtype).bits // 8
-    cache = 2 * g.n_layer * args.batch * g.n_kv_head * (g.n_embd // g.n_head) * (lengths[0] + args.new_tokens / 2) * size  # as it grows, on average
-    weights = sum(p.numel() for p in model.gpt.transformer.h.parameters()) * size + g.vocab_size * g.n_embd * size
-    a = torch.empty(1 << (28 if device.type == "cuda" else 24), dtype=torch.float32, device=device)
-    bandwidth = 2 * a.numel() * 4 / seconds(device, lambda: a.add_(1), 5)  # read and written
-    per_token = (whole - prefill) / (args.new_tokens - 1)
-    return {"graphs": graphs, "new_tokens": args.new_tokens, "seconds": whole, "pages_per_sec": args.batch / whole,
-            "tokens_per_sec": args.batch * args.new_tokens / whole, "prefill_share": prefill / whole,
-            "bandwidth_share": (weights + cache) / per_token / bandwidth, "bandwidth_gb_per_sec": bandwidth / 1e9}
+    # What counts is the GPU to be rented, not this machine: bf16, unless fp32 is asked for.
+    dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
+    fused = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
+    with PeakMemory() as memory, fused:
+        model = build(cfg, torch.device("meta"), dtype)
+        weights = memory.live
+        step = TrainingStep(args, model, stage)
+        batch = make_batch(model, mode, args.batch, args.seq, args.pack)
+        for _ in range(2):  # the optimizer's state is there from the second step on
+            step(batch)
+        between_steps = memory.live
+    return {
+        **step_flags(args),
+        "stage": stage,
+        "dtype": str(dtype)[6:],
+        "predicted_gb": memory.peak / 1e9,
+        "weights_gb": weights / 1e9,  # fp32: a Linear casts them when it is used
+        "between_steps_gb": between_steps / 1e9,  # weights, optimizer's state and the batch
+    }
 
 
-def sam_attention(args, cfg, mode, device, dtype):
+# -----------------------------------------------------------------------------
+# --what=transformers
+
+def measure_transformers(args, device):
     """
-    One global SAM attention core, forward and backward, three ways to the same numbers: the bias folded into the head's dimensions with
-    values padded to them (flash kernels), without that padding, and as a stored (HW, HW) mask. deepencoder.py uses the first.
-    -> {way: {seconds, useful_tflops}}
+    Our generation against transformers' with the weights of --checkpoint, for --batch pages and for
+    one. Single rounds mislead (the same code gave 1.2x and 2.1x), so the two take turns.
     """
-    s, H = cfg.sam, mode.size // cfg.sam.patch_size
-    d = s.width // s.n_head
-    extended, T = d + 2 * H + -(d + 2 * H) % 8, H * H
-    q, k, v, bias = (torch.randn(args.batch, s.n_head, T, n, device=device, dtype=dtype, requires_grad=True) for n in (extended, extended, d, T))
+    model = NanoDeepseekOCR.from_pretrained(args.checkpoint, device)
+    # fp32, unless bf16 is asked for: rounding alone would let the two greedy texts part ways.
+    model.dtype = torch.float32 if args.dtype == "auto" else choose_dtype(device, args.dtype)
+    cast_decoder(model)
+    mode = get_mode(args.mode or model.meta["mode"])
+    engine = engine_without_end(model, model.tokenizer, mode)
+    twin = transformers_gpt(model.gpt).to(device, model.dtype)
+    task = SynthDoc("heldout", args.batch, model.cfg.sam.image_size, chars=(24, 32), seed=2)
 
-    def anew():
-        for t in (q, k, v, bias):
-            t.grad = None
+    def ours(pages):
+        return [result.text for result in engine.generate(pages, args.new_tokens)]
 
-    def folded(padded):
-        anew()
-        y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, extended - d)) if padded else v, scale=1.0)
-        y[..., :d].sum().backward()
+    def theirs(pages):
+        return generate_by_transformers(engine, twin, pages, args.new_tokens)
 
-    def masked():
-        anew()
-        F.scaled_dot_product_attention(q[..., :d], k[..., :d], v, attn_mask=bias).sum().backward()
-    ways = {"folded, values padded": lambda: folded(True), "folded": lambda: folded(False), "mask": masked}
-    flops, found = 3 * 4 * args.batch * T * T * s.width, {name: seconds(device, call, args.repeats) for name, call in ways.items()}
-    return {name: {"seconds": dt, "useful_tflops": flops / dt / 1e12} for name, dt in found.items()}
+    for rows in (args.batch, 1):
+        pages = [task[i] for i in range(rows)]
+        record = {
+            "checkpoint": args.checkpoint,
+            "dtype": str(model.dtype)[6:],
+            "batch": rows,
+            "new_tokens": args.new_tokens,
+            "rounds": args.rounds,
+        }
+        yield record | alternate(device, ours, theirs, pages, args)
 
 
 @torch.inference_mode()
-def decode_attention(args, cfg, device, dtype):
-    """One decoding step's attention to --new-tokens cached positions, by SDPA (layers.py on CUDA) and written out. -> {way: {seconds, gb_per_sec}}"""
-    g, T = cfg.gpt, -(-args.new_tokens // 64) * 64
-    q, k, v = (torch.randn(args.batch, heads, n, g.n_embd // g.n_head, device=device, dtype=dtype)
-               for heads, n in ((g.n_head, 1), (g.n_kv_head, T), (g.n_kv_head, T)))
-    mask = torch.zeros(args.batch, 1, 1, T, device=device, dtype=dtype)
-    ways = {"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=g.n_head != g.n_kv_head)}
-    if g.n_head == g.n_kv_head:
-        ways["written out"] = lambda: ((q * q.size(-1) ** -0.5) @ k.mT + mask).softmax(-1) @ v
-    found = {name: seconds(device, call, args.repeats) for name, call in ways.items()}
-    return {name: {"seconds": dt, "gb_per_sec": 2 * k.numel() * k.element_size() / dt / 1e9} for name, dt in found.items()}
+def generate_by_transformers(engine, twin, pages, new_tokens):
+    """Texts of the pages by transformers' generate, with the same tokens banned."""
+    batch, _ = engine.prompt_batch(pages)
+    ids = twin.generate(
+        inputs_embeds=engine.model.embed(batch),
+        attention_mask=torch.ones_like(batch.ids),  # every prompt is as long: no padding
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        suppress_tokens=engine.banned,
+        eos_token_id=None,
+    )
+    return [engine.tokenizer.decode(row) for row in ids.tolist()]
 
+
+def alternate(device, ours, theirs, pages, args):
+    """Tokens per second of both, and their ratio, over --rounds rounds of both in turn."""
+    tokens = len(pages) * args.new_tokens
+    speeds = {ours: [], theirs: []}
+    texts = {}
+    for _ in range(1 + args.rounds):  # the first round warms up
+        for generate in (ours, theirs):
+            start = time.perf_counter()
+            texts[generate] = generate(pages)
+            synchronize(device)
+            speeds[generate].append(tokens / (time.perf_counter() - start))
+    our_speeds = speeds[ours][1:]
+    their_speeds = speeds[theirs][1:]
+    ratios = [our_speed / their_speed for our_speed, their_speed in zip(our_speeds, their_speeds)]
+    return {
+        "tokens_per_sec": median_and_range(our_speeds),
+        "transformers_tokens_per_sec": median_and_range(their_speeds),
+        "ratio": median_and_range(ratios),
+        "same_text": texts[ours] == texts[theirs],
+    }
+
+
+# -----------------------------------------------------------------------------
+# --suite
 
 def run_suite(path):
-    """Every row of SUITE in a process of its own, so that one out of memory leaves the others; rows already in `path` are not run again."""
+    """
+    Runs the rows of SUITE that the file does not hold yet. Each has a process of its own, so that
+    one out of memory does not take the others with it.
+    """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    done = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+    records = []
+    if os.path.exists(path):
+        with open(path) as f:
+            records = [json.loads(line) for line in f]
+    done = {record["flags"] for record in records}
     for flags in SUITE:
-        if any(r["flags"] == flags for r in done):
+        if flags in done:
             continue
-        p = subprocess.run([sys.executable, "-m", "scripts.bench", *flags.split()], capture_output=True, text=True)
-        rows = [{"flags": flags, **json.loads(line)} for line in p.stdout.splitlines() if line.startswith("{")]
-        if p.returncode:
-            rows.append({"flags": flags, "failed": p.stderr.strip()[-2000:]})
-        with open(path, "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-        done += rows
-        for row in rows:
-            json_line(row)
-    failed = [r["flags"] for r in done if "failed" in r]
+        new_records = run_row(flags)
+        records += new_records
+        with open(path, "a") as f:  # at once: a suite that is interrupted goes on from here
+            for record in new_records:
+                f.write(json.dumps(record) + "\n")
+                json_line(record)
+
+    failed = [record["flags"] for record in records if "failed" in record]
     json_line({"bench": "suite", "rows": len(SUITE), "failed": failed, "path": path})
     if failed:
-        raise ValueError(f"{len(failed)} of {len(SUITE)} rows failed, {path} says why; delete their lines to run them again: {'; '.join(failed)}")
+        raise ValueError(
+            f"{len(failed)} of {len(SUITE)} rows failed, {path} says why; delete their lines there "
+            f"to run them again: {'; '.join(failed)}")
 
 
-def against(commit, flags, rounds):
-    """This tree's bench and that of a commit, in turn: what differs between the rounds of a busy machine differs for both."""
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = os.path.join(folder, "theirs")
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", theirs, commit], check=True)
-        try:
-            found = {}
-            for tree in (theirs, os.getcwd()) * rounds:
-                out = subprocess.run([sys.executable, "-m", "scripts.bench", *flags], cwd=tree, env={**os.environ, "PYTHONPATH": tree}, check=True,
-                                     capture_output=True, text=True).stdout
-                for r in (json.loads(line) for line in out.splitlines() if line.startswith("{")):
-                    found.setdefault(r["bench"], {}).setdefault("before" if tree == theirs else "after", []).append(r)
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", theirs], check=True)
-    for what, sides in found.items():
-        best = {side: min(runs, key=lambda r: r["seconds"]) for side, runs in sides.items()}
-        json_line({"bench": what, "against": best["before"]["commit"], "commit": best["after"]["commit"], "rounds": rounds,
-                   "speedup": best["before"]["seconds"] / best["after"]["seconds"],
-                   **{f"{side}_{key}": best[side].get(key) for side in best for key in ("seconds", "mfu", "threads", "dtype", "device")}})
+def run_row(flags):
+    """The records of `python -m scripts.bench FLAGS`; if it fails, the last one says why."""
+    command = [sys.executable, "-m", "scripts.bench", *flags.split()]
+    process = subprocess.run(command, capture_output=True, text=True)
+    records = []
+    for line in process.stdout.splitlines():
+        if line.startswith("{"):
+            records.append({"flags": flags, **json.loads(line)})
+    if process.returncode:
+        # The end of stderr is enough for the error and its traceback.
+        records.append({"flags": flags, "failed": process.stderr.strip()[-2000:]})
+    return records
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--what", default="stage1,stage2,generate", help=f"of {', '.join(MEASUREMENTS)}")
+    flag("--suite", default="", help="FILE.jsonl: run the rows of SUITE it lacks, nothing else")
+    # Runtime
+    flag("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
+    flag("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
+    flag("--compile", default="auto", choices=["auto", "yes", "no"],
+         help="torch.compile for training steps; auto: on CUDA where a compiler is found")
+    flag("--repeats", type=int, default=7, help="timed steps, of which the median counts")
+    # Model
+    flag("--preset", default="nano", choices=sorted(PRESETS), help="sizes of the model")
+    flag("--mode", default="", help="image mode; empty = the first of the preset or checkpoint")
+    # Training steps and memory
+    flag("--batch", type=int, default=32, help="rows")
+    flag("--seq", type=int, default=72, help="decoder positions of a row, pages included")
+    flag("--pack", type=int, default=1, help="samples in a row, each with a page")
+    flag("--optimizer", default="muon", choices=["muon", "adamw"])
+    flag("--recompute", action="store_true", help="activation checkpointing")
+    # Generation
+    flag("--new-tokens", type=int, default=200, help="tokens generated per page, at least 2")
+    flag("--checkpoint", default="checkpoints/stage2", help="for transformers: whose weights")
+    flag("--rounds", type=int, default=5, help="for transformers: rounds of both in turn")
+    # Data
+    flag("--workers", type=int, default=0, help="loader processes; -1 = all cores but two, <= 16")
+    flag("--pages", type=int, default=100, help="dense pages to render per size")
+    flag("--steps", type=int, default=20, help="batches to load, and training steps on them")
+    args = parser.parse_args(argv)
+
+    for what in args.what.split(","):
+        if what not in MEASUREMENTS:
+            raise ValueError(f"--what={what}: must be of {', '.join(MEASUREMENTS)}")
+    for name in ("batch", "repeats", "rounds", "pages", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)}: must be at least 1")
+    if args.new_tokens < 2:  # the first comes from the prompt, decoding is what follows
+        raise ValueError(f"--new-tokens={args.new_tokens}: must be at least 2")
+    if args.workers < 0:
+        args.workers = min(16, max(1, os.cpu_count() - 2))
+    return args
+
+
+def measure(what, args, device, peak):
+    """Yields the records of one of MEASUREMENTS."""
+    if what == "transformers":  # the checkpoint says which model, not the preset
+        yield from measure_transformers(args, device)
+        return
+    preset_modes = PRESETS[args.preset]().modes
+    mode = get_mode(args.mode or preset_modes[0])
+    cfg = make_config(args, mode)
+    common = {"preset": args.preset, "mode": mode.name, "batch": args.batch}
+    if what in ("stage1", "stage2"):
+        yield common | measure_training(args, cfg, device, mode, what, peak)
+    elif what == "generate":
+        yield common | measure_generation(args, cfg, device, mode)
+    elif what == "data":
+        yield common | measure_data(args, cfg, device, mode)
+    elif what == "memory":
+        for stage in ("stage1", "stage2"):
+            yield common | measure_memory(args, cfg, mode, stage)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--suite", default="", help="FILE.jsonl: run every row of SUITE, above, that it does not hold yet, and nothing else")
-    parser.add_argument("--against", default="", help="a commit to compare with: its own scripts.bench runs with the same flags")
-    parser.add_argument("--rounds", type=int, default=3, help="with --against: how often each is run; the best counts")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
-    parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
-    parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="sizes of the model (nanochat/config.py)")
-    parser.add_argument("--mode", default="", help="image mode, untiled; empty = the preset's first")
-    parser.add_argument("--what", default="stage1,stage2,generate", help="of stage1, stage2, generate, attention, with commas")
-    parser.add_argument("--compile", default="", choices=["", "no", "yes", "both"], help="torch.compile for training; empty = both on cuda, no elsewhere")
-    parser.add_argument("--vocab-size", type=int, default=0, help="0 = the preset's")
-    parser.add_argument("--optimizer", default="muon", choices=["muon", "adamw"])
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    parser.add_argument("--batch", type=int, default=32, help="rows")
-    parser.add_argument("--seq", type=int, default=72, help="decoder positions of a row in training, the page's included")
-    parser.add_argument("--pack", type=int, default=1, help="samples in a row in training, each with a page")
-    parser.add_argument("--new-tokens", type=int, default=200, help="generated per page")
-    parser.add_argument("--cudnn", action="store_true", help="let torch choose cuDNN's attention, as training does not")
-    parser.add_argument("--workers", type=int, default=-1, help="processes that render pages; -1 = all cores but two on cuda, none elsewhere")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps; the median counts")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     if args.suite:
-        return run_suite(args.suite)
-    if args.against:
-        ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        ours.add_argument("--against")
-        ours.add_argument("--rounds")
-        return against(args.against, ours.parse_known_args(argv)[1], args.rounds)
-
+        run_suite(args.suite)
+        return
     device = compute_init(args.device_type)
-    torch.backends.cuda.enable_cudnn_sdp(args.cudnn)
-    if args.workers < 0:
-        args.workers = max(1, os.cpu_count() - 2) if device.type == "cuda" else 0
-    cfg = PRESETS[args.preset]()
-    cfg.gpt.vocab_size = args.vocab_size or cfg.gpt.vocab_size
-    cfg.image_token_id = cfg.gpt.vocab_size - 1
-    mode = get_mode(args.mode or cfg.modes[0], cfg.modes)
-    cfg.gpt.sequence_len = max(cfg.gpt.sequence_len, args.seq, plan(mode, 1, 1, cfg.token_stride).positions + 8 + args.new_tokens)
-    choice = args.compile or ("both" if choose_compile(device) else "no")
-    if choice != "no":
-        choose_compile(device, "yes")  # an error where there is no compiler
-    peak = matmul_rate(device, choose_dtype(device, args.dtype))
-
-    # counted against torch's own count, on one row
-    model = build(args, cfg, device).eval()
-    one = make_batch(model, mode, 1, args.seq)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.project(one.views[mode.size])
-        model.gpt.logits(model.gpt(torch.zeros(1, args.seq, cfg.gpt.n_embd, device=device, dtype=model.dtype)))
-    ours = sum(forward_flops(cfg, {mode.size: 1}, args.seq, 1).values())
-    print0(f"{args.preset} {mode.name}: {model.num_params():,} parameters, {device.type}, {str(model.dtype)[6:]}, matmul {peak / 1e12:.3f} TFLOP/s; forward of one "
-           f"row {ours / 1e9:.3f} GFLOP by our count, {counter.get_total_flops() / 1e9:.3f} by torch's (which counts the upper half of causal attention too)")
-    common = {"preset": args.preset, "mode": mode.name, "batch": args.batch, "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-              "threads": torch.get_num_threads(), "cudnn": args.cudnn, "workers": args.workers, "dtype": str(model.dtype)[6:], "matmul_tflops": peak / 1e12, "flops_over_torch": ours / counter.get_total_flops(),
-              "torch": torch.__version__, "commit": git_commit()}
-    dtype, model = model.dtype, None
+    dtype = choose_dtype(device, args.dtype)
+    peak = matmul_rate(device, dtype)
+    machine = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype)[6:],
+        "matmul_tflops": peak / 1e12,
+        "torch": torch.__version__,
+        "commit": git_commit(),
+    }
     for what in args.what.split(","):
-        if what in ("stage1", "stage2"):
-            for compiled in {"no": [False], "yes": [True], "both": [False, True]}[choice]:
-                json_line({"bench": what, **training(args, build(args, cfg, device), mode, int(what[-1]), compiled, peak), **common})
-        elif what == "generate":
-            for graphs in (False, True) if device.type == "cuda" else (False,):
-                json_line({"bench": what, **generation(args, build(args, cfg, device), mode, graphs), **common})
-        elif what == "attention":
-            json_line({"bench": what, "sam": sam_attention(args, cfg, mode, device, dtype), "decoding": decode_attention(args, cfg, device, dtype), **common})
-        else:
-            raise ValueError(f"--what={what}: must be stage1, stage2, generate or attention")
+        for record in measure(what, args, device, peak):
+            json_line({"bench": what} | machine | record)
 
 
 if __name__ == "__main__":
