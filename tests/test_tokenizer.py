@@ -96,7 +96,8 @@ def test_render_layout(tokenizer):
 
 @pytest.mark.parametrize("text", ["Hello world", "", "<|assistant_end|> 漢字\n\n12"])
 def test_mask_is_what_the_assistant_says(tokenizer, text):
-    assert said(tokenizer, *tokenizer.render_conversation(ocr(text), [5])) == text + "<|assistant_end|>"
+    ids, mask = tokenizer.render_conversation(ocr(text), [5])
+    assert said(tokenizer, ids, mask) == text + "<|assistant_end|>"
 
 
 def test_many_turns_and_images(tokenizer):
