@@ -269,7 +269,6 @@ class SynthDoc(Task):
                   clean: they fill their page to the edge, and are there to be easy
     """
 
-    name = "synthdoc"
 
     def __init__(self, split, size, image_size=128, chars=(24, 48), random_share=None, seed=0,
                  ramp=0, faces=None, min_px=MIN_PX, titles=0.0, damage=0):

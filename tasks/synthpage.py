@@ -211,7 +211,6 @@ class SynthPage(Task):
                   paragraphs that could not be printed
     """
 
-    name = "synthpage"
 
     def __init__(self, split, size, image_size=1024, chars=(500, 2500), columns=(1, 2, 3),
                  parts=PARTS, kinds=("text", "table"), damage=0, faces=tuple(BOLD), min_px=7,
@@ -358,7 +357,6 @@ class SynthChart(Task):
     image_size    px, one int for a square or (width, height), 64 and more
     """
 
-    name = "synthchart"
     answer_metric = "relaxed_accuracy"
 
     def __init__(self, split, size, image_size=512, seed=0):
