@@ -1,21 +1,22 @@
 """
-CLIP's ViT as the second stage of DeepEncoder (DeepSeek-OCR, arXiv 2510.18234, section 3.2). It takes the
-compressor's output in place of patch embeddings. Parameter names are those of the published checkpoint.
+CLIP's ViT as the second stage of DeepEncoder (DeepSeek-OCR, arXiv 2510.18234, section 3.2). It
+takes the compressor's output in place of patch embeddings. Parameter names are those of the
+published checkpoint.
 
 How to write another second stage: one file like this one, and its entry in SECOND_STAGES of
 nanochat/config.py. It is an nn.Module that is built from a config dataclass, and has
 
-    config_class           the dataclass; its `kind` is the name in SECOND_STAGES, its `width` the channels C
-                           of the input (which SAMConfig.net_3 must equal) and of the output
-    layout                 "grid": one token for each of the compressor's h x w positions. Rows of tokens end
-                           in a newline, and each token is joined with the compressor's own.
-                           "sequence": any number of tokens. No newlines, and they are the features alone.
-    forward(x)             (B, C, h, w) -> (B, n, C)
-    tokens(cfg, h, w)      n; static, as `flops` is
-    flops(cfg, h, w)       FLOPs of one image's forward pass
+    config_class       the dataclass. Its `kind` is the name in SECOND_STAGES, its `width` the
+                       channels C of input and output; SAMConfig.net_3 must equal it.
+    layout             "grid": one token for each of the compressor's h x w positions. Rows of
+                       tokens end in a newline, and each is joined with the compressor's token.
+                       "sequence": any number of tokens. No newlines, and they are all the features.
+    forward(x)         (B, C, h, w) -> (B, n, C)
+    tokens(cfg, h, w)  n; a static method, as `flops` is
+    flops(cfg, h, w)   FLOPs of one image's forward pass
     init_weights()
-    blocks                 its transformer blocks, for torch.compile
-    recompute              False; True asks for activation checkpointing (layers.run_blocks)
+    blocks             its transformer blocks, for torch.compile
+    recompute          False; True asks for activation checkpointing (layers.run_blocks)
 
 Shapes: B images, C channels, (h, w) tokens of the compressor, T = 1 + hw positions.
 """
@@ -32,27 +33,28 @@ from nanochat.layers import (
 class CLIPConfig:
     """CLIP ViT fed by the compressor. Defaults are the published ViT-L/14."""
     kind: str = "clip"
-    grid: int = 16                   # the position table is stored for grid x grid tokens and a class token
+    grid: int = 16                   # tokens a side that the position table is stored for
     width: int = 1024
     depth: int = 24
     n_head: int = 16
     ffn: int = 4096
-    patch_size: int = 14             # px of CLIP's own patch convolution, published but never run; 0 = absent
+    patch_size: int = 14             # px; CLIP's patch convolution, published, never run; 0 = none
 
     def __post_init__(self):
         if self.width % self.n_head:
-            raise ValueError(f"clip: width {self.width} is not a multiple of its {self.n_head} heads")
+            raise ValueError(f"clip: width {self.width} is not a multiple of its {self.n_head} "
+                             f"heads")
 
 
 class CLIPEmbeddings(nn.Module):
-    """Compressor output (B, C, h, w) -> (B, T, C): class token in front, learned positions added."""
+    """Compressor output (B, C, h, w) -> (B, T, C): class token first, positions added."""
     def __init__(self, cfg):
         super().__init__()
         self.grid = cfg.grid
         self.class_embedding = nn.Parameter(torch.zeros(cfg.width))
         if cfg.patch_size:
-            # Part of the published weights, but the compressor's output takes its place: it never runs,
-            # and without a gradient it must not count as trainable.
+            # Part of the published weights, but the compressor's output takes its place: it never
+            # runs, and without a gradient it must not count as trainable.
             self.patch_embedding = Conv2d(
                 3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
             self.patch_embedding.requires_grad_(False)
@@ -85,10 +87,12 @@ class CLIPAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        qkv = self.qkv_proj(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = self.qkv_proj(x)
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         y = attention(q, k, v)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.out_proj(y)
 
 
 class CLIPMLP(nn.Module):
@@ -125,8 +129,8 @@ class CLIPTransformer(nn.Module):
 
 class CLIP(nn.Module):
     """
-    (B, C, h, w) -> (B, hw, C). As published: no final norm, no pooling, no text tower, and the class token
-    is dropped at the end.
+    (B, C, h, w) -> (B, hw, C). As published: no final norm, no pooling, no text tower, and the
+    class token is dropped at the end.
     """
     config_class = CLIPConfig
     layout = "grid"
@@ -160,6 +164,7 @@ class CLIP(nn.Module):
     def flops(cfg, h, w):
         """Matrix products and attention only, a multiply-add counted as 2."""
         T = h * w + 1
-        weights = 4 * cfg.width ** 2 + 2 * cfg.width * cfg.ffn  # of one block: qkv and out_proj, MLP
+        attention_weights = 4 * cfg.width ** 2  # qkv_proj and out_proj
+        mlp_weights = 2 * cfg.width * cfg.ffn
         scores = 4 * T * T * cfg.width  # q k^T, and its product with v
-        return cfg.depth * (2 * T * weights + scores)
+        return cfg.depth * (2 * T * (attention_weights + mlp_weights) + scores)

@@ -1,14 +1,16 @@
 """
-Sizes of the model, and the presets: `nano` (two CPU cores), `dense` and `mini` (to try recipes for dense
-pages on a CPU), `small` (one GPU) and `base` (the published DeepEncoder with a nanochat d20). Every class
-of the model is built from these dataclasses alone; nothing in the model knows a preset's name.
+Sizes of the model, and the presets: `nano` (two CPU cores), `dense` and `mini` (to try recipes
+for dense pages on a CPU), `small` (one GPU) and `base` (the published DeepEncoder with a nanochat
+d20). Every class of the model is built from these dataclasses alone; nothing in the model knows a
+preset's name.
 """
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 
 from nanochat.clip import CLIP, CLIPConfig
 
-# The second stage of the encoder: {kind: its class}. nanochat/clip.py says what such a class must have.
+# The second stage of the encoder: {kind: its class}. nanochat/clip.py says what such a class must
+# have.
 SECOND_STAGES = {"clip": CLIP}
 
 PUBLISHED_MODES = (
@@ -44,14 +46,14 @@ class GPTConfig:
 @dataclass(frozen=True)
 class TokenLayout:
     """
-    How views of a page become vision tokens and decoder positions. image_modes.plan counts with it, so
-    that tokenizer, loader and model agree.
+    How views of a page become vision tokens and decoder positions. image_modes.plan counts with
+    it, so that tokenizer, loader and model agree.
     """
     stride: int                      # px along a side that one token of the compressor covers
-    sequence: object = None          # function (h, w) -> tokens of a view; None: a grid with newlines
+    sequence: object = None          # function (h, w) -> tokens of a view; None = grid, newlines
 
     def tokens(self, rows, cols, side):
-        """Vision tokens of rows x cols views of side x side compressor tokens, as the paper counts."""
+        """Vision tokens, as the paper counts, of rows x cols views whose grid is side x side."""
         if self.sequence is None:
             return rows * cols * side ** 2
         return rows * cols * self.sequence(side, side)
@@ -67,8 +69,8 @@ class ModelConfig:
     sam: SAMConfig = field(default_factory=SAMConfig)
     second_stage: CLIPConfig = field(default_factory=CLIPConfig)  # or the config of another kind
     gpt: GPTConfig = field(default_factory=GPTConfig)
-    standardize: str = "none"        # compressor output: none (published weights), channel or position
-    modes: tuple = PUBLISHED_MODES   # image modes that this model is made for; the first is the default
+    standardize: str = "none"        # compressor output: none (as published), channel or position
+    modes: tuple = PUBLISHED_MODES   # image modes it is made for; the first is the default
     image_token_id: int = -1         # set from the tokenizer
 
     def __post_init__(self):
@@ -81,8 +83,9 @@ class ModelConfig:
             raise ValueError(f"gpt: n_head {self.gpt.n_head} is not a multiple of n_kv_head "
                              f"{self.gpt.n_kv_head}")
         if self.sam.net_3 != self.second_stage.width:
-            raise ValueError(f"the compressor gives {self.sam.net_3} channels but {self.second_stage.kind} "
-                             f"is {self.second_stage.width} wide: set net_3 to that width")
+            raise ValueError(
+                f"the compressor gives {self.sam.net_3} channels but {self.second_stage.kind} is "
+                f"{self.second_stage.width} wide: set net_3 to that width")
         if self.sam.image_size % self.token_stride:
             raise ValueError(f"image_size {self.sam.image_size} must be a multiple of 4 patches "
                              f"({self.token_stride} px)")
@@ -91,7 +94,7 @@ class ModelConfig:
 
     @property
     def token_stride(self):
-        """Pixels per vision token along a side: a patch, times the compressor's two stride-2 convolutions."""
+        """Pixels a vision token covers along a side: a patch, and two convolutions of stride 2."""
         return 4 * self.sam.patch_size
 
     @property
@@ -100,32 +103,38 @@ class ModelConfig:
 
     @property
     def feature_width(self):
-        """Channels of the encoder's features. On a grid, each token is joined with the compressor's own."""
+        """Channels of the encoder's features."""
         if self.second_stage_class.layout == "grid":
-            return self.second_stage.width + self.sam.net_3
+            return self.second_stage.width + self.sam.net_3  # joined with the compressor's own
         return self.second_stage.width
 
     @property
     def layout(self):
         """The TokenLayout of this model's vision tokens."""
-        if self.second_stage_class.layout == "grid":
+        stage = self.second_stage_class
+        if stage.layout == "grid":
             return TokenLayout(self.token_stride)
-        return TokenLayout(self.token_stride, partial(self.second_stage_class.tokens, self.second_stage))
+        return TokenLayout(self.token_stride, partial(stage.tokens, self.second_stage))
 
     def to_dict(self):
         return asdict(self)
 
     @classmethod
     def from_dict(cls, d):
-        """Inverse of `to_dict`. Unknown or missing keys raise: the config of another version is not guessed at."""
+        """Inverse of `to_dict`. Unknown and missing keys raise: a config is not guessed at."""
         d = dict(d)
         if "clip" in d:  # checkpoints from before December 2026 had no other second stage
             d["second_stage"] = {"kind": "clip", **d.pop("clip")}
         kind = d.get("second_stage", {}).get("kind")
         if kind not in SECOND_STAGES:
-            raise ValueError(f"second stage of the encoder {kind!r}: must be one of {sorted(SECOND_STAGES)}")
+            raise ValueError(f"second stage of the encoder {kind!r}: must be one of "
+                             f"{sorted(SECOND_STAGES)}")
 
-        parts = {"sam": SAMConfig, "second_stage": SECOND_STAGES[kind].config_class, "gpt": GPTConfig}
+        parts = {
+            "sam": SAMConfig,
+            "second_stage": SECOND_STAGES[kind].config_class,
+            "gpt": GPTConfig,
+        }
         for name, part_class in parts.items():
             if name in d:
                 d[name] = build(part_class, d[name])
@@ -164,8 +173,8 @@ def nano():
 
 def dense():
     """
-    nano on pages of 128 px: as many patches and tokens, with print that is legible up to 8 characters
-    a token (16 px a line).
+    nano on pages of 128 px: as many patches and tokens, with print that is legible up to 8
+    characters a token (16 px a line).
     """
     cfg = nano()
     cfg.sam.image_size = 128
@@ -176,8 +185,8 @@ def dense():
 
 def mini():
     """
-    The geometry of `small` at 512 px, but narrow: shows on two CPU cores, within an hour, whether a recipe
-    for dense pages takes off.
+    The geometry of `small` at 512 px, but narrow: shows on two CPU cores, within an hour, whether
+    a recipe for dense pages takes off.
     """
     return ModelConfig(
         sam=SAMConfig(
@@ -191,7 +200,8 @@ def mini():
 
 def small():
     """
-    One GPU, minutes: dense pages at the paper's geometry (640 px with 100 vision tokens, 512 px with 64).
+    One GPU, minutes: dense pages at the paper's geometry (640 px with 100 vision tokens, 512 px
+    with 64).
     """
     return ModelConfig(
         sam=SAMConfig(

@@ -1,7 +1,8 @@
 """
-DeepEncoder (DeepSeek-OCR, arXiv 2510.18234, section 3.2): SAM ViT -> neck -> two stride-2 convolutions,
-the compressor with 16x fewer tokens -> a second stage, CLIP's ViT in the paper. On a grid the features are
-the concatenation [second stage, compressor]. Module and parameter names are the published checkpoint's.
+DeepEncoder (DeepSeek-OCR, arXiv 2510.18234, section 3.2): SAM ViT -> neck -> two stride-2
+convolutions, the compressor with 16x fewer tokens -> a second stage, CLIP's ViT in the paper. On
+a grid the features are the concatenation [second stage, compressor]. Module and parameter names
+are the published checkpoint's.
 
 Shapes: B images, S px a side, C channels, D = C / heads channels of a head,
         (H, W) patches = S / patch_size, (h, w) tokens = (H, W) / 4.
@@ -20,11 +21,13 @@ from nanochat.layers import (
 
 def relative_positions(table, size):
     """
-    Relative position vectors of every (query, key) pair along one axis: table (2L - 1, D) -> (size, size, D).
-    The table is interpolated where L differs from `size`.
+    Relative position vectors of every (query, key) pair along one axis, from a table (2L - 1, D)
+    -> (size, size, D). The table is interpolated where L differs from `size`.
     """
-    if table.size(0) != 2 * size - 1:
-        resized = F.interpolate(table.float().t()[None], size=2 * size - 1, mode="linear")
+    distances = 2 * size - 1
+    if table.size(0) != distances:
+        resized = table.float().t()[None]  # (1, D, 2L - 1)
+        resized = F.interpolate(resized, size=distances, mode="linear")
         table = resized[0].t().to(table.dtype)
     i = torch.arange(size, device=table.device)
     distance = i[:, None] - i[None, :]  # (size, size), query minus key
@@ -34,19 +37,21 @@ def relative_positions(table, size):
 class SAMAttention(nn.Module):
     """
     Attention over an (H, W) grid with decomposed relative positions:
-    logit = q.k / sqrt(D) + q.Rh[row distance] + q.Rw[column distance], with q unscaled in the bias terms.
 
-    The bias is folded into the dot product: q is extended by its H + W bias values, and k by the one-hot
-    codes of its row and column. The sum is the same number, and SDPA's fused kernels can be used
-    without ever storing an (HW, HW) mask.
+        logit = q.k / sqrt(D) + q.Rh[row distance] + q.Rw[column distance]
+
+    The bias is folded into the dot product: q is extended by its H + W bias values, and k by the
+    one-hot codes of its row and column. The sum is the same number, and SDPA's fused kernels can
+    be used without ever storing an (HW, HW) mask.
     """
     def __init__(self, width, n_head, grid):
         super().__init__()
         self.n_head = n_head
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, width // n_head))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, width // n_head))
+        table = (2 * grid - 1, width // n_head)
+        self.rel_pos_h = nn.Parameter(torch.zeros(table))
+        self.rel_pos_w = nn.Parameter(torch.zeros(table))
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
@@ -57,35 +62,41 @@ class SAMAttention(nn.Module):
         B, H, W, C3 = qkv.shape
         C = C3 // 3
         D = C // self.n_head
-        q, k, v = qkv.view(B, H * W, 3, self.n_head, D).permute(2, 0, 3, 1, 4)  # (B, heads, HW, D)
+        qkv = qkv.view(B, H * W, 3, self.n_head, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, HW, D)
+
+        # The bias is that of q before scaling, so q is scaled here and not by the attention.
+        bias_h, bias_w = self.position_bias(q, H, W)
+        q = q * D ** -0.5
+        q = torch.cat([q, bias_h, bias_w], -1)  # (B, heads, HW, D + H + W)
+        code = self.position_code(H, W, like=k)
+        code = code.expand(B, self.n_head, -1, -1)
+        k = torch.cat([k, code], -1)  # (B, heads, HW, D + H + W)
 
         # Fused kernels want head sizes in multiples of 8.
         padding = -(D + H + W) % 8
-        bias_h, bias_w = self.position_bias(q, H, W)
-        q = torch.cat([q * D ** -0.5, bias_h, bias_w], -1)  # (B, heads, HW, D + H + W)
         q = F.pad(q, (0, padding))
-        code = self.position_code(H, W, like=k).expand(B, self.n_head, -1, -1)
-        k = torch.cat([k, code], -1)  # (B, heads, HW, D + H + W)
         k = F.pad(k, (0, padding))
-
-        y = attention(q, k, v, scale=1.0)  # (B, heads, HW, D); q is scaled already
+        y = attention(q, k, v, scale=1.0)  # (B, heads, HW, D)
         return y.transpose(1, 2).reshape(B, H, W, C)
 
     def position_bias(self, q, H, W):
-        """The bias of each query towards every row (B, heads, HW, H) and every column (B, heads, HW, W)."""
+        """Bias of each query to every row (B, heads, HW, H) and every column (B, heads, HW, W)."""
         B, n_head, _, D = q.shape
         q = q.reshape(B, n_head, H, W, D)
         rows = relative_positions(self.rel_pos_h, H).to(q.dtype)  # (H, H, D)
         cols = relative_positions(self.rel_pos_w, W).to(q.dtype)  # (W, W, D)
-        bias_h = torch.einsum("bnhwd,hkd->bnhwk", q, rows)
-        bias_w = torch.einsum("bnhwd,wkd->bnhwk", q, cols)
+        bias_h = torch.einsum("bnhwd,hkd->bnhwk", q, rows)  # (B, heads, H, W, H)
+        bias_w = torch.einsum("bnhwd,wkd->bnhwk", q, cols)  # (B, heads, H, W, W)
         return bias_h.flatten(2, 3), bias_w.flatten(2, 3)
 
     @staticmethod
     def position_code(H, W, like):
-        """One-hot row and column of every position, (HW, H + W): a key picks its query's bias with it."""
-        rows = torch.eye(H, device=like.device, dtype=like.dtype).repeat_interleave(W, 0)  # (HW, H)
-        cols = torch.eye(W, device=like.device, dtype=like.dtype).repeat(H, 1)  # (HW, W)
+        """One-hot row and column of every position, (HW, H + W): a key picks its bias with it."""
+        rows = torch.eye(H, device=like.device, dtype=like.dtype)
+        cols = torch.eye(W, device=like.device, dtype=like.dtype)
+        rows = rows.repeat_interleave(W, 0)  # (HW, H)
+        cols = cols.repeat(H, 1)  # (HW, W)
         return torch.cat([rows, cols], -1)
 
 
@@ -96,7 +107,8 @@ class SAMMLP(nn.Module):
         self.lin2 = Linear(4 * width, width)
 
     def forward(self, x):
-        return self.lin2(F.gelu(self.lin1(x)))
+        x = F.gelu(self.lin1(x))  # the exact GELU, as published
+        return self.lin2(x)
 
 
 def to_windows(x, window):
@@ -125,13 +137,14 @@ class SAMBlock(nn.Module):
 
     def forward(self, x):
         y = self.norm1(x)
-        x = x + (self.windowed(y) if self.window else self.attn(y))
+        y = self.windowed(y) if self.window else self.attn(y)
+        x = x + y
         return x + self.mlp(self.norm2(x))
 
     def windowed(self, x):
         """
-        Attention inside windows. As published, the grid is zero-padded to whole windows after the norm,
-        and real positions attend to the padding.
+        Attention inside windows. As published, the grid is zero-padded to whole windows after the
+        norm, and real positions attend to the padding.
         """
         B, H, W, C = x.shape
         window = self.window
@@ -142,8 +155,8 @@ class SAMBlock(nn.Module):
             # Windows are cut before the projection: a third of the memory to move.
             qkv = self.attn.qkv(to_windows(x, window))
         else:
-            # Padding is zero, so its queries, keys and values are the bias alone. Only real positions
-            # go through the projections: 4,096 of 4,900 at 1024 px.
+            # Padding is zero, so its queries, keys and values are the bias alone. Only real
+            # positions go through the projections: 4,096 of 4,900 at 1024 px.
             bias = self.attn.qkv.bias.to(x.dtype)
             qkv = bias.expand(B, padded_H, padded_W, 3 * C).clone()
             qkv[:, :H, :W] = self.attn.qkv(x)
@@ -157,7 +170,9 @@ class SAMBlock(nn.Module):
 class LayerNorm2d(LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = super().forward(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -166,8 +181,9 @@ class PatchEmbed(nn.Module):
         self.proj = Conv2d(3, width, patch_size, stride=patch_size)
 
     def forward(self, x):
-        """(B, 3, S, S) -> (B, H, W, C), contiguous: all blocks after it work in this layout."""
-        return self.proj(x).permute(0, 2, 3, 1).contiguous()
+        """(B, 3, S, S) -> (B, H, W, C)"""
+        x = self.proj(x)  # (B, C, H, W)
+        return x.permute(0, 2, 3, 1).contiguous()  # all blocks work in this layout
 
 
 class SAM(nn.Module):
@@ -187,7 +203,7 @@ class SAM(nn.Module):
             Conv2d(cfg.neck, cfg.neck, 3, padding=1, bias=False),
             LayerNorm2d(cfg.neck, eps=1e-6),
         )
-        # The compressor. As published there is no norm and no activation between or after these two.
+        # The compressor. As published, no norm and no activation stand between or after these.
         self.net_2 = Conv2d(cfg.neck, cfg.net_2, 3, stride=2, padding=1, bias=False)
         self.net_3 = Conv2d(cfg.net_2, cfg.net_3, 3, stride=2, padding=1, bias=False)
         self.recompute = False
@@ -195,7 +211,8 @@ class SAM(nn.Module):
     def init_weights(self):
         trunc_normal_linears(self)
         # Scaled by fan-in, which keeps unit variance through a chain that has no norm inside.
-        for conv in (self.patch_embed.proj, self.neck[0], self.neck[2], self.net_2, self.net_3):
+        convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+        for conv in convolutions:
             fan_in = conv.weight[0].numel()
             nn.init.normal_(conv.weight, std=fan_in ** -0.5)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -207,11 +224,12 @@ class SAM(nn.Module):
         return resample_grid(self.pos_embed[0], H, H)[None]
 
     def forward(self, x, taps=None):
-        # A frozen ViT needs no graph. One parameter stands for all of them: they are frozen together.
+        # A frozen ViT needs no graph. Its parameters are frozen together: one stands for all.
         vit_trains = self.pos_embed.requires_grad
         with torch.set_grad_enabled(torch.is_grad_enabled() and vit_trains):
             x = self.patch_embed(x)  # (B, H, W, C)
-            x = x + self.positions(x.size(1)).to(x.dtype)
+            positions = self.positions(x.size(1))
+            x = x + positions.to(x.dtype)
             x = run_blocks(self.blocks, x, recompute=self.recompute)
             if taps is not None:
                 taps["sam"] = x
@@ -233,18 +251,18 @@ UNTRAINED = -1.0  # variance of a grid that was never trained on
 
 class Standardize(nn.Module):
     """
-    Zero mean and unit variance over the batch, without affine parameters: per channel, or per channel and
-    position. Otherwise what all pages share (paper, layout) dominates the features, the part that
-    tells pages apart is drowned, and the decoder falls back on its language prior (FINDINGS.md,
-    "standardisation"). Kind "none" is the identity and holds no state.
+    Zero mean and unit variance over the batch, without affine parameters: per channel, or per
+    channel and position. Otherwise what all pages share (paper, layout) dominates the features,
+    the part that tells pages apart is drowned, and the decoder falls back on its language prior
+    (FINDINGS.md, "standardisation"). Kind "none" is the identity and holds no state.
 
-    In training, a micro-batch is standardized by its own statistics, on its own rank. Batches of fewer
-    than 8 images, evaluation and a frozen module use running statistics. Those lag behind while weights
-    move fast: call `reestimate` before evaluating.
+    In training, a micro-batch is standardized by its own statistics, on its own rank. Batches of
+    fewer than 8 images, evaluation and a frozen module use running statistics. Those lag behind
+    while weights move fast: call `reestimate` before evaluating.
 
-    Every grid (tokens a side) has running statistics of its own: those of the first grid are the buffers
-    `mean` and `var`, those of grid 8 `mean_8` and `var_8`. A grid that was never trained on uses the first
-    grid's, interpolated where they are per position.
+    Every grid (tokens a side) has running statistics of its own: those of the first grid are the
+    buffers `mean` and `var`, those of grid 8 `mean_8` and `var_8`. A grid that was never trained
+    on uses the first grid's, interpolated where they are per position.
     """
     def __init__(self, kind, channels, grid, others=()):
         super().__init__()
@@ -283,18 +301,22 @@ class Standardize(nn.Module):
 
     def adopt_grids(self, tensors):
         """
-        Keeps the first grid and, of the others, exactly those that the file's tensors {buffer: tensor}
-        have. So a checkpoint loads no matter which modes it was trained in.
+        Keeps the first grid, and of the others exactly those that a file has; tensors are the
+        file's, named as the buffers are. So a checkpoint loads whatever modes it was trained in.
         """
         if self.kind == "none":
             return
-        for grid in list(self.grids):
-            if f"mean{self.grids[grid]}" not in tensors and grid != self.first_grid:
+        for grid, suffix in list(self.grids.items()):
+            is_first = suffix == ""
+            if not is_first and f"mean{suffix}" not in tensors:
                 self.drop_grid(grid)
         for name, tensor in tensors.items():
             grid = name.removeprefix("mean_")
-            # A wrong shape is left for the loader to report. No memory is reserved on a name's word.
-            if grid.isdecimal() and tuple(tensor.shape) == self.shape_of(int(grid)):
+            if not grid.isdecimal():
+                continue
+            # A wrong shape is left to the loader, which reports it as an unknown key. A name alone
+            # must not decide how much memory is reserved.
+            if tuple(tensor.shape) == self.shape_of(int(grid)):
                 self.add_grid(int(grid))
 
     def shape_of(self, grid):
@@ -320,7 +342,9 @@ class Standardize(nn.Module):
             suffix = ""  # a mean per channel fits every grid
         if suffix is None:
             return None
-        return getattr(self, f"mean{suffix}"), getattr(self, f"var{suffix}")
+        mean = getattr(self, f"mean{suffix}")
+        var = getattr(self, f"var{suffix}")
+        return mean, var
 
     def tables(self, grid):
         """The (mean, var) by which pages of this grid are standardized outside training."""
@@ -338,7 +362,9 @@ class Standardize(nn.Module):
             return mean, var
         own_mean, own_var = kept
         trained = own_var.amin() >= 0  # stays a tensor: no GPU sync
-        return torch.where(trained, own_mean, mean), torch.where(trained, own_var, var)
+        mean = torch.where(trained, own_mean, mean)
+        var = torch.where(trained, own_var, var)
+        return mean, var
 
     def forward(self, x):
         """(B, C, g, g) -> the same shape and dtype"""
@@ -351,7 +377,8 @@ class Standardize(nn.Module):
             self.update(grid, mean, var)
         else:
             mean, var = self.tables(grid)
-        return ((y - mean) * torch.rsqrt(var + EPS)).to(x.dtype)
+        y = (y - mean) * torch.rsqrt(var + EPS)
+        return y.to(x.dtype)
 
     @torch.no_grad()
     def update(self, grid, mean, var):
@@ -374,7 +401,8 @@ class Standardize(nn.Module):
         if running is None:
             raise ValueError(
                 f"no statistics per position are kept for {grid}x{grid} outputs, only for grids of "
-                f"{sorted(self.grids)}: call add_mode for this image mode, or --standardize=channel")
+                f"{sorted(self.grids)}: call add_mode for this image mode, or use "
+                f"--standardize=channel")
 
         shape = self.shape_of(grid)
         images = torch.zeros((), dtype=torch.float64)
@@ -384,8 +412,8 @@ class Standardize(nn.Module):
         square = torch.zeros(shape, dtype=torch.float64)
         for x in batches:
             if tuple(x.shape[2:]) != (grid, grid):
-                raise ValueError(f"re-estimating the statistics of {grid}x{grid} outputs on some of "
-                                 f"{tuple(x.shape[1:])}")
+                raise ValueError(f"re-estimating the statistics of {grid}x{grid} outputs on some "
+                                 f"of {tuple(x.shape[1:])}")
             x = x.double().cpu()
             images += x.size(0)
             count += x.numel() / total.numel()
@@ -394,8 +422,8 @@ class Standardize(nn.Module):
 
         images, count, total, square = self.over_ranks(images, count, total, square)
         if images < MIN_BATCH_FOR_STATISTICS:
-            raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} images, "
-                             f"got {int(images)}")
+            raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} "
+                             f"images, got {int(images)}")
         mean = total / count
         var = (square / count - mean.square()).clamp(min=0)
         running[0].copy_(mean)
@@ -413,7 +441,7 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def average_over_ranks(self):
-        """Ranks keep running statistics of their own while training; a checkpoint holds their mean."""
+        """While training, every rank keeps its own statistics; a checkpoint holds their mean."""
         if self.kind != "none" and not self.frozen and dist.is_initialized():
             for t in self.buffers():
                 dist.all_reduce(t)
@@ -424,8 +452,8 @@ class Standardize(nn.Module):
 
 class DeepEncoder(nn.Module):
     """
-    Pixels (B, 3, S, S) in [-1, 1], S a multiple of the token stride -> features (B, n, feature_width).
-    On a grid n is h * w, and each token is [second stage, compressor].
+    Pixels (B, 3, S, S) in [-1, 1], S a multiple of the token stride -> features (B, n, C).
+    On a grid n is h * w, and the channels are [second stage, compressor].
 
     `taps`, a dict, collects what the gauges of collapse look at: "sam", "compressor" (before
     standardization), and the second stage under its kind, e.g. "clip".
@@ -444,7 +472,7 @@ class DeepEncoder(nn.Module):
             self.add_mode(get_mode(name))
 
     def add_mode(self, mode):
-        """Gives the pages of an image mode running statistics of their own, before training in it."""
+        """Gives pages of an image mode statistics of their own; call it before training in it."""
         for side in (mode.size, mode.tile):
             if side:
                 self.standardize.add_grid(side // self.stride)
@@ -459,16 +487,17 @@ class DeepEncoder(nn.Module):
 
     def freeze_sam(self):
         """
-        Stage 2 (paper, section 3.5): SAM and compressor stay as they are, and with them the statistics of
-        their output.
+        Stage 2 (paper, section 3.5): SAM and compressor stay as they are, and with them the
+        statistics of their output.
         """
         self.sam_model.requires_grad_(False)
         self.standardize.frozen = True
 
     def forward(self, x, taps=None):
-        if x.ndim != 4 or x.size(2) != x.size(3) or x.size(2) % self.stride:
-            raise ValueError(f"pixels of shape {tuple(x.shape)}: need (B, 3, S, S) with S a multiple of "
-                             f"{self.stride}")
+        is_square = x.ndim == 4 and x.size(2) == x.size(3)
+        if not is_square or x.size(2) % self.stride:
+            raise ValueError(f"pixels of shape {tuple(x.shape)}: need (B, 3, S, S) with S a "
+                             f"multiple of {self.stride}")
         sam_trains = any(p.requires_grad for p in self.sam_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and sam_trains):
             x = self.sam_model(x, taps)  # (B, C, h, w)
@@ -484,5 +513,9 @@ class DeepEncoder(nn.Module):
 
 
 def below(prefix, tensors):
-    """The tensors {name: tensor} of the module at `prefix`, named as that module names them."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    """Of tensors {name: tensor}, those of the module at `prefix`, named as that module does."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = tensor
+    return found

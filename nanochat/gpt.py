@@ -1,7 +1,7 @@
 """
-nanochat's GPT as of October 2025: rotary positions in fp32, QK norm, ReLU^2, RMSNorm without parameters
-(also right after the embedding), untied head, logits softly capped at 15. Parameter names are nanochat's,
-so that its checkpoints load.
+nanochat's GPT as of October 2025: rotary positions in fp32, QK norm, ReLU^2, RMSNorm without
+parameters (also right after the embedding), untied head, logits softly capped at 15. Parameter
+names are nanochat's, so that its checkpoints load.
 
 Shapes: B rows, T positions, C = n_embd, H heads of D = C / H channels.
 """
@@ -29,23 +29,26 @@ def rotary_tables(length, head_dim, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """(B, T, H, D) turned by its position -> the same shape in fp32. cos, sin: (B or 1, T, 1, D / 2), fp32."""
+    """(B, T, H, D) turned by its position, in fp32. cos, sin: (B or 1, T, 1, D / 2) fp32."""
     a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+    turned_a = a * cos + b * sin
+    turned_b = b * cos - a * sin
+    return torch.cat([turned_a, turned_b], -1)
 
 
 class KVCache:
     """
-    Keys and values of all layers, for B rows of up to `length` positions: (n_layer, B, H, reserved, D).
+    Keys and values of all layers, for B rows of up to `length` positions. k and v are
+    (n_layer, B, H, reserved, D).
 
-    Rows may have different lengths. The next token of a row is written at that row's own position, over
-    whatever padding its prompt had there. Positions are reserved `room` at a time, so that a step attends
-    to little more than what has been written, in memory without gaps.
+    Rows may have different lengths. The next token of a row is written at that row's own
+    position, over whatever padding its prompt had there. Positions are reserved `room` at a time,
+    so that a step attends to little more than what has been written, in memory without gaps.
     """
     def __init__(self, cfg, rows, length, device, dtype, room=64):
         if length > cfg.sequence_len:
-            raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; shorten "
-                             f"prompt or max_new_tokens")
+            raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; "
+                             f"shorten prompt or max_new_tokens")
         self.length = length
         self.room = room
         shape = (cfg.n_layer, rows, cfg.n_kv_head, 0, cfg.n_embd // cfg.n_head)
@@ -58,8 +61,8 @@ class KVCache:
 
     def reserve(self, n):
         """
-        Makes room for n positions in the longest row. -> whether the tensors were replaced, in which case
-        a CUDA graph that uses them has to be captured again.
+        Makes room for n positions in the longest row. -> whether the tensors were replaced, in
+        which case a CUDA graph that uses them has to be captured again.
         """
         rounded_up = -(-n // self.room) * self.room
         more = min(rounded_up, self.length) - self.reserved
@@ -71,7 +74,8 @@ class KVCache:
 
     def update(self, layer, k, v, positions):
         """Writes k, v (B, H, T, D) at `positions` (B, T). -> all keys and values of the layer."""
-        index = positions[:, None, :, None].expand_as(k)  # (B, H, T, D)
+        index = positions[:, None, :, None]  # (B, 1, T, 1)
+        index = index.expand_as(k)  # (B, H, T, D)
         self.k[layer].scatter_(2, index, k)
         self.v[layer].scatter_(2, index, v)
         return self.k[layer], self.v[layer]
@@ -83,35 +87,43 @@ class KVCache:
 
     def mask(self, positions):
         """
-        What is added to the scores of queries at `positions` (B, T): -inf at every key after the query's
-        own position, (B, 1, T, reserved).
+        What is added to the scores of queries at `positions` (B, T): -inf at every key after the
+        query's own position, (B, 1, T, reserved).
         """
-        keys = torch.arange(self.reserved, device=positions.device)
-        later = keys[None, None, None, :] > positions[:, None, :, None]
-        mask = torch.zeros(later.shape, device=positions.device, dtype=self.k.dtype)
+        device = positions.device
+        keys = torch.arange(self.reserved, device=device)
+        queries = positions[:, None, :, None]  # (B, 1, T, 1)
+        later = keys > queries  # (B, 1, T, reserved)
+        mask = torch.zeros(later.shape, device=device, dtype=self.k.dtype)
         return mask.masked_fill_(later, float("-inf"))
 
 
 class Attention(nn.Module):
+    """Causal attention with rotary positions and QK norm; keys and values may have fewer heads."""
     def __init__(self, cfg, layer):
         super().__init__()
-        self.layer = layer
+        self.layer = layer  # its place in the cache
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head
         self.head_dim = cfg.n_embd // cfg.n_head
-        self.c_q = Linear(cfg.n_embd, self.n_head * self.head_dim, bias=False)
-        self.c_k = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_v = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_proj = Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        C = cfg.n_embd
+        kv_width = self.n_kv_head * self.head_dim
+        self.c_q = Linear(C, C, bias=False)
+        self.c_k = Linear(C, kv_width, bias=False)
+        self.c_v = Linear(C, kv_width, bias=False)
+        self.c_proj = Linear(C, C, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, positions, lengths):
         B, T, C = x.shape
         # Queries and keys are rotated and normed together: half as many kernels.
         qk = torch.cat([self.c_q(x), self.c_k(x)], -1)
-        qk = qk.view(B, T, self.n_head + self.n_kv_head, self.head_dim)
-        qk = norm(rotate(qk, cos, sin)).to(x.dtype).transpose(1, 2)  # (B, heads of q and k, T, D)
+        qk = qk.view(B, T, -1, self.head_dim)  # (B, T, heads of q and of k, D)
+        qk = rotate(qk, cos, sin)
+        qk = norm(qk).to(x.dtype)
+        qk = qk.transpose(1, 2)  # (B, heads of q and of k, T, D)
         q, k = qk.split([self.n_head, self.n_kv_head], 1)  # (B, H, T, D)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        v = self.c_v(x)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
 
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # all keys so far, (B, H, reserved, D)
@@ -119,7 +131,8 @@ class Attention(nn.Module):
             y = packed_attention(q, k, v, lengths)
         else:
             y = attention(q, k, v, mask=mask, causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -129,7 +142,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        x = F.relu(self.c_fc(x)).square()
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
@@ -147,9 +161,10 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        blocks = [Block(cfg, layer) for layer in range(cfg.n_layer)]
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(cfg.vocab_size, cfg.n_embd),
-            "h": nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer)),
+            "h": nn.ModuleList(blocks),
         })
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.recompute = False
@@ -164,9 +179,9 @@ class GPT(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 fan_out, fan_in = m.weight.shape
-                std = fan_in ** -0.5 * min(1.0, (fan_out / fan_in) ** 0.5)
-                nn.init.normal_(m.weight, std=std)
-        # A fresh model predicts every token with equal probability, and every block is the identity.
+                aspect = min(1.0, (fan_out / fan_in) ** 0.5)
+                nn.init.normal_(m.weight, std=fan_in ** -0.5 * aspect)
+        # A fresh model gives every token the same probability, and its blocks are the identity.
         nn.init.zeros_(self.lm_head.weight)
         for block in self.transformer.h:
             nn.init.zeros_(block.attn.c_proj.weight)
@@ -178,13 +193,14 @@ class GPT(nn.Module):
 
         positions: (B, T), default 0..T-1.
         cache:     a KVCache with room for them; a query sees every key up to its own position.
-        lengths:   of packed rows, for each row the lengths of its samples, in order. A position then sees
-                   its own sample only.
+        lengths:   of packed rows, for each row the lengths of its samples, in order. A position
+                   then sees its own sample only.
         """
         B, T, _ = x.shape
         if positions is None:
             if T > self.cfg.sequence_len:
-                raise ValueError(f"sequence of {T} positions, the decoder has {self.cfg.sequence_len}")
+                raise ValueError(f"sequence of {T} positions, the decoder has "
+                                 f"{self.cfg.sequence_len}")
             cos = self.cos[None, :T, None]  # (1, T, 1, D / 2)
             sin = self.sin[None, :T, None]
             if cache is not None:
@@ -200,7 +216,10 @@ class GPT(nn.Module):
         return norm(x)
 
     def logits(self, x, head_weight=None):
-        """(..., C) -> (..., vocab) in fp32. head_weight: the head's weight, if the caller has cast it already."""
-        weight = self.lm_head.weight if head_weight is None else head_weight
-        x = F.linear(x, weight.to(x.dtype)).float()
+        """(..., C) -> (..., vocab) in fp32. head_weight: the head's, if already cast."""
+        if head_weight is None:
+            x = self.lm_head(x)
+        else:
+            x = F.linear(x, head_weight)
+        x = x.float()
         return SOFTCAP * torch.tanh(x / SOFTCAP)

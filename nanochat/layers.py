@@ -1,7 +1,8 @@
 """
 Layers that encoder and decoder share: attention, and Linear, Conv2d and LayerNorm that keep their
-parameters in fp32 and compute in the dtype of their input. So the compute dtype is chosen in one place,
-where pixels and token embeddings enter the model, and no layer has to know about it (no autocast).
+parameters in fp32 and compute in the dtype of their input. So the compute dtype is chosen in one
+place, where pixels and token embeddings enter the model, and no layer has to know about it (no
+autocast).
 
 Shapes: B rows or images, H heads, T positions, D channels per head, C = H * D.
 """
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
-# fp32 parameters, cast where they are used. The casts and their backward are 0.7 % of a nano step on
-# a CPU, so a second copy of all weights in the compute dtype would not pay for its bookkeeping.
+# fp32 parameters, cast where they are used. The casts and their backward are 0.7 % of a nano step
+# on a CPU, so a second copy of all weights in the compute dtype would not pay for its
+# bookkeeping.
 
 
 class Linear(nn.Linear):
@@ -47,8 +49,8 @@ def attention(q, k, v, scale=None, mask=None, causal=False):
     """
     softmax(q k^T * scale + mask) v over (B, H, T, D) -> (B, H, T, D of v).
 
-    `scale` defaults to D ** -0.5. `mask` is added to the scores. k and v may have fewer heads than q
-    (grouped queries), and v may have fewer channels than q and k.
+    `scale` defaults to D ** -0.5. `mask` is added to the scores. k and v may have fewer heads
+    than q (grouped queries), and v may have fewer channels than q and k.
     """
     same_heads = q.size(1) == k.size(1)
     few_scores = q.size(2) * k.size(2) <= WRITTEN_OUT_SCORES
@@ -69,20 +71,22 @@ def written_out_attention(q, k, v, scale, mask, causal):
         scale = q.size(-1) ** -0.5
     scores = (q * scale) @ k.mT  # (B, H, T of q, T of k)
     if causal:
-        ones = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
-        scores = scores.masked_fill(ones.triu(1), float("-inf"))
+        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
     if mask is not None:
         scores = scores + mask
     return scores.softmax(-1) @ v
 
 
-@torch.compiler.disable  # it launches as many kernels as there are samples: every batch would be a new graph
+@torch.compiler.disable  # as many kernels as samples: every batch would be a new graph
 def packed_attention(q, k, v, lengths):
     """
-    Causal attention inside each sample of packed rows (B, H, T, D). lengths: for each row the lengths of
-    its samples, in order; the rest of a row is padding, and is treated as one more sample.
+    Causal attention inside each sample of packed rows (B, H, T, D). lengths: for each row the
+    lengths of its samples, in order; the rest of a row is padding, and is treated as one more
+    sample.
 
-    One sample at a time: no (T, T) mask is stored, and no score is computed that a mask would discard.
+    One sample at a time: no (T, T) mask is stored, and no score is computed that a mask would
+    discard.
     """
     T = q.size(2)
     rows = []
@@ -107,8 +111,8 @@ def packed_attention(q, k, v, lengths):
 
 def run_blocks(blocks, x, *args, recompute=False):
     """
-    x through `blocks` one after the other. recompute is activation checkpointing: only the input of each
-    block is kept for the backward pass, which computes the rest again.
+    x through `blocks` one after the other. recompute is activation checkpointing: only the input
+    of each block is kept for the backward pass, which computes the rest again.
     """
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
@@ -125,8 +129,8 @@ def run_blocks(blocks, x, *args, recompute=False):
 
 def resample_grid(table, h, w):
     """
-    Position table (H, W, C) -> (h, w, C) for another grid: bicubic with antialiasing in fp32, as published
-    (both SAM's and CLIP's tables).
+    Position table (H, W, C) -> (h, w, C) for another grid: bicubic with antialiasing in fp32, as
+    published (both SAM's and CLIP's tables).
     """
     x = table.float().permute(2, 0, 1)[None]  # (1, C, H, W)
     x = F.interpolate(x, size=(h, w), mode="bicubic", antialias=True, align_corners=False)

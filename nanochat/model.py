@@ -24,20 +24,22 @@ def fuse(embeddings, is_image, features, features_per_row, placeholders=None):
     Puts image features where the placeholders are.
 
     embeddings (B, T, C); is_image (B, T) bool; features (P, C), those of all rows in order;
-    features_per_row and placeholders: B ints each. placeholders are counted from is_image if not given,
-    which on a GPU means waiting for it.
+    features_per_row and placeholders: B ints each. placeholders are counted from is_image if not
+    given, which on a GPU means waiting for it.
 
-    Counts are compared per row, not in total. Otherwise a surplus in one row and a lack in the next would
-    give a page's features to its neighbour, and masked_scatter would not complain.
+    Counts are compared per row, not in total. Otherwise a surplus in one row and a lack in the
+    next would give a page's features to its neighbour, and masked_scatter would not complain.
     """
     placeholders = placeholders or is_image.sum(1).tolist()
     for row, (slots, given) in enumerate(zip(placeholders, features_per_row, strict=True)):
         if slots != given:
             raise ValueError(
-                f"row {row} has {slots} <|image|> placeholders but {given} image features: the image mode "
-                f"used for tokens and the one used for pixels differ, or the row was cut inside an image")
+                f"row {row} has {slots} <|image|> placeholders but {given} image features: the "
+                f"image mode used for tokens and the one used for pixels differ, or the row was "
+                f"cut inside an image")
     if sum(features_per_row) != features.size(0):
-        raise ValueError(f"{features.size(0)} image features for {sum(features_per_row)} placeholders")
+        raise ValueError(f"{features.size(0)} image features for {sum(features_per_row)} "
+                         f"placeholders")
     return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
 
 
@@ -86,8 +88,8 @@ class DeepseekOCR(nn.Module):
 
     def project(self, pixels, taps=None):
         """
-        (N, 3, S, S) uint8 -> vision tokens as the decoder sees them: (N, h, w, C) on a grid, (N, n, C)
-        where the second stage gives a sequence. `taps`: see DeepEncoder.
+        (N, 3, S, S) uint8 -> vision tokens as the decoder sees them: (N, h, w, C) on a grid, or
+        (N, n, C) where the second stage gives a sequence. `taps`: see DeepEncoder.
         """
         pixels = pixels.to(self.device, non_blocking=True)
         x = pixels.to(self.dtype) / 127.5 - 1.0  # mean = std = 0.5, as published
@@ -100,13 +102,13 @@ class DeepseekOCR(nn.Module):
         return y
 
     def encode_views(self, views):
-        """{side in px: (N, 3, side, side) uint8} -> {side: vision tokens, as `project` gives them}."""
+        """{side in px: (N, 3, side, side) uint8} -> {side: vision tokens, as of `project`}."""
         return {side: self.project(pixels) for side, pixels in views.items()}
 
     def lay_out(self, tokens, rows, cols):
         """
-        Vision tokens of rows x cols views, side by side as one page, -> (positions, C): line by line with a
-        newline after each, or view by view where they are a sequence.
+        Vision tokens of rows x cols views, side by side as one page, -> (positions, C): line by
+        line with a newline after each, or view by view where they are a sequence.
         """
         if self.encoder.layout == "sequence":
             return tokens.flatten(0, 1)
@@ -117,8 +119,9 @@ class DeepseekOCR(nn.Module):
 
     def arrange(self, tokens, plans):
         """
-        Vision tokens {side in px: those of its views} -> (P, C): for each image its tiles, its global view
-        and the separator. This is the published order. `plans`: an image_modes.Plan per image.
+        Vision tokens {side in px: those of its views} -> (P, C): for each image its tiles, its
+        global view and the separator. This is the published order. `plans`: an image_modes.Plan
+        per image.
         """
         used = Counter()
         for plan in plans:
@@ -146,15 +149,15 @@ class DeepseekOCR(nn.Module):
 
     def encode_images(self, views, plans):
         """
-        views {side in px: (N, 3, side, side) uint8}, images in order, each image's tiles before its global
-        view -> (P, C), all positions of all images.
+        views {side in px: (N, 3, side, side) uint8}, images in order, each image's tiles before
+        its global view -> (P, C), all positions of all images.
         """
         return self.arrange(self.encode_views(views), plans)
 
     def embed(self, batch, tokens=None):
         """
-        Token embeddings (B, T, C) of a batch with its images in place. tokens: its views as `encode_views`
-        gives them, if the caller has encoded them already.
+        Token embeddings (B, T, C) of a batch with its images in place. tokens: its views as
+        `encode_views` gives them, if the caller has encoded them already.
         """
         # Placeholders are counted where the ids are. A training batch is on the host: no GPU sync.
         placeholders = (batch.ids == self.cfg.image_token_id).sum(1).tolist()
@@ -169,7 +172,8 @@ class DeepseekOCR(nn.Module):
 
         for row, n in enumerate(placeholders):
             if n:
-                raise ValueError(f"row {row} has <|image|> placeholders but the batch has no images")
+                raise ValueError(f"row {row} has <|image|> placeholders but the batch has no "
+                                 f"images")
         if self.training:
             vision = [p for name, p in self.named_parameters() if not name.startswith("gpt.")]
             x = x + weight_zero(vision, x)
@@ -180,15 +184,15 @@ class DeepseekOCR(nn.Module):
 
     def forward(self, batch):
         """
-        -> {name of a loss: (sum in nats, number of things it is summed over)}. The numbers are those of
-        Batch.loss_counts.
+        -> {name of a loss: (sum in nats, number of things it is summed over)}. The numbers are
+        those of Batch.loss_counts.
 
         "text": next-token loss over the supervised positions (targets != -1).
 
         The batch may be on the host. No host-device sync in here.
         """
-        # Another loss on what the vision tokens show would take them from here, before they are mixed
-        # with text: {side: (N, h, w, C)}.
+        # Another loss on what the vision tokens show would take them from here, before they are
+        # mixed with text: {side: (N, h, w, C)}.
         tokens = self.encode_views(batch.views)
         x = self.embed(batch, tokens)  # (B, T, C)
         positions = batch.positions
@@ -198,23 +202,24 @@ class DeepseekOCR(nn.Module):
         return {"text": (self.text_loss(hidden, batch), batch.loss_counts()["text"])}
 
     def text_loss(self, hidden, batch):
-        """Sum of the next-token losses, in nats. The head runs only where there is something to learn."""
+        """Sum of next-token losses, in nats. The head runs on the supervised positions only."""
         at = batch.supervised_at.to(self.device, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
         hidden = hidden.flatten(0, 1).index_select(0, at)  # (supervised, C)
         targets = targets.flatten()[at]  # (supervised,)
 
-        # With a large vocabulary the logits of a batch are gigabytes: only a chunk of them exists at a
-        # time, and is computed again in the backward pass.
+        # With a large vocabulary the logits of a batch are gigabytes: only a chunk of them exists
+        # at a time, and is computed again in the backward pass.
         chunk = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
         if len(targets) <= chunk:
             return self.chunk_loss(hidden, targets)
 
-        # The head is cast once and not twice per chunk: 11 % of the loss at 65,536 x 1,280 on a CPU. Its
-        # gradient is then summed over chunks in the compute dtype (9e-4 off with three, in bf16).
+        # The head is cast once and not twice per chunk: 11 % of the loss at 65,536 x 1,280 on a
+        # CPU. Its gradient is then summed over chunks in the compute dtype (9e-4 off with three,
+        # in bf16).
         head = self.gpt.lm_head.weight.to(hidden.dtype)
         if self.compiled:
-            torch._dynamo.mark_static(head)  # as parameters are: only the number of positions varies
+            torch._dynamo.mark_static(head)  # as parameters are; only the positions vary
         loss = 0.0
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
             loss = loss + checkpoint(self.chunk_loss, h, t, head, use_reentrant=False)
@@ -255,8 +260,9 @@ class DeepseekOCR(nn.Module):
 
     def freeze(self, names):
         """
-        Parts that do not learn; gradients still pass through them. Takes the names of `parts`, and two older
-        ones: "sam-core" is "sam", and "gpt" freezes the whole decoder, with embedding and head.
+        Parts that do not learn; gradients still pass through them. Takes the names of `parts`,
+        and two older ones: "sam-core" is "sam", and "gpt" freezes the whole decoder, with
+        embedding and head.
         """
         parts = self.parts()
         aliases = {"sam-core": ["sam"], "gpt": ["gpt", "embedding", "head"]}
@@ -278,17 +284,18 @@ class DeepseekOCR(nn.Module):
     # Memory and speed
 
     def recompute(self, on):
-        """Activation checkpointing in all blocks: a third more compute for a fraction of the memory."""
+        """Activation checkpointing of all blocks: a third more compute, much less memory."""
         for part in (self.encoder.sam_model, self.encoder.vision_model, self.gpt):
             part.recompute = on
 
     def compile_blocks(self, backend="inductor"):
         """
-        torch.compile for every block, forward and backward. Blocks of one kind and shape share their kernels,
-        so this takes seconds where the whole network would take minutes.
+        torch.compile for every block, forward and backward. Blocks of one kind and shape share
+        their kernels, so this takes seconds where the whole network would take minutes.
 
-        Shapes are static but for the number of images or rows. So a training script should ask for rows of
-        few different lengths (Sampler's `multiple`). Run evaluation eagerly: its shapes always change.
+        Shapes are static but for the number of images or rows. So a training script should ask
+        for rows of few different lengths (Sampler's `multiple`). Run evaluation eagerly: its
+        shapes always change.
         """
         # A graph per length of rows, grid of patches (several modes) and number of packed rows
         torch._dynamo.config.recompile_limit = 32
@@ -305,9 +312,9 @@ class DeepseekOCR(nn.Module):
 
 def weight_zero(parameters, x):
     """
-    A zero, of the dtype of x, that depends on all trainable parameters. Added to what a loss is computed
-    from, it gives those that a batch has no use for a gradient of zero. DDP would wait forever for one
-    that gets none.
+    A zero, of the dtype of x, that depends on all trainable parameters. Added to what a loss is
+    computed from, it gives those that a batch has no use for a gradient of zero. DDP would wait
+    forever for one that gets none.
     """
     total = torch.zeros((), device=x.device)
     for p in parameters:
@@ -317,8 +324,8 @@ def weight_zero(parameters, x):
 
 
 # -----------------------------------------------------------------------------
-# FLOPs of a forward pass: matrix products and attention, a multiply-add counted as 2. Softmax, norms and
-# gathers are left out.
+# FLOPs of a forward pass: matrix products and attention, a multiply-add counted as 2. Softmax,
+# norms and gathers are left out.
 
 def sam_flops(cfg, side):
     """SAM, neck and compressor on one view of `side` px. cfg: SAMConfig."""

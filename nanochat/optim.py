@@ -1,7 +1,7 @@
 """
-Optimizers. `muon`: Muon for the matrices of all transformer blocks and of the projector, AdamW for
-everything else. `adamw`: AdamW throughout, as published. Both are one object with one `step`, and a state
-that is a flat dict of named tensors (for safetensors).
+Optimizers. `muon`: Muon for the matrices of all transformer blocks and of the projector, AdamW
+for everything else. `adamw`: AdamW throughout, as published. Both are one object with one `step`,
+and a state that is a flat dict of named tensors (for safetensors).
 """
 import math
 
@@ -13,8 +13,9 @@ import torch
 @torch.no_grad()
 def orthogonalize(G, dtype, steps=5):
     """
-    A stack of matrices (N, a, b) -> roughly the nearest semi-orthogonal ones; their singular values end
-    up in about [0.7, 1.2]. Newton-Schulz with Muon's quintic coefficients, in `dtype`, all N at once.
+    A stack of matrices (N, a, b) -> roughly the nearest semi-orthogonal ones; their singular
+    values end up in about [0.7, 1.2]. Newton-Schulz with Muon's quintic coefficients, in `dtype`,
+    all N at once.
     """
     X = G.to(dtype)
     tall = X.size(1) > X.size(2)
@@ -32,15 +33,15 @@ def orthogonalize(G, dtype, steps=5):
 
 
 def split_fused(matrix):
-    """The matrices that are orthogonalized one by one: those of queries, keys and values, if fused (3C, C)."""
+    """What is orthogonalized as one matrix: a fused qkv (3C, C) is three of them."""
     is_qkv = matrix.size(0) == 3 * matrix.size(1)
     return matrix.chunk(3) if is_qkv else (matrix,)
 
 
 class Muon(torch.optim.Optimizer):
     """
-    Nesterov momentum, then orthogonalized. The step is scaled by sqrt(max(1, rows / columns)), so that
-    matrices of any shape change their output by about as much.
+    Nesterov momentum, then orthogonalized. The step is scaled by sqrt(max(1, rows / columns)), so
+    that matrices of any shape change their output by about as much.
     """
     def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -54,8 +55,8 @@ class Muon(torch.optim.Optimizer):
                 continue
             updates = self.momentum_updates(params, group["momentum"])
 
-            # Matrices of one shape go through Newton-Schulz together: a few large products instead of
-            # many small ones.
+            # Matrices of one shape go through Newton-Schulz together: a few large products
+            # instead of many small ones.
             by_shape = {}  # {shape: ([matrix of a parameter], [its update])}
             for p, update in zip(params, updates):
                 for matrix, matrix_update in zip(split_fused(p), split_fused(update)):
@@ -68,7 +69,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(matrices, list(orthogonal.unbind()), alpha=-size)
 
     def momentum_updates(self, params, momentum):
-        """Moves each parameter's momentum towards its gradient. -> Nesterov's updates, one per parameter."""
+        """Moves each momentum towards its gradient. -> Nesterov's updates, one per parameter."""
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -169,15 +170,15 @@ class Optimizer:
                     for key in keys:
                         name = f"{names[id(p)]}.{key}"
                         if name not in left:
-                            raise ValueError(f"optimizer state lacks {name}: it belongs to another model "
-                                             f"or optimizer")
+                            raise ValueError(f"optimizer state lacks {name}: it belongs to "
+                                             f"another model or optimizer")
                         # torch keeps AdamW's step on the CPU unless it is fused.
                         stays_on_cpu = key == "step" and not group["fused"]
                         value = left.pop(name)
                         optimizer.state[p][key] = value if stays_on_cpu else value.to(p.device)
         if left:
-            raise ValueError(f"optimizer state has unknown tensors, e.g. {sorted(left)[:3]}: it belongs to "
-                             f"another model or optimizer")
+            raise ValueError(f"optimizer state has unknown tensors, e.g. {sorted(left)[:3]}: it "
+                             f"belongs to another model or optimizer")
 
 
 def parameter_rates(model, lr, part_lrs):
@@ -186,12 +187,13 @@ def parameter_rates(model, lr, part_lrs):
     if not part_lrs:
         return rates
     if lr <= 0:
-        raise ValueError(f"learning rate {lr} with rates for {', '.join(part_lrs)}: must be above 0, since "
-                         f"Muon's rates are in proportion to it; to keep a part as it is, freeze it")
+        raise ValueError(f"learning rate {lr} with rates for {', '.join(part_lrs)}: must be above "
+                         f"0, since Muon's rates are in proportion to it; freeze the rest instead")
     parts = model.parts()
     for part, rate in part_lrs.items():
         if part not in parts:
-            raise ValueError(f"learning rate {rate} for the part {part!r}: must be one of {', '.join(parts)}")
+            raise ValueError(f"learning rate {rate} for the part {part!r}: must be one of "
+                             f"{', '.join(parts)}")
         for name, _ in parts[part]:
             rates[name] = rate
     return rates
@@ -205,8 +207,8 @@ def schedule(kind, step, total, warmup):
 
     trapezoid: constant, then linear to zero over the last half
     cosine:    to zero (stage 1 as published)
-    step:      x0.316 at 80 % and again at 90 %. The paper only says "step" for stage 2; the points are
-               DeepSeek-LLM's (arXiv 2401.02954, section 3.1)
+    step:      x0.316 at 80 % and again at 90 %. The paper only says "step" for stage 2; the points
+               are DeepSeek-LLM's (arXiv 2401.02954, section 3.1)
     """
     if step < warmup:
         return (step + 1) / warmup
