@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.layers import Linear, attention, packed_attention, run_blocks
+from nanochat.layers import Linear, Packing, attention, run_blocks
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
 SOFTCAP = 15.0
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.c_v = Linear(C, kv_width, bias=False)
         self.c_proj = Linear(C, C, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, positions, lengths):
+    def forward(self, x, cos, sin, mask, cache, positions, packing):
         B, T, C = x.shape
         # Queries and keys are rotated and normed together: half as many kernels.
         qk = torch.cat([self.c_q(x), self.c_k(x)], -1)
@@ -127,8 +127,8 @@ class Attention(nn.Module):
 
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # all keys so far, (B, H, reserved, D)
-        if lengths:
-            y = packed_attention(q, k, v, lengths)
+        if packing is not None:
+            y = packing.attention(q, k, v)
         else:
             y = attention(q, k, v, mask=mask, causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -211,7 +211,8 @@ class GPT(nn.Module):
 
         # Without a cache, attention is causal and needs no mask. With one, all layers share it.
         mask = None if cache is None else cache.mask(positions)
-        x = run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, lengths,
+        packing = Packing(lengths) if lengths else None
+        x = run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, packing,
                        recompute=self.recompute)
         return norm(x)
 

@@ -78,7 +78,6 @@ def written_out_attention(q, k, v, scale, mask, causal):
     return scores.softmax(-1) @ v
 
 
-@torch.compiler.disable  # as many kernels as samples: every batch would be a new graph
 def packed_attention(q, k, v, lengths):
     """
     Causal attention inside each sample of packed rows (B, H, T, D). lengths: for each row the
@@ -104,6 +103,19 @@ def packed_attention(q, k, v, lengths):
             attended.append(attention(sample_q, sample_k, sample_v, causal=True))
         rows.append(torch.cat(attended, 2))  # (1, H, T, D)
     return torch.cat(rows)
+
+
+class Packing:
+    """
+    The `lengths` of packed rows, out of torch.compile's sight: it would compile a graph for every
+    list of lengths, and every batch has others.
+    """
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+    @torch.compiler.disable
+    def attention(self, q, k, v):
+        return packed_attention(q, k, v, self.lengths)
 
 
 # -----------------------------------------------------------------------------
