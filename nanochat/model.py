@@ -253,9 +253,11 @@ class DeepseekOCR(nn.Module):
 
     def parts(self):
         """{part: [(name, parameter), ...]}. Every parameter is in exactly one part."""
-        parts = {}
+        from_pixels_to_text = (
+            "sam", "compressor", self.encoder.kind, "projector", "gpt", "embedding", "head")
+        parts = {part: [] for part in from_pixels_to_text}
         for name, p in self.named_parameters():
-            parts.setdefault(self.part_of(name), []).append((name, p))
+            parts[self.part_of(name)].append((name, p))
         return parts
 
     def freeze(self, names):
