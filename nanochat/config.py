@@ -1,33 +1,40 @@
 """
-Sizes of the model, and the presets: `nano` (two CPU cores), `dense` and `mini` (where recipes for dense pages are tried on a CPU), `small`
-(one GPU) and `base` (the published DeepEncoder and a nanochat d20).
-Every class of the model is built from these dataclasses alone; nothing in the model knows a preset's name.
+Sizes of the model, and the presets: `nano` (two CPU cores), `dense` and `mini` (to try recipes
+for dense pages on a CPU), `small` (one GPU) and `base` (the published DeepEncoder with a nanochat
+d20). Every class of the model is built from these dataclasses alone; nothing in the model knows a
+preset's name.
 """
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 from nanochat.clip import CLIP, CLIPConfig
 
-SECOND_STAGES = {"clip": (CLIPConfig, CLIP)}  # kind: what it is built from, and it
+# The second stage of the encoder: {kind: its class}. nanochat/clip.py says what such a class must
+# have.
+SECOND_STAGES = {"clip": CLIP}
+
+PUBLISHED_MODES = (
+    "tiny", "small", "base", "large", "gundam", "gundam-m", "gundam-9", "gundam-m-9")
 
 
 @dataclass
 class SAMConfig:
-    """SAM ViT with the 16x compressor (DeepSeek-OCR paper, section 3.2; defaults are the published ViT-B)."""
-    image_size: int = 1024           # px, the size the position tables are stored for
+    """SAM ViT with the 16x compressor (paper, section 3.2). Defaults are the published ViT-B."""
+    image_size: int = 1024           # px, the size that the position tables are stored for
     patch_size: int = 16             # px
     width: int = 768
     depth: int = 12
     n_head: int = 12
-    window: int = 14                 # patches; attention is local to window x window patches ...
+    window: int = 14                 # attention is local to window x window patches ...
     global_blocks: tuple = (2, 5, 8, 11)  # ... except in these blocks
     neck: int = 256                  # channels after the neck
     net_2: int = 512                 # channels after the first stride-2 convolution
-    net_3: int = 1024                # channels after the second: the encoder's tokens, and CLIP's width
+    net_3: int = 1024                # channels after the second: what the second stage takes
 
 
 @dataclass
 class GPTConfig:
-    """nanochat's decoder, October 2025 form."""
+    """nanochat's decoder as of October 2025. Defaults are its d20."""
     sequence_len: int = 2048
     vocab_size: int = 65536
     n_layer: int = 20
@@ -36,100 +43,193 @@ class GPTConfig:
     n_embd: int = 1280
 
 
+@dataclass(frozen=True)
+class TokenLayout:
+    """
+    How views of a page become vision tokens and decoder positions. image_modes.plan counts with
+    it, so that tokenizer, loader and model agree.
+    """
+    stride: int                      # px along a side that one token of the compressor covers
+    sequence: object = None          # function (h, w) -> tokens of a view; None = grid, newlines
+
+    def tokens(self, rows, cols, side):
+        """Vision tokens, as the paper counts, of rows x cols views whose grid is side x side."""
+        if self.sequence is None:
+            return rows * cols * side ** 2
+        return rows * cols * self.sequence(side, side)
+
+    def positions(self, rows, cols, side):
+        """Decoder positions of the same views, laid out as one page: its newlines come on top."""
+        newlines = rows * side if self.sequence is None else 0
+        return self.tokens(rows, cols, side) + newlines
+
+
 @dataclass
 class ModelConfig:
     sam: SAMConfig = field(default_factory=SAMConfig)
-    second_stage: CLIPConfig = field(default_factory=CLIPConfig)  # or another of SECOND_STAGES
+    second_stage: CLIPConfig = field(default_factory=CLIPConfig)  # or the config of another kind
     gpt: GPTConfig = field(default_factory=GPTConfig)
-    standardize: str = "none"        # compressor output over the batch: none (published weights) | channel | position
-    modes: tuple = ("tiny", "small", "base", "large", "gundam", "gundam-m", "gundam-9", "gundam-m-9")  # image modes this model is made for
+    standardize: str = "none"        # compressor output: none (as published), channel or position
+    modes: tuple = PUBLISHED_MODES   # image modes it is made for; the first is the default
     image_token_id: int = -1         # set from the tokenizer
 
     def __post_init__(self):
-        s, c, g = self.sam, self.second_stage, self.gpt
-        s.global_blocks, self.modes = tuple(s.global_blocks), tuple(self.modes)
-        for what, width, heads in (("sam", s.width, s.n_head), (c.kind, c.width, c.n_head), ("gpt", g.n_embd, g.n_head)):
-            if width % heads:
-                raise ValueError(f"{what}: width {width} is not a multiple of its {heads} heads")
-        if s.net_3 != c.width:
-            raise ValueError(f"compressor gives {s.net_3} channels but {c.kind} is {c.width} wide: net_3 must equal its width")
-        if s.image_size % (4 * s.patch_size):
-            raise ValueError(f"image_size {s.image_size} must be a multiple of 4 patches ({4 * s.patch_size} px)")
-        if g.n_head % g.n_kv_head:
-            raise ValueError(f"gpt: n_head {g.n_head} is not a multiple of n_kv_head {g.n_kv_head}")
+        # JSON has no tuples
+        self.sam.global_blocks = tuple(self.sam.global_blocks)
+        self.modes = tuple(self.modes)
+        check_heads("sam", self.sam.width, self.sam.n_head)
+        check_heads("gpt", self.gpt.n_embd, self.gpt.n_head)
+        if self.gpt.n_head % self.gpt.n_kv_head:
+            raise ValueError(f"gpt: n_head {self.gpt.n_head} is not a multiple of n_kv_head "
+                             f"{self.gpt.n_kv_head}")
+        if self.sam.net_3 != self.second_stage.width:
+            raise ValueError(
+                f"the compressor gives {self.sam.net_3} channels but {self.second_stage.kind} is "
+                f"{self.second_stage.width} wide: set net_3 to that width")
+        if self.sam.image_size % self.token_stride:
+            raise ValueError(f"image_size {self.sam.image_size} must be a multiple of 4 patches "
+                             f"({self.token_stride} px)")
         if self.standardize not in ("none", "channel", "position"):
             raise ValueError(f"standardize={self.standardize!r}: must be none, channel or position")
 
     @property
     def token_stride(self):
-        """Pixels per vision token along one side: patch size times the compressor's two stride-2 convolutions."""
+        """Pixels a vision token covers along a side: a patch, and two convolutions of stride 2."""
         return 4 * self.sam.patch_size
+
+    @property
+    def second_stage_class(self):
+        return SECOND_STAGES[self.second_stage.kind]
+
+    @property
+    def feature_width(self):
+        """Channels of the encoder's features."""
+        if self.second_stage_class.layout == "grid":
+            return self.second_stage.width + self.sam.net_3  # joined with the compressor's own
+        return self.second_stage.width
+
+    @property
+    def layout(self):
+        """The TokenLayout of this model's vision tokens."""
+        stage = self.second_stage_class
+        if stage.layout == "grid":
+            return TokenLayout(self.token_stride)
+        return TokenLayout(self.token_stride, partial(stage.tokens, self.second_stage))
 
     def to_dict(self):
         return asdict(self)
 
     @classmethod
     def from_dict(cls, d):
-        """Inverse of `to_dict`; an unknown or missing key raises, so that a config of another version is not guessed at."""
-        def build(kind, values):
-            names = {f.name for f in fields(kind)}
-            if names != set(values):
-                raise ValueError(f"{kind.__name__}: unknown keys {sorted(set(values) - names)}, missing keys {sorted(names - set(values))}")
-            return kind(**values)
+        """Inverse of `to_dict`. Unknown and missing keys raise: a config is not guessed at."""
         d = dict(d)
-        if "clip" in d:  # checkpoints of before December 2026 knew no other second stage
+        if "clip" in d:  # checkpoints from before December 2026 had no other second stage
             d["second_stage"] = {"kind": "clip", **d.pop("clip")}
         kind = d.get("second_stage", {}).get("kind")
         if kind not in SECOND_STAGES:
-            raise ValueError(f"second stage of the encoder {kind!r}: must be one of {sorted(SECOND_STAGES)}")
-        parts = {"sam": SAMConfig, "second_stage": SECOND_STAGES[kind][0], "gpt": GPTConfig}
-        return build(cls, {k: build(parts[k], v) if k in parts else v for k, v in d.items()})
+            raise ValueError(f"second stage of the encoder {kind!r}: must be one of "
+                             f"{sorted(SECOND_STAGES)}")
 
+        parts = {
+            "sam": SAMConfig,
+            "second_stage": SECOND_STAGES[kind].config_class,
+            "gpt": GPTConfig,
+        }
+        for name, part_class in parts.items():
+            if name in d:
+                d[name] = build(part_class, d[name])
+        return build(cls, d)
+
+
+def check_heads(part, width, n_head):
+    if width % n_head:
+        raise ValueError(f"{part}: width {width} is not a multiple of its {n_head} heads")
+
+
+def build(config_class, values):
+    """A config dataclass from a dict that must have exactly its fields."""
+    names = {f.name for f in fields(config_class)}
+    unknown = sorted(set(values) - names)
+    missing = sorted(names - set(values))
+    if unknown or missing:
+        raise ValueError(f"{config_class.__name__}: unknown keys {unknown}, missing keys {missing}")
+    return config_class(**values)
+
+
+# -----------------------------------------------------------------------------
+# Presets
 
 def nano():
+    """Two CPU cores, minutes: pages of 64 px with 16 vision tokens."""
     return ModelConfig(
-        sam=SAMConfig(image_size=64, patch_size=4, width=128, depth=3, n_head=2, window=8, global_blocks=(2,),
-                      neck=128, net_2=192, net_3=256),
+        sam=SAMConfig(
+            image_size=64, patch_size=4, width=128, depth=3, n_head=2, window=8, global_blocks=(2,),
+            neck=128, net_2=192, net_3=256),
         second_stage=CLIPConfig(grid=4, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
-        gpt=GPTConfig(sequence_len=512, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=192),
+        gpt=GPTConfig(
+            sequence_len=512, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=192),
         standardize="position", modes=("nano",))
 
 
-def small():
-    """One GPU, minutes: dense pages at the paper's geometry (640 px and 100 vision tokens, 512 px and 64)."""
-    return ModelConfig(
-        sam=SAMConfig(image_size=640, patch_size=16, width=256, depth=6, n_head=4, window=8, global_blocks=(2, 5),
-                      neck=256, net_2=320, net_3=512),
-        second_stage=CLIPConfig(grid=10, width=512, depth=3, n_head=8, ffn=2048, patch_size=0),
-        gpt=GPTConfig(sequence_len=4096, vocab_size=1024, n_layer=5, n_head=6, n_kv_head=6, n_embd=384),
-        standardize="position", modes=("small", "tiny"))
-
-
 def dense():
-    """nano on pages of 128 px: as many patches and tokens, in print that can be told apart up to 8 characters a token (16 px a line)."""
+    """
+    nano on pages of 128 px: as many patches and tokens, with print that is legible up to 8
+    characters a token (16 px a line).
+    """
     cfg = nano()
-    cfg.sam.image_size, cfg.sam.patch_size, cfg.modes = 128, 8, ("dense",)
+    cfg.sam.image_size = 128
+    cfg.sam.patch_size = 8
+    cfg.modes = ("dense",)
     return cfg
 
 
 def mini():
-    """The geometry of `small` at 512 px, narrow: two CPU cores see in an hour whether a recipe for dense pages takes off."""
+    """
+    The geometry of `small` at 512 px, but narrow: shows on two CPU cores, within an hour, whether
+    a recipe for dense pages takes off.
+    """
     return ModelConfig(
-        sam=SAMConfig(image_size=512, patch_size=16, width=128, depth=4, n_head=2, window=8, global_blocks=(1, 3),
-                      neck=128, net_2=192, net_3=256),
+        sam=SAMConfig(
+            image_size=512, patch_size=16, width=128, depth=4, n_head=2, window=8,
+            global_blocks=(1, 3), neck=128, net_2=192, net_3=256),
         second_stage=CLIPConfig(grid=8, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
-        gpt=GPTConfig(sequence_len=2048, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=256),
+        gpt=GPTConfig(
+            sequence_len=2048, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=256),
         standardize="position", modes=("tiny",))
 
 
-def tiny():
-    """For tests: everything the nano preset has, at a size where a step takes milliseconds."""
+def small():
+    """
+    One GPU, minutes: dense pages at the paper's geometry (640 px with 100 vision tokens, 512 px
+    with 64).
+    """
     return ModelConfig(
-        sam=SAMConfig(image_size=64, patch_size=8, width=32, depth=2, n_head=2, window=5, global_blocks=(1,),
-                      neck=16, net_2=24, net_3=32),
+        sam=SAMConfig(
+            image_size=640, patch_size=16, width=256, depth=6, n_head=4, window=8,
+            global_blocks=(2, 5), neck=256, net_2=320, net_3=512),
+        second_stage=CLIPConfig(grid=10, width=512, depth=3, n_head=8, ffn=2048, patch_size=0),
+        gpt=GPTConfig(
+            sequence_len=4096, vocab_size=1024, n_layer=5, n_head=6, n_kv_head=6, n_embd=384),
+        standardize="position", modes=("small", "tiny"))
+
+
+def tiny():
+    """For tests: everything that nano has, at a size where a step takes milliseconds."""
+    return ModelConfig(
+        sam=SAMConfig(
+            image_size=64, patch_size=8, width=32, depth=2, n_head=2, window=5, global_blocks=(1,),
+            neck=16, net_2=24, net_3=32),
         second_stage=CLIPConfig(grid=2, width=32, depth=1, n_head=2, ffn=64, patch_size=0),
-        gpt=GPTConfig(sequence_len=256, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32),
+        gpt=GPTConfig(
+            sequence_len=256, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32),
         standardize="position", modes=("test",))
 
 
-PRESETS = {"nano": nano, "dense": dense, "mini": mini, "small": small, "base": ModelConfig, "tiny": tiny}
+PRESETS = {
+    "nano": nano,
+    "dense": dense,
+    "mini": mini,
+    "small": small,
+    "base": ModelConfig,
+    "tiny": tiny,
+}

@@ -1,64 +1,103 @@
 """
-DeepEncoder (DeepSeek-OCR, arXiv 2510.18234, section 3.2): SAM ViT -> neck -> two stride-2 convolutions (16x fewer tokens) ->
-CLIP ViT; the features are the concatenation [CLIP, SAM]. Module and parameter names are the published checkpoint's.
+DeepEncoder (DeepSeek-OCR, arXiv 2510.18234, section 3.2): SAM ViT -> neck -> two stride-2
+convolutions, the compressor with 16x fewer tokens -> a second stage, CLIP's ViT in the paper. On
+a grid the features are the concatenation [second stage, compressor]. Module and parameter names
+are the published checkpoint's.
 
-Shapes: B images, S px a side, C channels, (H, W) patches = S / patch_size, (h, w) tokens = (H, W) / 4.
+Shapes: B images, S px a side, C channels, D = C / heads channels of a head,
+        (H, W) patches = S / patch_size, (h, w) tokens = (H, W) / 4.
 """
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.config import SECOND_STAGES
 from nanochat.image_modes import get_mode
-from nanochat.layers import Conv2d, LayerNorm, Linear, attention, run_blocks, trunc_normal_linears
-
-MIN_BATCH_FOR_STATISTICS = 8  # below this many images, batch statistics are too noisy: running ones are used
-
+from nanochat.layers import (
+    Conv2d, LayerNorm, Linear, attention, resample_grid, run_blocks, trunc_normal_linears)
 
 # -----------------------------------------------------------------------------
 # SAM ViT
 
 def relative_positions(table, size):
-    """Rows of a (2L-1, d) table for every (query, key) pair along one axis -> (size, size, d). Another length is interpolated."""
-    if table.size(0) != 2 * size - 1:
-        table = F.interpolate(table.float().t()[None], size=2 * size - 1, mode="linear")[0].t().to(table.dtype)
+    """
+    Relative position vectors of every (query, key) pair along one axis, from a table (2L - 1, D)
+    -> (size, size, D). The table is interpolated where L differs from `size`.
+    """
+    distances = 2 * size - 1
+    if table.size(0) != distances:
+        resized = table.float().t()[None]  # (1, D, 2L - 1)
+        resized = F.interpolate(resized, size=distances, mode="linear")
+        table = resized[0].t().to(table.dtype)
     i = torch.arange(size, device=table.device)
-    return table[i[:, None] - i[None, :] + size - 1]
+    distance = i[:, None] - i[None, :]  # (size, size), query minus key
+    return table[distance + size - 1]
 
 
 class SAMAttention(nn.Module):
     """
-    Attention over an (H, W) grid with decomposed relative positions: logit = q.k / sqrt(d) + q.Rh[dh] + q.Rw[dw].
-    The bias is folded into the dot product: q is extended by its H + W bias values, k by the one-hot code of its row and
-    column. The sum is the same number, and SDPA's fused kernels run without an (H*W, H*W) mask ever being stored.
+    Attention over an (H, W) grid with decomposed relative positions:
+
+        logit = q.k / sqrt(D) + q.Rh[row distance] + q.Rw[column distance]
+
+    The bias is folded into the dot product: q is extended by its H + W bias values, and k by the
+    one-hot codes of its row and column. The sum is the same number, and SDPA's fused kernels can
+    be used without ever storing an (HW, HW) mask.
     """
     def __init__(self, width, n_head, grid):
         super().__init__()
         self.n_head = n_head
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, width // n_head))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, width // n_head))
+        table = (2 * grid - 1, width // n_head)
+        self.rel_pos_h = nn.Parameter(torch.zeros(table))
+        self.rel_pos_w = nn.Parameter(torch.zeros(table))
 
-    def forward(self, x):  # (B, H, W, C) -> (B, H, W, C)
+    def forward(self, x):
+        """(B, H, W, C) -> (B, H, W, C)"""
         return self.proj(self.attend(self.qkv(x)))
 
-    def attend(self, qkv):  # (B, H, W, 3C) -> (B, H, W, C), before the output projection
-        B, H, W, C = *qkv.shape[:3], qkv.size(3) // 3
-        d = C // self.n_head
-        q, k, v = qkv.view(B, H * W, 3, self.n_head, d).permute(2, 0, 3, 1, 4)  # 3 x (B, n_head, HW, d)
-        grid_q = q.reshape(B, self.n_head, H, W, d)
-        bias_h = torch.einsum("bnhwd,hkd->bnhwk", grid_q, relative_positions(self.rel_pos_h, H).to(q.dtype))
-        bias_w = torch.einsum("bnhwd,wkd->bnhwk", grid_q, relative_positions(self.rel_pos_w, W).to(q.dtype))
-        rows = torch.eye(H, device=q.device, dtype=q.dtype).repeat_interleave(W, 0)  # (HW, H)
-        cols = torch.eye(W, device=q.device, dtype=q.dtype).repeat(H, 1)             # (HW, W)
-        code = torch.cat([rows, cols], -1).expand(B, self.n_head, -1, -1)
-        pad = -(d + H + W) % 8  # fused kernels want head sizes in multiples of 8
-        q = F.pad(torch.cat([q * d ** -0.5, bias_h.flatten(2, 3), bias_w.flatten(2, 3)], -1), (0, pad))
-        k = F.pad(torch.cat([k, code], -1), (0, pad))
-        y = attention(q, k, v, scale=1.0)
+    def attend(self, qkv):
+        """What happens between the two projections: (B, H, W, 3C) -> (B, H, W, C)."""
+        B, H, W, C3 = qkv.shape
+        C = C3 // 3
+        D = C // self.n_head
+        qkv = qkv.view(B, H * W, 3, self.n_head, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, HW, D)
+
+        # The bias is that of q before scaling, so q is scaled here and not by the attention.
+        bias_h, bias_w = self.position_bias(q, H, W)
+        q = q * D ** -0.5
+        q = torch.cat([q, bias_h, bias_w], -1)  # (B, heads, HW, D + H + W)
+        code = self.position_code(H, W, like=k)
+        code = code.expand(B, self.n_head, -1, -1)
+        k = torch.cat([k, code], -1)  # (B, heads, HW, D + H + W)
+
+        # Fused kernels want head sizes in multiples of 8.
+        padding = -(D + H + W) % 8
+        q = F.pad(q, (0, padding))
+        k = F.pad(k, (0, padding))
+        y = attention(q, k, v, scale=1.0)  # (B, heads, HW, D)
         return y.transpose(1, 2).reshape(B, H, W, C)
+
+    def position_bias(self, q, H, W):
+        """Bias of each query to every row (B, heads, HW, H) and every column (B, heads, HW, W)."""
+        B, n_head, _, D = q.shape
+        q = q.reshape(B, n_head, H, W, D)
+        rows = relative_positions(self.rel_pos_h, H).to(q.dtype)  # (H, H, D)
+        cols = relative_positions(self.rel_pos_w, W).to(q.dtype)  # (W, W, D)
+        bias_h = torch.einsum("bnhwd,hkd->bnhwk", q, rows)  # (B, heads, H, W, H)
+        bias_w = torch.einsum("bnhwd,wkd->bnhwk", q, cols)  # (B, heads, H, W, W)
+        return bias_h.flatten(2, 3), bias_w.flatten(2, 3)
+
+    @staticmethod
+    def position_code(H, W, like):
+        """One-hot row and column of every position, (HW, H + W): a key picks its bias with it."""
+        rows = torch.eye(H, device=like.device, dtype=like.dtype)
+        cols = torch.eye(W, device=like.device, dtype=like.dtype)
+        rows = rows.repeat_interleave(W, 0)  # (HW, H)
+        cols = cols.repeat(H, 1)  # (HW, W)
+        return torch.cat([rows, cols], -1)
 
 
 class SAMMLP(nn.Module):
@@ -68,48 +107,72 @@ class SAMMLP(nn.Module):
         self.lin2 = Linear(4 * width, width)
 
     def forward(self, x):
-        return self.lin2(F.gelu(self.lin1(x)))
+        x = F.gelu(self.lin1(x))  # the exact GELU, as published
+        return self.lin2(x)
+
+
+def to_windows(x, window):
+    """(B, H, W, C), H and W multiples of the window -> (B * windows, window, window, C)"""
+    B, H, W, C = x.shape
+    x = x.view(B, H // window, window, W // window, window, C)
+    return x.transpose(2, 3).reshape(-1, window, window, C)
+
+
+def from_windows(x, H, W):
+    """Inverse of `to_windows`: (B * windows, window, window, C) -> (B, H, W, C)"""
+    _, window, _, C = x.shape
+    x = x.view(-1, H // window, W // window, window, window, C)
+    return x.transpose(2, 3).reshape(-1, H, W, C)
 
 
 class SAMBlock(nn.Module):
+    """Pre-norm transformer block over (B, H, W, C)."""
     def __init__(self, width, n_head, window, grid):
         super().__init__()
-        self.window = window  # 0 = global attention
+        self.window = window  # in patches; 0 = global attention
         self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = SAMAttention(width, n_head, window or grid)
         self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = SAMMLP(width)
 
-    def forward(self, x):  # (B, H, W, C)
+    def forward(self, x):
         y = self.norm1(x)
-        x = x + (self.windowed(y) if self.window else self.attn(y))
+        y = self.windowed(y) if self.window else self.attn(y)
+        x = x + y
         return x + self.mlp(self.norm2(x))
 
     def windowed(self, x):
         """
-        Attention inside whole windows. As published, positions are zero-padded to them after the norm and attended to: their queries,
-        keys and values are the bias alone, so only real positions go through the two projections (4,096 of 4,900 at 1024 px).
+        Attention inside windows. As published, the grid is zero-padded to whole windows after the
+        norm, and real positions attend to the padding.
         """
-        (B, H, W, C), w = x.shape, self.window
-        down, right = -H % w, -W % w
-        nh, nw = (H + down) // w, (W + right) // w
+        B, H, W, C = x.shape
+        window = self.window
+        padded_H = -(-H // window) * window
+        padded_W = -(-W // window) * window
 
-        def windows(x):  # (B, nh * w, nw * w, D) -> (B * nh * nw, w, w, D)
-            return x.view(B, nh, w, nw, w, -1).transpose(2, 3).reshape(B * nh * nw, w, w, -1)
-        if down or right:
-            padded = self.attn.qkv.bias.to(x.dtype).expand(B, H + down, W + right, 3 * C).clone()
-            padded[:, :H, :W] = self.attn.qkv(x)
-            qkv = windows(padded)
+        if (padded_H, padded_W) == (H, W):
+            # Windows are cut before the projection: a third of the memory to move.
+            qkv = self.attn.qkv(to_windows(x, window))
         else:
-            qkv = self.attn.qkv(windows(x))  # a third of the memory to move
-        y = self.attn.attend(qkv).view(B, nh, nw, w, w, C).transpose(2, 3).reshape(B, nh * w, nw * w, C)
+            # Padding is zero, so its queries, keys and values are the bias alone. Only real
+            # positions go through the projections: 4,096 of 4,900 at 1024 px.
+            bias = self.attn.qkv.bias.to(x.dtype)
+            qkv = bias.expand(B, padded_H, padded_W, 3 * C).clone()
+            qkv[:, :H, :W] = self.attn.qkv(x)
+            qkv = to_windows(qkv, window)
+
+        y = self.attn.attend(qkv)  # (B * windows, window, window, C)
+        y = from_windows(y, padded_H, padded_W)
         return self.attn.proj(y[:, :H, :W])
 
 
 class LayerNorm2d(LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = super().forward(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -117,8 +180,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = Conv2d(3, width, patch_size, stride=patch_size)
 
-    def forward(self, x):  # (B, 3, S, S) -> (B, H, W, C)
-        return self.proj(x).permute(0, 2, 3, 1).contiguous()  # the layout of every block behind it
+    def forward(self, x):
+        """(B, 3, S, S) -> (B, H, W, C)"""
+        x = self.proj(x)  # (B, C, H, W)
+        return x.permute(0, 2, 3, 1).contiguous()  # all blocks work in this layout
 
 
 class SAM(nn.Module):
@@ -128,140 +193,255 @@ class SAM(nn.Module):
         grid = cfg.image_size // cfg.patch_size
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, cfg.width))
-        self.blocks = nn.ModuleList(
-            SAMBlock(cfg.width, cfg.n_head, 0 if i in cfg.global_blocks else cfg.window, grid) for i in range(cfg.depth))
+        self.blocks = nn.ModuleList()
+        for i in range(cfg.depth):
+            window = 0 if i in cfg.global_blocks else cfg.window
+            self.blocks.append(SAMBlock(cfg.width, cfg.n_head, window, grid))
         self.neck = nn.Sequential(
-            Conv2d(cfg.width, cfg.neck, 1, bias=False), LayerNorm2d(cfg.neck, eps=1e-6),
-            Conv2d(cfg.neck, cfg.neck, 3, padding=1, bias=False), LayerNorm2d(cfg.neck, eps=1e-6))
+            Conv2d(cfg.width, cfg.neck, 1, bias=False),
+            LayerNorm2d(cfg.neck, eps=1e-6),
+            Conv2d(cfg.neck, cfg.neck, 3, padding=1, bias=False),
+            LayerNorm2d(cfg.neck, eps=1e-6),
+        )
+        # The compressor. As published, no norm and no activation stand between or after these.
         self.net_2 = Conv2d(cfg.neck, cfg.net_2, 3, stride=2, padding=1, bias=False)
         self.net_3 = Conv2d(cfg.net_2, cfg.net_3, 3, stride=2, padding=1, bias=False)
         self.recompute = False
 
     def init_weights(self):
         trunc_normal_linears(self)
-        for conv in (self.patch_embed.proj, self.neck[0], self.neck[2], self.net_2, self.net_3):
+        # Scaled by fan-in, which keeps unit variance through a chain that has no norm inside.
+        convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+        for conv in convolutions:
             fan_in = conv.weight[0].numel()
-            nn.init.normal_(conv.weight, std=fan_in ** -0.5)  # unit variance through a chain that has no norm inside
+            nn.init.normal_(conv.weight, std=fan_in ** -0.5)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def positions(self, H):
-        """(1, H, H, C) position table, bicubic with antialiasing in fp32 when the grid differs (as published)."""
-        table = self.pos_embed
-        if table.size(1) != H:
-            table = F.interpolate(table.float().permute(0, 3, 1, 2), size=(H, H), mode="bicubic", antialias=True,
-                                  align_corners=False).permute(0, 2, 3, 1)
-        return table
-
-    def core(self):
-        """The parameters that published SAM weights fill: all but the compressor's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("net_")]
+        """Position table for H x H patches, (1, H, H, C)."""
+        if self.pos_embed.size(1) == H:
+            return self.pos_embed
+        return resample_grid(self.pos_embed[0], H, H)[None]
 
     def forward(self, x, taps=None):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.pos_embed.requires_grad):
-            x = self.patch_embed(x)
-            x = x + self.positions(x.size(1)).to(x.dtype)
+        # A frozen ViT needs no graph. Its parameters are frozen together: one stands for all.
+        vit_trains = self.pos_embed.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and vit_trains):
+            x = self.patch_embed(x)  # (B, H, W, C)
+            positions = self.positions(x.size(1))
+            x = x + positions.to(x.dtype)
             x = run_blocks(self.blocks, x, recompute=self.recompute)
             if taps is not None:
                 taps["sam"] = x
-            x = self.neck(x.permute(0, 3, 1, 2))
-        x = self.net_3(self.net_2(x))
+            x = self.neck(x.permute(0, 3, 1, 2))  # (B, neck, H, W)
+        x = self.net_3(self.net_2(x))  # (B, net_3, h, w)
         if taps is not None:
             taps["compressor"] = x
         return x
 
 
 # -----------------------------------------------------------------------------
-# Standardisation of the compressor's output over the batch
+# Standardization of the compressor's output over the batch
+
+EPS = 1e-5
+MOMENTUM = 0.1  # share of a batch in the running statistics
+MIN_BATCH_FOR_STATISTICS = 8  # images; with fewer, a batch's own statistics are too noisy
+UNTRAINED = -1.0  # variance of a grid that was never trained on
+
 
 class Standardize(nn.Module):
     """
-    Zero mean and unit variance over the batch, per channel or per channel and position, without affine parameters. What all
-    pages share (paper, layout) otherwise dominates the features, the part that tells pages apart drowns, and the decoder
-    falls back on its language prior (FINDINGS.md, "standardisation"). `none` is the identity and holds no state.
+    Zero mean and unit variance over the batch, without affine parameters: per channel, or per
+    channel and position. Otherwise what all pages share (paper, layout) dominates the features,
+    the part that tells pages apart is drowned, and the decoder falls back on its language prior
+    (FINDINGS.md, "standardisation"). Kind "none" is the identity and holds no state.
 
-    In training, statistics are the micro-batch's own on its own rank; a batch of fewer than 8 images, evaluation and a frozen
-    module use running ones. Those lag behind fast-moving weights: `reestimate` before evaluating.
-    Each grid of the model's modes has statistics of its own, those of `grid` without a suffix; a grid that was never trained on takes
-    (and interpolates, where they are per position) these. A variance below zero says "never trained on".
+    In training, a micro-batch is standardized by its own statistics, on its own rank. Batches of
+    fewer than 8 images, evaluation and a frozen module use running statistics. Those lag behind
+    while weights move fast: call `reestimate` before evaluating.
+
+    Every grid (tokens a side) has running statistics of its own: those of the first grid are the
+    buffers `mean` and `var`, those of grid 8 `mean_8` and `var_8`. A grid that was never trained
+    on uses the first grid's, interpolated where they are per position.
     """
     def __init__(self, kind, channels, grid, others=()):
         super().__init__()
-        self.kind, self.frozen, self.eps, self.momentum = kind, False, 1e-5, 0.1
-        self.grids = {grid: "", **{g: f"_{g}" for g in others if g != grid}} if kind != "none" else {}  # tokens a side: suffix of its buffers
-        for g, suffix in self.grids.items():
-            size = (g, g) if kind == "position" else (1, 1)
-            self.register_buffer(f"mean{suffix}", torch.zeros(channels, *size))
-            self.register_buffer(f"var{suffix}", torch.full((channels, *size), -1.0 if suffix else 1.0))
+        self.kind = kind
+        self.channels = channels
+        self.frozen = False
+        self.grids = {}  # tokens a side: suffix of its buffers
+        for g in (grid, *others):
+            self.add_grid(g)
 
-    def own(self, h, w):
-        """The running (mean, var) of a grid; None where none are kept."""
-        suffix = self.grids.get(h if h == w else None, None if self.kind == "position" else "")
-        return None if suffix is None else (getattr(self, f"mean{suffix}"), getattr(self, f"var{suffix}"))
+    @property
+    def first_grid(self):
+        return next(iter(self.grids))
 
-    def tables(self, h, w):
-        first, found = (self.mean, self.var), self.own(h, w)
-        if found is not None and found[1] is self.var:
-            return first
+    def add_grid(self, grid):
+        """Gives pages of grid x grid tokens statistics of their own, if they have none yet."""
+        if self.kind == "none" or grid in self.grids:
+            return
+        if self.grids:
+            self.grids[grid] = f"_{grid}"
+            device = self.mean.device
+            var = UNTRAINED
+        else:
+            self.grids[grid] = ""
+            device = None
+            var = 1.0
+        shape = self.shape_of(grid)
+        suffix = self.grids[grid]
+        self.register_buffer(f"mean{suffix}", torch.zeros(shape, device=device))
+        self.register_buffer(f"var{suffix}", torch.full(shape, var, device=device))
+
+    def drop_grid(self, grid):
+        suffix = self.grids.pop(grid)
+        delattr(self, f"mean{suffix}")
+        delattr(self, f"var{suffix}")
+
+    def adopt_grids(self, tensors):
+        """
+        Keeps the first grid, and of the others exactly those that a file has; tensors are the
+        file's, named as the buffers are. So a checkpoint loads whatever modes it was trained in.
+        """
+        if self.kind == "none":
+            return
+        for grid, suffix in list(self.grids.items()):
+            is_first = suffix == ""
+            if not is_first and f"mean{suffix}" not in tensors:
+                self.drop_grid(grid)
+        for name, tensor in tensors.items():
+            grid = name.removeprefix("mean_")
+            if not grid.isdecimal():
+                continue
+            # A wrong shape is left to the loader, which reports it as an unknown key. A name alone
+            # must not decide how much memory is reserved.
+            if tuple(tensor.shape) == self.shape_of(int(grid)):
+                self.add_grid(int(grid))
+
+    def shape_of(self, grid):
+        """Shape of a grid's statistics: (C, grid, grid), or (C, 1, 1) per channel."""
+        side = grid if self.kind == "position" else 1
+        return (self.channels, side, side)
+
+    @property
+    def batch_dims(self):
+        """Dimensions of (B, C, h, w) that statistics are taken over."""
+        return (0,) if self.kind == "position" else (0, 2, 3)
+
+    def batch_statistics(self, x):
+        """Mean and variance of (B, C, h, w), each of the shape of `shape_of`."""
+        mean = x.mean(self.batch_dims, keepdim=True)
+        var = (x - mean).square().mean(self.batch_dims, keepdim=True)
+        return mean[0], var[0]
+
+    def kept(self, grid):
+        """The running (mean, var) that pages of this grid update, or None where none are kept."""
+        suffix = self.grids.get(grid)
+        if suffix is None and self.kind == "channel":
+            suffix = ""  # a mean per channel fits every grid
+        if suffix is None:
+            return None
+        mean = getattr(self, f"mean{suffix}")
+        var = getattr(self, f"var{suffix}")
+        return mean, var
+
+    def tables(self, grid):
+        """The (mean, var) by which pages of this grid are standardized outside training."""
+        kept = self.kept(grid)
+        if kept is not None and kept[1] is self.var:
+            return kept
+
+        # What to use where this grid was never trained on
+        mean, var = self.mean, self.var
         if self.kind == "position":
-            first = tuple(F.interpolate(t[None], size=(h, w), mode="bilinear", align_corners=False)[0] for t in first)
-        if found is None:
-            return first
-        seen = found[1].amin() >= 0  # stays on the device
-        return tuple(torch.where(seen, t, instead) for t, instead in zip(found, first))
+            size = (grid, grid)
+            mean = F.interpolate(mean[None], size=size, mode="bilinear", align_corners=False)[0]
+            var = F.interpolate(var[None], size=size, mode="bilinear", align_corners=False)[0]
+        if kept is None:
+            return mean, var
+        own_mean, own_var = kept
+        trained = own_var.amin() >= 0  # stays a tensor: no GPU sync
+        mean = torch.where(trained, own_mean, mean)
+        var = torch.where(trained, own_var, var)
+        return mean, var
 
-    def statistics(self, x):
-        dims = (0,) if self.kind == "position" else (0, 2, 3)
-        mean = x.mean(dims, keepdim=True)
-        return mean[0], (x - mean).square().mean(dims, keepdim=True)[0]
-
-    def forward(self, x):  # (B, C, h, w)
+    def forward(self, x):
+        """(B, C, g, g) -> the same shape and dtype"""
         if self.kind == "none":
             return x
+        grid = x.size(-1)
         y = x.float()
         if self.training and not self.frozen and x.size(0) >= MIN_BATCH_FOR_STATISTICS:
-            mean, var = self.statistics(y)
-            if running := self.own(*x.shape[2:]):
-                with torch.no_grad():
-                    for t, new in zip(running, (mean, var)):
-                        t.lerp_(new, self.momentum)
+            mean, var = self.batch_statistics(y)
+            self.update(grid, mean, var)
         else:
-            mean, var = self.tables(*x.shape[2:])
-        return ((y - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
+            mean, var = self.tables(grid)
+        y = (y - mean) * torch.rsqrt(var + EPS)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def update(self, grid, mean, var):
+        """Moves the running statistics of a grid towards a batch's."""
+        running = self.kept(grid)
+        if running is not None:
+            running[0].lerp_(mean, MOMENTUM)
+            running[1].lerp_(var, MOMENTUM)
 
     @torch.no_grad()
     def reestimate(self, batches, grid=None):
-        """Sets the running statistics of a grid, by default the first, to those of all `batches` of (B, C, grid, grid) outputs, over all ranks."""
+        """
+        Sets the running statistics of a grid, by default the first, to those of all `batches` of
+        (B, C, grid, grid) compressor outputs, over all ranks.
+        """
         if self.kind == "none":
             return
-        dims, grid = (0,) if self.kind == "position" else (0, 2, 3), grid or next(iter(self.grids))
-        if (running := self.own(grid, grid)) is None:
-            raise ValueError(f"no statistics per position are kept for {grid}x{grid} outputs, only for grids of {sorted(self.grids)}: train in "
-                             f"one of the preset's modes, or --standardize=channel")
-        n, images = torch.zeros((), dtype=torch.float64), 0
-        total, square = (torch.zeros(running[0].shape, dtype=torch.float64) for _ in range(2))
+        grid = grid or self.first_grid
+        running = self.kept(grid)
+        if running is None:
+            raise ValueError(
+                f"no statistics per position are kept for {grid}x{grid} outputs, only for grids of "
+                f"{sorted(self.grids)}: call add_mode for this image mode, or use "
+                f"--standardize=channel")
+
+        shape = self.shape_of(grid)
+        images = torch.zeros((), dtype=torch.float64)
+        count = torch.zeros((), dtype=torch.float64)  # numbers that each mean is taken over
+        # fp64 sums, since var = E[x^2] - E[x]^2 would cancel in fp32
+        total = torch.zeros(shape, dtype=torch.float64)
+        square = torch.zeros(shape, dtype=torch.float64)
         for x in batches:
-            if x.shape[2:] != (grid, grid):
-                raise ValueError(f"re-estimating the statistics of {grid}x{grid} outputs on some of {tuple(x.shape[1:])}")
+            if tuple(x.shape[2:]) != (grid, grid):
+                raise ValueError(f"re-estimating the statistics of {grid}x{grid} outputs on some "
+                                 f"of {tuple(x.shape[1:])}")
+            x = x.double().cpu()
             images += x.size(0)
-            x = x.double().cpu()  # fp64 sums: var = E[x^2] - E[x]^2 would cancel in fp32
-            n += x.numel() / total.numel()
-            total += x.sum(dims, keepdim=True)[0]
-            square += x.square().sum(dims, keepdim=True)[0]
-        sums = torch.stack([total, square]).to(self.mean.device, torch.float64 if self.mean.device.type != "mps" else torch.float32)
-        n, images = n.to(sums), torch.tensor(float(images)).to(sums)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-            dist.all_reduce(n)
-            dist.all_reduce(images)
+            count += x.numel() / total.numel()
+            total += x.sum(self.batch_dims, keepdim=True)[0]
+            square += x.square().sum(self.batch_dims, keepdim=True)[0]
+
+        images, count, total, square = self.over_ranks(images, count, total, square)
         if images < MIN_BATCH_FOR_STATISTICS:
-            raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} images, got {int(images)}")
-        mean, square = sums / n
+            raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} "
+                             f"images, got {int(images)}")
+        mean = total / count
+        var = (square / count - mean.square()).clamp(min=0)
         running[0].copy_(mean)
-        running[1].copy_((square - mean.square()).clamp(min=0))
+        running[1].copy_(var)
+
+    def over_ranks(self, *sums):
+        """The sums of all ranks, on the module's device."""
+        device = self.mean.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+        reduced = [t.to(device, dtype) for t in sums]
+        if dist.is_initialized():
+            for t in reduced:
+                dist.all_reduce(t)
+        return reduced
 
     @torch.no_grad()
     def average_over_ranks(self):
-        """Each rank keeps its own running statistics while training; a checkpoint holds their mean."""
+        """While training, every rank keeps its own statistics; a checkpoint holds their mean."""
         if self.kind != "none" and not self.frozen and dist.is_initialized():
             for t in self.buffers():
                 dist.all_reduce(t)
@@ -272,39 +452,70 @@ class Standardize(nn.Module):
 
 class DeepEncoder(nn.Module):
     """
-    (B, 3, S, S) pixels in [-1, 1], S a multiple of 4 patches -> (B, h*w, clip.width + net_3) features, CLIP's first.
-    `taps`, a dict, collects what the gauges of collapse look at: sam, compressor (before standardisation), clip.
+    Pixels (B, 3, S, S) in [-1, 1], S a multiple of the token stride -> features (B, n, C).
+    On a grid n is h * w, and the channels are [second stage, compressor].
+
+    `taps`, a dict, collects what the gauges of collapse look at: "sam", "compressor" (before
+    standardization), and the second stage under its kind, e.g. "clip".
     """
     def __init__(self, cfg):
         super().__init__()
         self.stride = cfg.token_stride
-        self.sam_model = SAM(cfg.sam)
-        sides = {side for mode in map(get_mode, cfg.modes) for side in (mode.size, mode.tile) if side}
-        self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, cfg.sam.image_size // cfg.token_stride,
-                                       sorted(side // cfg.token_stride for side in sides))
-        second_stage = SECOND_STAGES[cfg.second_stage.kind][1]
-        self.vision_model = second_stage(cfg.second_stage)  # the published name of CLIP's place
         self.kind = cfg.second_stage.kind
-        self.width = self.vision_model.width + (cfg.sam.net_3 if self.vision_model.layout == "grid" else 0)
+        self.layout = cfg.second_stage_class.layout
+        self.sam_model = SAM(cfg.sam)
+        first_grid = cfg.sam.image_size // cfg.token_stride
+        self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, first_grid)
+        # The published name, whatever the second stage is
+        self.vision_model = cfg.second_stage_class(cfg.second_stage)
+        for name in cfg.modes:
+            self.add_mode(get_mode(name))
+
+    def add_mode(self, mode):
+        """Gives pages of an image mode statistics of their own; call it before training in it."""
+        for side in (mode.size, mode.tile):
+            if side:
+                self.standardize.add_grid(side // self.stride)
+
+    def adopt_grids(self, tensors):
+        """Makes room for the statistics that a checkpoint's tensors {name: tensor} have."""
+        self.standardize.adopt_grids(below("standardize.", tensors))
 
     def init_weights(self):
         self.sam_model.init_weights()
         self.vision_model.init_weights()
 
     def freeze_sam(self):
-        """Stage 2 (paper, section 3.5): SAM and compressor fixed, and with them the statistics of their output."""
+        """
+        Stage 2 (paper, section 3.5): SAM and compressor stay as they are, and with them the
+        statistics of their output.
+        """
         self.sam_model.requires_grad_(False)
         self.standardize.frozen = True
 
     def forward(self, x, taps=None):
-        if x.ndim != 4 or x.size(2) != x.size(3) or x.size(2) % self.stride:
-            raise ValueError(f"pixels of shape {tuple(x.shape)}: need (B, 3, S, S) with S a multiple of {self.stride}")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.sam_model.net_3.weight.requires_grad):
-            x = self.sam_model(x, taps)
+        is_square = x.ndim == 4 and x.size(2) == x.size(3)
+        if not is_square or x.size(2) % self.stride:
+            raise ValueError(f"pixels of shape {tuple(x.shape)}: need (B, 3, S, S) with S a "
+                             f"multiple of {self.stride}")
+        sam_trains = any(p.requires_grad for p in self.sam_model.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and sam_trains):
+            x = self.sam_model(x, taps)  # (B, C, h, w)
             x = self.standardize(x)
-        y = self.vision_model(x)
+
+        y = self.vision_model(x)  # (B, n, C)
         if taps is not None:
             taps[self.kind] = y
-        if self.vision_model.layout == "sequence":
+        if self.layout == "sequence":
             return y
-        return torch.cat([y, x.flatten(2).transpose(1, 2)], -1)
+        tokens = x.flatten(2).transpose(1, 2)  # (B, hw, C)
+        return torch.cat([y, tokens], -1)
+
+
+def below(prefix, tensors):
+    """Of tensors {name: tensor}, those of the module at `prefix`, named as that module does."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = tensor
+    return found

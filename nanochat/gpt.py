@@ -1,14 +1,15 @@
 """
-nanochat's GPT, October 2025 form: rotary positions in fp32, QK norm, ReLU^2, RMSNorm without parameters (also right after the
-embedding), untied head, logits softly capped at 15. Parameter names are nanochat's, so that its checkpoints load.
+nanochat's GPT as of October 2025: rotary positions in fp32, QK norm, ReLU^2, RMSNorm without
+parameters (also right after the embedding), untied head, logits softly capped at 15. Parameter
+names are nanochat's, so that its checkpoints load.
 
-Shapes: B rows, T positions, C = n_embd, H heads of D = C / H.
+Shapes: B rows, T positions, C = n_embd, H heads of D = C / H channels.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.layers import Linear, attention, packed_attention, run_blocks
+from nanochat.layers import Linear, Packing, attention, run_blocks
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
 SOFTCAP = 15.0
@@ -19,68 +20,119 @@ def norm(x):
 
 
 def rotary_tables(length, head_dim, base=10000.0):
-    """cos and sin, each (length, head_dim / 2), fp32."""
-    freqs = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), freqs)
+    """cos and sin, each (length, D / 2), fp32."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    frequencies = base ** (-channels / head_dim)
+    positions = torch.arange(length, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """(B, T, H, D) turned by its position; cos, sin: (B or 1, T, 1, D / 2) fp32."""
+    """(B, T, H, D) turned by its position, in fp32. cos, sin: (B or 1, T, 1, D / 2) fp32."""
     a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+    turned_a = a * cos + b * sin
+    turned_b = b * cos - a * sin
+    return torch.cat([turned_a, turned_b], -1)
 
 
 class KVCache:
     """
-    Keys and values of every layer for B rows of up to `length` positions. Rows may have different lengths: a row's next token
-    is written at its own position, over whatever padding its prompt had there. Room is made `room` positions at a time, so that
-    a step attends to little more than what there is, in memory without gaps.
+    Keys and values of all layers, for B rows of up to `length` positions. k and v are
+    (n_layer, B, H, reserved, D).
+
+    Rows may have different lengths. The next token of a row is written at that row's own
+    position, over whatever padding its prompt had there. Positions are reserved `room` at a time,
+    so that a step attends to little more than what has been written, in memory without gaps.
     """
     def __init__(self, cfg, rows, length, device, dtype, room=64):
         if length > cfg.sequence_len:
-            raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; shorten prompt or max_new_tokens")
+            raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; "
+                             f"shorten prompt or max_new_tokens")
+        self.length = length
+        self.room = room
         shape = (cfg.n_layer, rows, cfg.n_kv_head, 0, cfg.n_embd // cfg.n_head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length, self.room = length, room
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def reserved(self):
+        return self.k.size(3)
 
     def reserve(self, n):
-        """Room for n positions in the longest row; -> whether that took other tensors."""
-        more = min(-(-n // self.room) * self.room, self.length) - self.k.size(3)
-        if more > 0:
-            self.k, self.v = (F.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
-        return more > 0
+        """
+        Makes room for n positions in the longest row. -> whether the tensors were replaced, in
+        which case a CUDA graph that uses them has to be captured again.
+        """
+        rounded_up = -(-n // self.room) * self.room
+        more = min(rounded_up, self.length) - self.reserved
+        if more <= 0:
+            return False
+        self.k = F.pad(self.k, (0, 0, 0, more))
+        self.v = F.pad(self.v, (0, 0, 0, more))
+        return True
 
     def update(self, layer, k, v, positions):
-        """Writes k, v (B, H, T, D) at `positions` (B, T); returns all keys and values."""
-        at = positions[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))
-        self.k[layer].scatter_(2, at, k)
-        self.v[layer].scatter_(2, at, v)
+        """Writes k, v (B, H, T, D) at `positions` (B, T). -> all keys and values of the layer."""
+        index = positions[:, None, :, None]  # (B, 1, T, 1)
+        index = index.expand_as(k)  # (B, H, T, D)
+        self.k[layer].scatter_(2, index, k)
+        self.v[layer].scatter_(2, index, v)
         return self.k[layer], self.v[layer]
 
     def keep_rows(self, index):
-        """Only these rows go on (finished ones leave the batch)."""
-        self.k, self.v = self.k[:, index], self.v[:, index]
+        """Drops all other rows: finished ones leave the batch."""
+        self.k = self.k[:, index]
+        self.v = self.v[:, index]
+
+    def mask(self, positions):
+        """
+        What is added to the scores of queries at `positions` (B, T): -inf at every key after the
+        query's own position, (B, 1, T, reserved).
+        """
+        device = positions.device
+        keys = torch.arange(self.reserved, device=device)
+        queries = positions[:, None, :, None]  # (B, 1, T, 1)
+        later = keys > queries  # (B, 1, T, reserved)
+        mask = torch.zeros(later.shape, device=device, dtype=self.k.dtype)
+        return mask.masked_fill_(later, float("-inf"))
 
 
 class Attention(nn.Module):
+    """Causal attention with rotary positions and QK norm; keys and values may have fewer heads."""
     def __init__(self, cfg, layer):
         super().__init__()
-        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd // cfg.n_head
-        self.c_q = Linear(cfg.n_embd, self.n_head * self.head_dim, bias=False)
-        self.c_k = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_v = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_proj = Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.layer = layer  # its place in the cache
+        self.n_head = cfg.n_head
+        self.n_kv_head = cfg.n_kv_head
+        self.head_dim = cfg.n_embd // cfg.n_head
+        C = cfg.n_embd
+        kv_width = self.n_kv_head * self.head_dim
+        self.c_q = Linear(C, C, bias=False)
+        self.c_k = Linear(C, kv_width, bias=False)
+        self.c_v = Linear(C, kv_width, bias=False)
+        self.c_proj = Linear(C, C, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, positions, lengths):
+    def forward(self, x, cos, sin, mask, cache, positions, packing):
         B, T, C = x.shape
-        qk = torch.cat([self.c_q(x), self.c_k(x)], -1).view(B, T, -1, self.head_dim)  # together: half as many kernels
-        q, k = norm(rotate(qk, cos, sin)).to(x.dtype).transpose(1, 2).split([self.n_head, self.n_kv_head], 1)  # (B, H, T, D)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        # Queries and keys are rotated and normed together: half as many kernels.
+        qk = torch.cat([self.c_q(x), self.c_k(x)], -1)
+        qk = qk.view(B, T, -1, self.head_dim)  # (B, T, heads of q and of k, D)
+        qk = rotate(qk, cos, sin)
+        qk = norm(qk).to(x.dtype)
+        qk = qk.transpose(1, 2)  # (B, heads of q and of k, T, D)
+        q, k = qk.split([self.n_head, self.n_kv_head], 1)  # (B, H, T, D)
+        v = self.c_v(x)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+
         if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions)
-        y = packed_attention(q, k, v, lengths) if lengths else attention(q, k, v, mask=mask, causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            k, v = cache.update(self.layer, k, v, positions)  # all keys so far, (B, H, reserved, D)
+        if packing is not None:
+            y = packing.attention(q, k, v)
+        else:
+            y = attention(q, k, v, mask=mask, causal=mask is None)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -90,7 +142,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        x = F.relu(self.c_fc(x)).square()
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
@@ -108,22 +161,27 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        blocks = [Block(cfg, layer) for layer in range(cfg.n_layer)]
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(cfg.vocab_size, cfg.n_embd),
-            "h": nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))})
+            "h": nn.ModuleList(blocks),
+        })
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.recompute = False
+        # Not in checkpoints: sequence_len may grow later.
         cos, sin = rotary_tables(cfg.sequence_len, cfg.n_embd // cfg.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def init_weights(self):
-        """nanochat's: embeddings N(0, 1), matrices scaled by fan-in, zero where a block meets the residual stream and the head."""
+        """nanochat's initialization."""
         nn.init.normal_(self.transformer.wte.weight)
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 fan_out, fan_in = m.weight.shape
-                nn.init.normal_(m.weight, std=fan_in ** -0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
+                aspect = min(1.0, (fan_out / fan_in) ** 0.5)
+                nn.init.normal_(m.weight, std=fan_in ** -0.5 * aspect)
+        # A fresh model gives every token the same probability, and its blocks are the identity.
         nn.init.zeros_(self.lm_head.weight)
         for block in self.transformer.h:
             nn.init.zeros_(block.attn.c_proj.weight)
@@ -131,26 +189,38 @@ class GPT(nn.Module):
 
     def forward(self, x, cache=None, positions=None, lengths=None):
         """
-        Embeddings (B, T, C), before their norm, -> hidden states (B, T, C), to be given to `logits`.
-        `positions` (B, T): default 0..T-1. With a cache, which must have room for them, a query sees every key up to its own position.
-        `lengths`: of packed rows, for each row those of its samples, in order; a position then sees its own sample alone.
+        Embeddings (B, T, C), before their norm -> hidden states (B, T, C), which `logits` takes.
+
+        positions: (B, T), default 0..T-1.
+        cache:     a KVCache with room for them; a query sees every key up to its own position.
+        lengths:   of packed rows, for each row the lengths of its samples, in order. A position
+                   then sees its own sample only.
         """
-        (B, T, _), mask = x.shape, None
+        B, T, _ = x.shape
         if positions is None:
             if T > self.cfg.sequence_len:
-                raise ValueError(f"sequence of {T} positions, the decoder has {self.cfg.sequence_len}")
-            cos, sin = self.cos[None, :T, None], self.sin[None, :T, None]
+                raise ValueError(f"sequence of {T} positions, the decoder has "
+                                 f"{self.cfg.sequence_len}")
+            cos = self.cos[None, :T, None]  # (1, T, 1, D / 2)
+            sin = self.sin[None, :T, None]
             if cache is not None:
                 positions = torch.arange(T, device=x.device).expand(B, T)
         else:
-            cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
-        if cache is not None:
-            keys = torch.arange(cache.k.size(3), device=x.device)
-            later = keys[None, None, None, :] > positions[:, None, :, None]
-            mask = x.new_zeros(later.shape).masked_fill_(later, float("-inf"))  # added to the scores, made once for all layers
-        return norm(run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, lengths, recompute=self.recompute))
+            cos = self.cos[positions][:, :, None]  # (B, T, 1, D / 2)
+            sin = self.sin[positions][:, :, None]
 
-    def logits(self, x):
-        """(..., C) -> (..., vocab) in fp32."""
-        x = self.lm_head(x).float()
+        # Without a cache, attention is causal and needs no mask. With one, all layers share it.
+        mask = None if cache is None else cache.mask(positions)
+        packing = Packing(lengths) if lengths else None
+        x = run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, packing,
+                       recompute=self.recompute)
+        return norm(x)
+
+    def logits(self, x, head_weight=None):
+        """(..., C) -> (..., vocab) in fp32. head_weight: the head's, if already cast."""
+        if head_weight is None:
+            x = self.lm_head(x)
+        else:
+            x = F.linear(x, head_weight)
+        x = x.float()
         return SOFTCAP * torch.tanh(x / SOFTCAP)

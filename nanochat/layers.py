@@ -1,80 +1,156 @@
 """
-Attention; and Linear, Conv2d and LayerNorm whose parameters stay fp32 and are cast to the dtype of what comes in. The compute dtype is
-thereby chosen once, where pixels and embeddings enter the model, and nothing else has to know of it (no autocast).
+Layers that encoder and decoder share: attention, and Linear, Conv2d and LayerNorm that keep their
+parameters in fp32 and compute in the dtype of their input. So the compute dtype is chosen in one
+place, where pixels and token embeddings enter the model, and no layer has to know about it (no
+autocast).
+
+Shapes: B rows or images, H heads, T positions, D channels per head, C = H * D.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-
-def _to(p, x):
-    return None if p is None else p.to(x.dtype)
+# -----------------------------------------------------------------------------
+# fp32 parameters, cast where they are used. The casts and their backward are 0.7 % of a nano step
+# on a CPU, so a second copy of all weights in the compute dtype would not pay for its
+# bookkeeping.
 
 
 class Linear(nn.Linear):
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), _to(self.bias, x))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Conv2d(nn.Conv2d):
     def forward(self, x):
-        return F.conv2d(x, self.weight.to(x.dtype), _to(self.bias, x), self.stride, self.padding)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight.to(x.dtype), bias, self.stride, self.padding)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-WRITTEN_OUT_ON = {"cpu"}  # device types where small attention is written out
+# -----------------------------------------------------------------------------
+# Attention
+
+# torch's fused CPU kernel was several times slower than plain matmuls in bf16 with its backward
+# (torch 2.13, AVX-512 BF16), up to about this many scores per head. Beyond it, memory decides.
+WRITTEN_OUT_ON = {"cpu"}  # device types
+WRITTEN_OUT_SCORES = 512 ** 2
 
 
 def attention(q, k, v, scale=None, mask=None, causal=False):
     """
-    softmax(q k^T * scale + mask) v over (B, H, T, D); v's D may differ. k, v may have fewer heads.
-    Written out on the CPU up to 512 x 512 positions: torch's fused CPU kernel was several times slower there in bf16 with its
-    backward (torch 2.13, AVX-512 BF16). Elsewhere it is SDPA.
+    softmax(q k^T * scale + mask) v over (B, H, T, D) -> (B, H, T, D of v).
+
+    `scale` defaults to D ** -0.5. `mask` is added to the scores. k and v may have fewer heads
+    than q (grouped queries), and v may have fewer channels than q and k.
     """
-    if q.device.type in WRITTEN_OUT_ON and q.size(1) == k.size(1) and q.size(2) * k.size(2) <= 512 ** 2:
-        scores = (q * (scale or q.size(-1) ** -0.5)) @ k.mT
-        if causal:
-            scores = scores.masked_fill(torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1), float("-inf"))
-        if mask is not None:
-            scores = scores + mask
-        return scores.softmax(-1) @ v
-    pad = q.size(-1) - v.size(-1)
-    y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)) if pad else v, attn_mask=mask, is_causal=causal, scale=scale,
-                                       enable_gqa=q.size(1) != k.size(1))
+    same_heads = q.size(1) == k.size(1)
+    few_scores = q.size(2) * k.size(2) <= WRITTEN_OUT_SCORES
+    if q.device.type in WRITTEN_OUT_ON and same_heads and few_scores:
+        return written_out_attention(q, k, v, scale, mask, causal)
+
+    # SDPA wants v as wide as q and k: pad with zeros, and cut them off again.
+    narrower = q.size(-1) - v.size(-1)
+    padded_v = F.pad(v, (0, narrower)) if narrower else v
+    y = F.scaled_dot_product_attention(
+        q, k, padded_v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=not same_heads)
     return y[..., :v.size(-1)]
 
 
-@torch.compiler.disable  # as many kernels as samples: a graph of its own for every batch otherwise
+def written_out_attention(q, k, v, scale, mask, causal):
+    """The formula itself; arguments as in `attention`."""
+    if scale is None:
+        scale = q.size(-1) ** -0.5
+    scores = (q * scale) @ k.mT  # (B, H, T of q, T of k)
+    if causal:
+        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ v
+
+
 def packed_attention(q, k, v, lengths):
     """
-    Causal attention inside each sample of packed rows (B, H, T, D). lengths: B lists of the samples' lengths, in order; what is left of
-    a row is padding and counts as one more. A sample at a time: no (T, T) mask is stored, and nothing is computed that a mask discards.
+    Causal attention inside each sample of packed rows (B, H, T, D). lengths: for each row the
+    lengths of its samples, in order; the rest of a row is padding, and is treated as one more
+    sample.
+
+    One sample at a time: no (T, T) mask is stored, and no score is computed that a mask would
+    discard.
     """
+    T = q.size(2)
     rows = []
-    for r, row in enumerate(lengths):
-        rest = q.size(2) - sum(row)
-        pieces = [*row, rest] if rest else row
-        rows.append(torch.cat([attention(*sample, causal=True) for sample in zip(*(t[r:r + 1].split(pieces, 2) for t in (q, k, v)))], 2))
+    for r, samples in enumerate(lengths):
+        pieces = list(samples)
+        padding = T - sum(samples)
+        if padding:
+            pieces.append(padding)
+
+        row_q = q[r:r + 1].split(pieces, 2)  # one (1, H, length, D) per sample
+        row_k = k[r:r + 1].split(pieces, 2)
+        row_v = v[r:r + 1].split(pieces, 2)
+        attended = []
+        for sample_q, sample_k, sample_v in zip(row_q, row_k, row_v):
+            attended.append(attention(sample_q, sample_k, sample_v, causal=True))
+        rows.append(torch.cat(attended, 2))  # (1, H, T, D)
     return torch.cat(rows)
 
 
+class Packing:
+    """
+    The `lengths` of packed rows, out of torch.compile's sight: it would compile a graph for every
+    list of lengths, and every batch has others.
+    """
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+    @torch.compiler.disable
+    def attention(self, q, k, v):
+        return packed_attention(q, k, v, self.lengths)
+
+
+# -----------------------------------------------------------------------------
+# Helpers
+
 def run_blocks(blocks, x, *args, recompute=False):
-    """x through `blocks` in turn. recompute (activation checkpointing): only each block's input is kept for the backward pass."""
+    """
+    x through `blocks` one after the other. recompute is activation checkpointing: only the input
+    of each block is kept for the backward pass, which computes the rest again.
+    """
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
-        if block._compiled_call_impl is not None:  # one kernel for any number of rows or images; other sizes are static
+        is_compiled = block._compiled_call_impl is not None
+        if is_compiled:
+            # One kernel for any number of rows or images. All other sizes are static.
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        x = checkpoint(block, x, *args, use_reentrant=False) if recompute else block(x, *args)
+        if recompute:
+            x = checkpoint(block, x, *args, use_reentrant=False)
+        else:
+            x = block(x, *args)
     return x
 
 
+def resample_grid(table, h, w):
+    """
+    Position table (H, W, C) -> (h, w, C) for another grid: bicubic with antialiasing in fp32, as
+    published (both SAM's and CLIP's tables).
+    """
+    x = table.float().permute(2, 0, 1)[None]  # (1, C, H, W)
+    x = F.interpolate(x, size=(h, w), mode="bicubic", antialias=True, align_corners=False)
+    return x[0].permute(1, 2, 0).to(table.dtype)  # (h, w, C)
+
+
 def trunc_normal_linears(module, std=0.02):
-    """ViT initialisation for every Linear and Conv2d below `module`; biases start at zero."""
+    """ViT initialization of every Linear and Conv2d inside `module`; biases start at zero."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(m.weight, std=std)

@@ -1,41 +1,52 @@
 """
-DeepseekOCR: DeepEncoder + linear projector + GPT. Image features take the places of <|image|> placeholders in the
-token embeddings (`fuse`); from there on the decoder reads one sequence.
+DeepseekOCR: DeepEncoder + linear projector + GPT. Image features take the places of the <|image|>
+placeholders among the token embeddings (`fuse`); from there on the decoder reads one sequence.
+
+Shapes: N views of S px a side, (h, w) vision tokens of a view, P image positions in all rows,
+        B rows, T positions, C = n_embd.
 """
+from collections import Counter
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.config import SECOND_STAGES
-from nanochat.deepencoder import DeepEncoder
+from nanochat.deepencoder import DeepEncoder, below
 from nanochat.gpt import GPT
 from nanochat.layers import Linear
 
-LOSS_CHUNK = 1 << 26  # logits held at a time in the loss: 256 MB in fp32
+LOSS_CHUNK = 1 << 26  # logits that the loss holds at a time: 256 MB in fp32
 
 
 def fuse(embeddings, is_image, features, features_per_row, placeholders=None):
     """
-    Puts image features where the placeholders are. embeddings (B, T, C); is_image (B, T) bool; features (P, C), all rows'
-    features in order; features_per_row: B ints. Counts are compared per row, not in total: a surplus in one row and a lack
-    in the next would otherwise hand a page's features to its neighbour. placeholders: those of each row, counted from is_image
-    if not given, for which the host must wait for the device.
+    Puts image features where the placeholders are.
+
+    embeddings (B, T, C); is_image (B, T) bool; features (P, C), those of all rows in order;
+    features_per_row and placeholders: B ints each. placeholders are counted from is_image if not
+    given, which on a GPU means waiting for it.
+
+    Counts are compared per row, not in total. Otherwise a surplus in one row and a lack in the
+    next would give a page's features to its neighbour, and masked_scatter would not complain.
     """
     placeholders = placeholders or is_image.sum(1).tolist()
     for row, (slots, given) in enumerate(zip(placeholders, features_per_row, strict=True)):
         if slots != given:
-            raise ValueError(f"row {row} has {slots} <|image|> placeholders but {given} image features: the image mode used for "
-                             f"tokens and the one used for pixels differ, or the row was cut inside an image")
+            raise ValueError(
+                f"row {row} has {slots} <|image|> placeholders but {given} image features: the "
+                f"image mode used for tokens and the one used for pixels differ, or the row was "
+                f"cut inside an image")
     if sum(features_per_row) != features.size(0):
-        raise ValueError(f"{features.size(0)} image features for {sum(features_per_row)} placeholders")
+        raise ValueError(f"{features.size(0)} image features for {sum(features_per_row)} "
+                         f"placeholders")
     return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
 
 
 class Projector(nn.Module):
     def __init__(self, width_in, width_out):
         super().__init__()
-        self.layers = Linear(width_in, width_out)
+        self.layers = Linear(width_in, width_out)  # the published name
 
     def forward(self, x):
         return self.layers(x)
@@ -45,19 +56,21 @@ class DeepseekOCR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.dtype = torch.float32  # compute dtype; parameters are fp32
+        self.dtype = torch.float32  # compute dtype; parameters are always fp32
+        self.compiled = False
         n_embd = cfg.gpt.n_embd
         self.encoder = DeepEncoder(cfg)
-        self.projector = Projector(self.encoder.width, n_embd)
+        self.projector = Projector(cfg.feature_width, n_embd)
         self.image_newline = nn.Parameter(torch.zeros(n_embd))
-        self.view_seperator = nn.Parameter(torch.zeros(n_embd))  # the published name, sic
+        self.view_seperator = nn.Parameter(torch.zeros(n_embd))  # sic, the published name
         self.gpt = GPT(cfg.gpt)
 
     def init_weights(self, seed):
         torch.manual_seed(seed)
         self.encoder.init_weights()
-        nn.init.normal_(self.projector.layers.weight, std=self.projector.layers.in_features ** -0.5)
-        nn.init.zeros_(self.projector.layers.bias)
+        layer = self.projector.layers
+        nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
+        nn.init.zeros_(layer.bias)
         for vector in (self.image_newline, self.view_seperator):
             nn.init.normal_(vector, std=vector.numel() ** -0.5)
         self.gpt.init_weights()
@@ -67,130 +80,309 @@ class DeepseekOCR(nn.Module):
     def device(self):
         return self.image_newline.device
 
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    # -------------------------------------------------------------------------
+    # From pixels to the decoder's input
+
     def project(self, pixels, taps=None):
-        """(N, 3, S, S) uint8 -> (N, h, w, n_embd)."""
-        x = pixels.to(self.device, non_blocking=True).to(self.dtype) / 127.5 - 1.0  # mean = std = 0.5, as published
-        y = self.projector(self.encoder(x, taps))
+        """
+        (N, 3, S, S) uint8 -> vision tokens as the decoder sees them: (N, h, w, C) on a grid, or
+        (N, n, C) where the second stage gives a sequence. `taps`: see DeepEncoder.
+        """
+        pixels = pixels.to(self.device, non_blocking=True)
+        x = pixels.to(self.dtype) / 127.5 - 1.0  # mean = std = 0.5, as published
+        y = self.projector(self.encoder(x, taps))  # (N, n, C)
         if taps is not None:
             taps["projector"] = y
-        side = pixels.size(-1) // self.cfg.token_stride
-        return y.view(y.size(0), side, side, -1)
+        if self.encoder.layout == "grid":
+            side = pixels.size(-1) // self.cfg.token_stride
+            y = y.unflatten(1, (side, side))
+        return y
 
-    def rows_with_newline(self, grid):
-        """(N, h, w, C) -> (N, h * (w + 1), C)."""
-        N, h, _, C = grid.shape
-        return torch.cat([grid, self.image_newline.to(grid.dtype).expand(N, h, 1, C)], 2).flatten(1, 2)
+    def encode_views(self, views):
+        """{side in px: (N, 3, side, side) uint8} -> {side: vision tokens, as of `project`}."""
+        return {side: self.project(pixels) for side, pixels in views.items()}
+
+    def lay_out(self, tokens, rows, cols):
+        """
+        Vision tokens of rows x cols views, side by side as one page, -> (positions, C): line by
+        line with a newline after each, or view by view where they are a sequence.
+        """
+        if self.encoder.layout == "sequence":
+            return tokens.flatten(0, 1)
+        _, h, w, C = tokens.shape
+        page = tokens.view(rows, cols, h, w, C).transpose(1, 2).reshape(rows * h, cols * w, C)
+        newlines = self.image_newline.to(page.dtype).expand(rows * h, 1, C)
+        return torch.cat([page, newlines], 1).flatten(0, 1)  # (rows * h * (cols * w + 1), C)
+
+    def arrange(self, tokens, plans):
+        """
+        Vision tokens {side in px: those of its views} -> (P, C): for each image its tiles, its
+        global view and the separator. This is the published order. `plans`: an image_modes.Plan
+        per image.
+        """
+        used = Counter()
+        for plan in plans:
+            used.update(plan.views)
+        given = {side: len(views) for side, views in tokens.items()}
+        if given != dict(used):
+            raise ValueError(f"views given per size {given}, used by the plans {dict(used)}")
+
+        first = dict.fromkeys(tokens, 0)  # {side: its first view that no image has taken yet}
+
+        def take(side, n):
+            views = tokens[side][first[side]:first[side] + n]
+            first[side] += n
+            return views
+
+        separator = self.view_seperator.to(self.dtype)[None]  # (1, C)
+        pieces = []
+        for plan in plans:
+            if plan.rows:
+                tiles = take(plan.mode.tile, plan.rows * plan.cols)
+                pieces.append(self.lay_out(tiles, plan.rows, plan.cols))
+            pieces.append(self.lay_out(take(plan.mode.size, 1), 1, 1))
+            pieces.append(separator)
+        return torch.cat(pieces)
 
     def encode_images(self, views, plans):
         """
-        views {side in px: (N, 3, side, side) uint8}, each image's tiles before its global view, images in order;
-        plans: one image_modes.Plan per image. -> (positions of all images, n_embd): local, global, separator for each image.
+        views {side in px: (N, 3, side, side) uint8}, images in order, each image's tiles before
+        its global view -> (P, C), all positions of all images.
         """
-        grids = {side: self.project(pixels) for side, pixels in views.items()}
-        separator = self.view_seperator.to(self.dtype)[None]
-        used, pieces = dict.fromkeys(grids, 0), []
-        for p in plans:
-            if p.rows:
-                n, t = p.rows * p.cols, p.tile_side
-                tiles = grids[p.mode.tile][used[p.mode.tile]:][:n].view(p.rows, p.cols, t, t, -1)
-                used[p.mode.tile] += n
-                pieces.append(self.rows_with_newline(tiles.transpose(1, 2).reshape(1, p.rows * t, p.cols * t, -1))[0])
-            pieces.append(self.rows_with_newline(grids[p.mode.size][used[p.mode.size]][None])[0])
-            used[p.mode.size] += 1
-            pieces.append(separator)
-        if any(used[side] != len(g) for side, g in grids.items()):
-            raise ValueError(f"views given per size {({s: len(g) for s, g in grids.items()})}, used by the plans {used}")
-        return torch.cat(pieces)
+        return self.arrange(self.encode_views(views), plans)
 
-    def embed(self, batch):
-        """Token embeddings (B, T, C) of a batch with its images in place. Ids that are still on the host are counted there."""
-        ids, placeholders = batch.ids.to(self.device, non_blocking=True), (batch.ids == self.cfg.image_token_id).sum(1).tolist()
+    def embed(self, batch, tokens=None):
+        """
+        Token embeddings (B, T, C) of a batch with its images in place. tokens: its views as
+        `encode_views` gives them, if the caller has encoded them already.
+        """
+        # Placeholders are counted where the ids are. A training batch is on the host: no GPU sync.
+        placeholders = (batch.ids == self.cfg.image_token_id).sum(1).tolist()
+        ids = batch.ids.to(self.device, non_blocking=True)
         x = self.gpt.transformer.wte(ids).to(self.dtype)
+
         if batch.plans:
-            x = fuse(x, ids == self.cfg.image_token_id, self.encode_images(batch.views, batch.plans), batch.features_per_row, placeholders)
-        elif any(placeholders):
-            row = next(r for r, n in enumerate(placeholders) if n)
-            raise ValueError(f"row {row} has <|image|> placeholders but the batch has no images")
-        elif self.training:
-            # Parameters that a batch has no use for take part at weight zero: every parameter then has a gradient on every rank and step.
-            seeing = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("gpt.")]
-            x = x + 0.0 * sum(p.sum() for p in seeing).to(x.dtype)
+            tokens = tokens or self.encode_views(batch.views)
+            features = self.arrange(tokens, batch.plans)
+            is_image = ids == self.cfg.image_token_id
+            return fuse(x, is_image, features, batch.features_per_row, placeholders)
+
+        for row, n in enumerate(placeholders):
+            if n:
+                raise ValueError(f"row {row} has <|image|> placeholders but the batch has no "
+                                 f"images")
+        if self.training:
+            vision = [p for name, p in self.named_parameters() if not name.startswith("gpt.")]
+            x = x + weight_zero(vision, x)
         return x
+
+    # -------------------------------------------------------------------------
+    # Losses
 
     def forward(self, batch):
         """
-        -> {name: (sum in nats, number it is summed over)}. "text": next-token loss over the batch's supervised positions (targets != -1).
-        The batch may stay on the host: what is needed goes to the device as it is needed, and the host waits for nothing.
+        -> {name of a loss: (sum in nats, number of things it is summed over)}. The numbers are
+        those of Batch.loss_counts.
+
+        "text": next-token loss over the supervised positions (targets != -1).
+
+        The batch may be on the host. No host-device sync in here.
         """
-        positions, at, targets = (None if t is None else t.to(self.device, non_blocking=True)
-                                  for t in (batch.positions, batch.supervised_at, batch.targets))
-        hidden = self.gpt(self.embed(batch), positions=positions, lengths=batch.lengths)
-        hidden, targets = hidden.flatten(0, 1).index_select(0, at), targets.flatten()[at]  # the head and its softmax run where there is something to learn
-        rows = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
-        if len(targets) <= rows:
-            text = self.chunk_loss(hidden, targets)
-        else:
-            text = sum(checkpoint(self.chunk_loss, h, t, use_reentrant=False) for h, t in zip(hidden.split(rows), targets.split(rows)))
-        return {"text": (text, batch.supervised())}
+        # Another loss on what the vision tokens show would take them from here, before they are
+        # mixed with text: {side: (N, h, w, C)}.
+        tokens = self.encode_views(batch.views)
+        x = self.embed(batch, tokens)  # (B, T, C)
+        positions = batch.positions
+        if positions is not None:
+            positions = positions.to(self.device, non_blocking=True)
+        hidden = self.gpt(x, positions=positions, lengths=batch.lengths)  # (B, T, C)
+        return {"text": (self.text_loss(hidden, batch), batch.loss_counts()["text"])}
 
-    def chunk_loss(self, hidden, targets):
-        return F.cross_entropy(self.gpt.logits(hidden), targets, reduction="sum")
+    def text_loss(self, hidden, batch):
+        """Sum of next-token losses, in nats. The head runs on the supervised positions only."""
+        at = batch.supervised_at.to(self.device, non_blocking=True)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        hidden = hidden.flatten(0, 1).index_select(0, at)  # (supervised, C)
+        targets = targets.flatten()[at]  # (supervised,)
 
-    def freeze(self, parts):
-        """Parts that do not learn: sam-core (SAM as published, without the compressor behind it), clip, gpt. Gradients still pass through them."""
-        found = {"sam-core": self.encoder.sam_model.core, self.encoder.kind: self.encoder.vision_model.parameters, "gpt": self.gpt.parameters}
-        for part in parts:
-            if part not in found:
-                raise ValueError(f"--freeze={part}: must be of {', '.join(found)}")
-            for p in found[part]():
-                p.requires_grad_(False)
+        # With a large vocabulary the logits of a batch are gigabytes: only a chunk of them exists
+        # at a time, and is computed again in the backward pass.
+        chunk = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
+        if len(targets) <= chunk:
+            return self.chunk_loss(hidden, targets)
 
-    def recompute(self, on=True):
-        """Activation checkpointing in every block: a third more compute, a fraction of the memory."""
+        # The head is cast once and not twice per chunk: 11 % of the loss at 65,536 x 1,280 on a
+        # CPU. Its gradient is then summed over chunks in the compute dtype (9e-4 off with three,
+        # in bf16).
+        head = self.gpt.lm_head.weight.to(hidden.dtype)
+        if self.compiled:
+            torch._dynamo.mark_static(head)  # as parameters are; only the positions vary
+        loss = 0.0
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            loss = loss + checkpoint(self.chunk_loss, h, t, head, use_reentrant=False)
+        return loss
+
+    def chunk_loss(self, hidden, targets, head_weight=None):
+        """(n, C), (n,) -> sum of n next-token losses, in nats. head_weight: see GPT.logits."""
+        logits = self.gpt.logits(hidden, head_weight)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    # -------------------------------------------------------------------------
+    # Parts of the model, to freeze them or to give them rates of their own
+
+    def part_of(self, name):
+        """The part that a parameter belongs to, by its name."""
+        parts = {  # where two prefixes fit, the first counts
+            "encoder.sam_model.net_": "compressor",
+            "encoder.sam_model.": "sam",
+            "encoder.vision_model.": self.encoder.kind,  # "clip"
+            "projector.": "projector",
+            "image_newline": "projector",
+            "view_seperator": "projector",
+            "gpt.transformer.h.": "gpt",
+            "gpt.transformer.wte.": "embedding",
+            "gpt.lm_head.": "head",
+        }
+        for prefix, part in parts.items():
+            if name.startswith(prefix):
+                return part
+        raise ValueError(f"parameter {name} belongs to no part: add its prefix to part_of")
+
+    def parts(self):
+        """{part: [(name, parameter), ...]}. Every parameter is in exactly one part."""
+        from_pixels_to_text = (
+            "sam", "compressor", self.encoder.kind, "projector", "gpt", "embedding", "head")
+        parts = {part: [] for part in from_pixels_to_text}
+        for name, p in self.named_parameters():
+            parts[self.part_of(name)].append((name, p))
+        return parts
+
+    def freeze(self, names):
+        """
+        Parts that do not learn; gradients still pass through them. Takes the names of `parts`,
+        and two older ones: "sam-core" is "sam", and "gpt" freezes the whole decoder, with
+        embedding and head.
+        """
+        parts = self.parts()
+        aliases = {"sam-core": ["sam"], "gpt": ["gpt", "embedding", "head"]}
+        for name in names:
+            if name not in parts and name not in aliases:
+                raise ValueError(f"--freeze={name}: must be of {', '.join([*parts, 'sam-core'])}")
+            for part in aliases.get(name, [name]):
+                for _, p in parts[part]:
+                    p.requires_grad_(False)
+        # With SAM and compressor fixed, the statistics of their output are fixed too.
+        if not any(p.requires_grad for p in self.encoder.sam_model.parameters()):
+            self.encoder.freeze_sam()
+
+    def adopt_grids(self, tensors):
+        """Makes room for the statistics that a checkpoint's tensors {name: tensor} have."""
+        self.encoder.adopt_grids(below("encoder.", tensors))
+
+    # -------------------------------------------------------------------------
+    # Memory and speed
+
+    def recompute(self, on):
+        """Activation checkpointing of all blocks: a third more compute, much less memory."""
         for part in (self.encoder.sam_model, self.encoder.vision_model, self.gpt):
             part.recompute = on
 
     def compile_blocks(self, backend="inductor"):
         """
-        torch.compile for every block, forward and backward: blocks of one kind and shape share their kernels, so this takes seconds where
-        the whole network takes minutes. Shapes are static but for the number of images or rows: a grid of patches, one of the four lengths
-        of rows that loop.py asks for. Evaluation stays eager: its shapes change at every step.
-        """
-        torch._dynamo.config.recompile_limit = 32  # lengths of rows, grids of several modes, numbers of packed rows
-        torch._dynamo.config.optimize_ddp = False  # it would cut a block where a bucket of gradients is full
-        for blocks in (self.encoder.sam_model.blocks, self.encoder.vision_model.blocks, self.gpt.transformer.h):
-            for block in blocks:
-                block.compile(dynamic=False, backend=backend)
-        self.chunk_loss = torch.compile(self.chunk_loss, dynamic=True, backend=backend)  # every batch supervises another number of positions
+        torch.compile for every block, forward and backward. Blocks of one kind and shape share
+        their kernels, so this takes seconds where the whole network would take minutes.
 
-    def num_params(self):
-        return sum(p.numel() for p in self.parameters())
+        Shapes are static but for the number of images or rows. So a training script should ask
+        for rows of few different lengths (Sampler's `multiple`). Run evaluation eagerly: its
+        shapes always change.
+        """
+        # A graph per length of rows, grid of patches (several modes) and number of packed rows
+        torch._dynamo.config.recompile_limit = 32
+        # DDP's optimizer would split a block's graph wherever a bucket of gradients is full.
+        torch._dynamo.config.optimize_ddp = False
+        blocks = [*self.encoder.sam_model.blocks, *self.encoder.vision_model.blocks,
+                  *self.gpt.transformer.h]
+        for block in blocks:
+            block.compile(dynamic=False, backend=backend)
+        # Every batch supervises another number of positions.
+        self.chunk_loss = torch.compile(self.chunk_loss, dynamic=True, backend=backend)
+        self.compiled = True
+
+
+def weight_zero(parameters, x):
+    """
+    A zero, of the dtype of x, that depends on all trainable parameters. Added to what a loss is
+    computed from, it gives those that a batch has no use for a gradient of zero. DDP would wait
+    forever for one that gets none.
+    """
+    total = torch.zeros((), device=x.device)
+    for p in parameters:
+        if p.requires_grad:
+            total = total + p.sum()
+    return 0.0 * total.to(x.dtype)
+
+
+# -----------------------------------------------------------------------------
+# FLOPs of a forward pass: matrix products and attention, a multiply-add counted as 2. Softmax,
+# norms and gathers are left out.
+
+def sam_flops(cfg, side):
+    """SAM, neck and compressor on one view of `side` px. cfg: SAMConfig."""
+    H = side // cfg.patch_size
+    patches = H * H
+    flops = 2 * patches * 3 * cfg.patch_size ** 2 * cfg.width  # patch embedding
+    for i in range(cfg.depth):
+        flops += 2 * patches * 12 * cfg.width ** 2  # qkv, proj and MLP
+        window = H if i in cfg.global_blocks else cfg.window
+        padded = (-(-H // window) * window) ** 2  # positions with the padding to whole windows
+        scores = 4 * window ** 2 * cfg.width  # q k^T, and its product with v
+        relative = 4 * window * cfg.width  # relative positions along both axes
+        flops += padded * (scores + relative)
+    neck = cfg.width * cfg.neck + 9 * cfg.neck ** 2
+    flops += 2 * patches * neck
+    flops += 2 * (H // 2) ** 2 * 9 * cfg.neck * cfg.net_2
+    flops += 2 * (H // 4) ** 2 * 9 * cfg.net_2 * cfg.net_3
+    return flops
+
+
+def gpt_flops(cfg, rows, length, head_positions, lengths):
+    """The decoder on `rows` rows of `length` positions; see forward_flops. cfg: GPTConfig."""
+    C = cfg.n_embd
+    kv = C * cfg.n_kv_head // cfg.n_head  # channels of the keys, and of the values
+    weights = 2 * C * C + 2 * C * kv + 8 * C * C  # of one layer: c_q and c_proj, c_k and c_v, MLP
+    if lengths:
+        squares = sum(n * n for row in lengths for n in row)
+    else:
+        squares = rows * length ** 2
+    scores = 2 * squares * C  # q k^T and its product with v; causal, so half of the square
+    if head_positions is None:
+        head_positions = rows * length
+    head = 2 * head_positions * C * cfg.vocab_size
+    return cfg.n_layer * (2 * rows * length * weights + scores) + head
 
 
 def forward_flops(cfg, views, text_positions, rows=1, head_positions=None, lengths=None):
     """
-    Multiply-adds x 2 of one forward pass, by part. views: {side in px: count}; text_positions: decoder positions per row,
-    images included; head_positions: how many go through the head, over all rows (default: all); lengths: of packed rows, lists of
-    their samples' lengths. Matrix products and attention only; softmax, norms and gathers are not counted.
+    FLOPs of one forward pass -> {part: FLOPs}, the parts being sam, the second stage by its kind,
+    projector and gpt.
+
+    views:          {side in px: how many}
+    text_positions: decoder positions per row, those of images included
+    head_positions: how many positions go through the head, over all rows; default all
+    lengths:        of packed rows, for each row the lengths of its samples
     """
-    s, c, g = cfg.sam, cfg.second_stage, cfg.gpt
-    second_stage = SECOND_STAGES[c.kind][1]
-    sam = second = projector = 0
+    stage = cfg.second_stage_class
+    sam = 0
+    second_stage = 0
+    projector = 0
     for side, n in views.items():
-        H = side // s.patch_size
-        sam += n * 2 * H * H * 3 * s.patch_size ** 2 * s.width
-        for i in range(s.depth):
-            w = H if i in s.global_blocks else s.window
-            padded = (-(-H // w) * w) ** 2
-            sam += n * 2 * H * H * 12 * s.width ** 2
-            sam += n * padded * (4 * w * w * s.width + 4 * w * s.width)  # attention; relative positions of both axes
-        sam += n * 2 * (H * H * (s.width * s.neck + 9 * s.neck ** 2) + (H // 2) ** 2 * 9 * s.neck * s.net_2
-                        + (H // 4) ** 2 * 9 * s.net_2 * s.net_3)
-        second += n * second_stage.flops(c, H // 4, H // 4)
-        projector += n * 2 * second_stage.tokens(c, H // 4, H // 4) * (c.width + s.net_3) * g.n_embd
-    T = text_positions
-    kv = g.n_embd * g.n_kv_head // g.n_head
-    squares = sum(n * n for row in lengths for n in row) if lengths else rows * T * T
-    gpt = g.n_layer * (2 * rows * T * (2 * g.n_embd ** 2 + 2 * g.n_embd * kv + 8 * g.n_embd ** 2) + 2 * squares * g.n_embd)  # causal: half of the square
-    gpt += 2 * (rows * T if head_positions is None else head_positions) * g.n_embd * g.vocab_size
-    return {"sam": sam, c.kind: second, "projector": projector, "gpt": gpt}
+        h = side // cfg.token_stride
+        sam += n * sam_flops(cfg.sam, side)
+        second_stage += n * stage.flops(cfg.second_stage, h, h)
+        vision_tokens = n * stage.tokens(cfg.second_stage, h, h)
+        projector += 2 * vision_tokens * cfg.feature_width * cfg.gpt.n_embd
+    gpt = gpt_flops(cfg.gpt, rows, text_positions, head_positions, lengths)
+    return {"sam": sam, cfg.second_stage.kind: second_stage, "projector": projector, "gpt": gpt}

@@ -1,33 +1,47 @@
 """
-Optimizers. `muon`: Muon for the matrices of all transformer blocks and the projector, AdamW for everything else. `adamw`: AdamW throughout, as
-published. Both are one object with one `step`, and a state that is a flat dict of named tensors (for safetensors).
+Optimizers. `muon`: Muon for the matrices of all transformer blocks and of the projector, AdamW
+for everything else. `adamw`: AdamW throughout, as published. Both are one object with one `step`,
+and a state that is a flat dict of named tensors (for safetensors).
 """
 import math
 
 import torch
 
+# -----------------------------------------------------------------------------
+# Muon (Keller Jordan, 2024)
 
 @torch.no_grad()
 def orthogonalize(G, dtype, steps=5):
     """
-    Nearest semi-orthogonal matrices to a stack (N, a, b), roughly: singular values land in about [0.7, 1.2].
-    Newton-Schulz with the quintic coefficients of Muon (Keller Jordan, 2024); N matrices in one batched product.
+    A stack of matrices (N, a, b) -> roughly the nearest semi-orthogonal ones; their singular
+    values end up in about [0.7, 1.2]. Newton-Schulz with Muon's quintic coefficients, in `dtype`,
+    all N at once.
     """
     X = G.to(dtype)
-    if tall := X.size(1) > X.size(2):
-        X = X.mT
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = X.size(1) > X.size(2)
+    if tall:
+        X = X.mT  # the products below are then of the smaller size
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # largest singular value at most 1
     for _ in range(steps):
+        # X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
         X = torch.baddbmm(X, B, X, beta=3.4445)
-    return (X.mT if tall else X).to(G.dtype)
+    if tall:
+        X = X.mT
+    return X.to(G.dtype)
+
+
+def split_fused(matrix):
+    """What is orthogonalized as one matrix: a fused qkv (3C, C) is three of them."""
+    is_qkv = matrix.size(0) == 3 * matrix.size(1)
+    return matrix.chunk(3) if is_qkv else (matrix,)
 
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum (Nesterov), then orthogonalised. A fused qkv of shape (3C, C) is three matrices. Matrices of one shape go
-    through Newton-Schulz together. The step is scaled by sqrt(max(1, rows / columns)).
+    Nesterov momentum, then orthogonalized. The step is scaled by sqrt(max(1, rows / columns)), so
+    that matrices of any shape change their output by about as much.
     """
     def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -36,99 +50,175 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            stacks = {}
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            for p in params:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum"] for p in params]
-            grads = [p.grad for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            for p, u in zip(params, torch._foreach_lerp(grads, buffers, group["momentum"])):
-                for piece, out in zip(*(t.chunk(3) if p.size(0) == 3 * p.size(1) else (t,) for t in (u, p))):
-                    stacks.setdefault(piece.shape, []).append((piece, out))
-            for (rows, cols), pairs in stacks.items():
-                updates = orthogonalize(torch.stack([u for u, _ in pairs]), self.dtype)
-                torch._foreach_add_([p for _, p in pairs], list(updates.unbind()), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
+            updates = self.momentum_updates(params, group["momentum"])
 
+            # Matrices of one shape go through Newton-Schulz together: a few large products
+            # instead of many small ones.
+            by_shape = {}  # {shape: ([matrix of a parameter], [its update])}
+            for p, update in zip(params, updates):
+                for matrix, matrix_update in zip(split_fused(p), split_fused(update)):
+                    matrices, stack = by_shape.setdefault(matrix.shape, ([], []))
+                    matrices.append(matrix)
+                    stack.append(matrix_update)
+            for (rows, cols), (matrices, stack) in by_shape.items():
+                orthogonal = orthogonalize(torch.stack(stack), self.dtype)
+                size = group["lr"] * max(1, rows / cols) ** 0.5
+                torch._foreach_add_(matrices, list(orthogonal.unbind()), alpha=-size)
+
+    def momentum_updates(self, params, momentum):
+        """Moves each momentum towards its gradient. -> Nesterov's updates, one per parameter."""
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        return torch._foreach_lerp(grads, buffers, momentum)
+
+
+# -----------------------------------------------------------------------------
 
 def is_block_matrix(name, p):
-    return p.ndim == 2 and "rel_pos" not in name and any(part in name for part in (".blocks.", ".layers.", ".h.", "projector."))
+    """Whether Muon takes a parameter: a matrix of a transformer block or of the projector."""
+    if p.ndim != 2 or "rel_pos" in name:  # position tables are no linear maps
+        return False
+    return any(part in name for part in (".blocks.", ".layers.", ".h.", "projector."))
 
 
 class Optimizer:
     """
-    kind "muon" or "adamw". `lr` is AdamW's, `matrix_lr` Muon's. Every trainable parameter is in exactly one group.
-    `step(scale)` multiplies both rates by the schedule's value.
+    kind: "muon" or "adamw". lr is AdamW's rate, matrix_lr Muon's.
+
+    part_lrs: {part: AdamW's rate} for parts of the model that learn at a rate of their own (names:
+    DeepseekOCR.parts). Muon's rate of such a part follows in proportion: matrix_lr * part_lr / lr.
+
+    Every trainable parameter is in exactly one group of one of `optimizers`.
     """
-    def __init__(self, model, kind, lr, matrix_lr=0.02, weight_decay=0.0, betas=(0.9, 0.95), dtype=torch.float32, part_lrs=None):
+    def __init__(self, model, kind, lr, matrix_lr=0.02, weight_decay=0.0, betas=(0.9, 0.95),
+                 dtype=torch.float32, part_lrs=None):
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimizer {kind!r}: must be muon or adamw")
-        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for n, p in self.params.items() if kind == "muon" and is_block_matrix(n, p)]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in self.params.values() if id(p) not in chosen]
-        fused = next(iter(self.params.values())).device.type in ("cpu", "cuda")
-        self.parts = [torch.optim.AdamW(rest, lr=lr, betas=betas, eps=1e-10, weight_decay=weight_decay, fused=fused)]
-        if matrices:
-            self.parts.append(Muon(matrices, lr=matrix_lr, dtype=dtype))
-        self.base_lrs = [part.param_groups[0]["lr"] for part in self.parts]
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise ValueError("nothing to train: every part of the model is frozen")
+        rates = parameter_rates(model, lr, part_lrs or {})
+
+        # One group for each rate, not for each part: Muon stacks equal shapes within a group.
+        adamw_groups = {}  # {rate: [parameter]}
+        muon_groups = {}
+        for name, p in self.params.items():
+            is_muons = kind == "muon" and is_block_matrix(name, p)
+            groups = muon_groups if is_muons else adamw_groups
+            groups.setdefault(rates[name], []).append(p)
+
+        device = next(iter(self.params.values())).device
+        self.optimizers = []
+        if adamw_groups:
+            groups = [{"params": params, "lr": rate} for rate, params in adamw_groups.items()]
+            fused = device.type in ("cpu", "cuda")
+            self.optimizers.append(torch.optim.AdamW(
+                groups, betas=betas, eps=1e-10, weight_decay=weight_decay, fused=fused))
+        if muon_groups:
+            groups = []
+            for rate, params in muon_groups.items():
+                proportion = 1.0 if rate == lr else rate / lr
+                groups.append({"params": params, "lr": matrix_lr * proportion})
+            self.optimizers.append(Muon(groups, lr=matrix_lr, dtype=dtype))
+        for group in self.groups():
+            group["base_lr"] = group["lr"]
+
+    def groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, scale):
-        for part, lr in zip(self.parts, self.base_lrs):
-            part.param_groups[0]["lr"] = lr * scale
-            part.step()
+        """One update with all rates multiplied by `scale`, the schedule's value."""
+        for group in self.groups():
+            group["lr"] = group["base_lr"] * scale
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def num_params(self):
         return sum(p.numel() for p in self.params.values())
 
     def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def clip_grad_norm(self, limit):
-        """Global norm before clipping, a float tensor. limit <= 0 measures only."""
+        """-> the global norm before clipping, a float tensor. limit <= 0 only measures."""
         params = list(self.params.values())
         return torch.nn.utils.clip_grad_norm_(params, limit if limit > 0 else float("inf"))
 
     def state_tensors(self):
-        """{"<parameter name>.<state name>": tensor}."""
-        return {f"{name}.{key}": value.detach().clone() for name, p in self.params.items() for part in self.parts
-                for key, value in part.state.get(p, {}).items()}
+        """{"<parameter name>.<state name>": tensor}"""
+        tensors = {}
+        for name, p in self.params.items():
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(p, {}).items():
+                    tensors[f"{name}.{key}"] = value.detach().clone()
+        return tensors
 
     def load_state_tensors(self, tensors):
-        """Inverse of `state_tensors`; a state of another model or optimizer raises."""
+        """Inverse of `state_tensors`. The state of another model or optimizer raises."""
         left = dict(tensors)
-        for part in self.parts:
-            keys = ("momentum",) if isinstance(part, Muon) else ("step", "exp_avg", "exp_avg_sq")
-            names = {id(p): n for n, p in self.params.items()}
-            for p in part.param_groups[0]["params"]:
-                for key in keys:
-                    name = f"{names[id(p)]}.{key}"
-                    if name not in left:
-                        raise ValueError(f"optimizer state lacks {name}: it belongs to another model or optimizer")
-                    value = left.pop(name)
-                    on_cpu = key == "step" and not part.defaults["fused"]  # torch keeps AdamW's step there unless it is fused
-                    part.state[p][key] = value if on_cpu else value.to(p.device)
+        names = {id(p): name for name, p in self.params.items()}
+        for optimizer in self.optimizers:
+            is_muon = isinstance(optimizer, Muon)
+            keys = ("momentum",) if is_muon else ("step", "exp_avg", "exp_avg_sq")
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    for key in keys:
+                        name = f"{names[id(p)]}.{key}"
+                        if name not in left:
+                            raise ValueError(f"optimizer state lacks {name}: it belongs to "
+                                             f"another model or optimizer")
+                        # torch keeps AdamW's step on the CPU unless it is fused.
+                        stays_on_cpu = key == "step" and not group["fused"]
+                        value = left.pop(name)
+                        optimizer.state[p][key] = value if stays_on_cpu else value.to(p.device)
         if left:
-            raise ValueError(f"optimizer state has unknown tensors, e.g. {sorted(left)[:3]}: it belongs to another model or optimizer")
+            raise ValueError(f"optimizer state has unknown tensors, e.g. {sorted(left)[:3]}: it "
+                             f"belongs to another model or optimizer")
 
 
-def schedule(kind, step, total=1, warmup=0, final=0.0):
+def parameter_rates(model, lr, part_lrs):
+    """{name of a parameter: its AdamW rate}"""
+    rates = dict.fromkeys((name for name, _ in model.named_parameters()), lr)
+    if not part_lrs:
+        return rates
+    if lr <= 0:
+        raise ValueError(f"learning rate {lr} with rates for {', '.join(part_lrs)}: must be above "
+                         f"0, since Muon's rates are in proportion to it; freeze the rest instead")
+    parts = model.parts()
+    for part, rate in part_lrs.items():
+        if part not in parts:
+            raise ValueError(f"learning rate {rate} for the part {part!r}: must be one of "
+                             f"{', '.join(parts)}")
+        for name, _ in parts[part]:
+            rates[name] = rate
+    return rates
+
+
+# -----------------------------------------------------------------------------
+
+def schedule(kind, done):
     """
-    Multiplier of the learning rates at `step` of `total`. `trapezoid`: constant, then linear over the last half;
-    `cosine` (stage 1 as published); `step`: x0.316 at 80 % and again at 90 % (stage 2 as published names only "step";
-    the points are DeepSeek-LLM's, arXiv 2401.02954 section 3.1). All warm up linearly over `warmup` steps.
+    Multiplier of the learning rates when a share `done` of the run is over, 0 to 1.
+
+    trapezoid: constant, then linear to zero over the last half
+    cosine:    to zero (stage 1 as published)
+    step:      x0.316 at 80 % and again at 90 %. The paper only says "step" for stage 2; the points
+               are DeepSeek-LLM's (arXiv 2401.02954, section 3.1)
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    done = step / max(1, total)
     if kind == "cosine":
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+        return 0.5 * (1 + math.cos(math.pi * done))
     if kind == "step":
-        return 1.0 if done < 0.8 else 0.316 if done < 0.9 else 0.1
+        if done < 0.8:
+            return 1.0
+        return 0.316 if done < 0.9 else 0.1
     if kind == "trapezoid":
-        return 1.0 if done < 0.5 else final + (1 - final) * (1 - done) / 0.5
+        return 1.0 if done < 0.5 else (1 - done) / 0.5
     raise ValueError(f"schedule {kind!r}: must be trapezoid, cosine or step")

@@ -302,7 +302,7 @@ def test_every_grid_has_its_own_statistics(kind):
     fallback = standardize(large)  # not yet trained on: the first grid's
     assert fallback.mean() > 1
     standardize.train()(large)
-    assert torch.equal(standardize.mean, standardize.tables(4, 4)[0])
+    assert torch.equal(standardize.mean, standardize.tables(4)[0])
     standardize.reestimate([large], 8)
     assert standardize.eval()(large).mean().abs() < 1e-3 and standardize(small).mean().abs() < 1e-3
     assert sorted(standardize.state_dict()) == ["mean", "mean_8", "var", "var_8"]
