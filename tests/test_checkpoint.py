@@ -102,8 +102,8 @@ def test_a_run_killed_while_saving_keeps_what_it_had(saved, trained, tokenizer, 
     (lambda t: t.pop("image_newline"), r"1 keys missing \['image_newline'\]"),
     (lambda t: t.update(stowaway=torch.zeros(1)), r"1 unknown \['stowaway'\]"),
     (lambda t: t.update(image_newline=torch.zeros(7)), r"image_newline: file \(7,\), model \(32,\)"),
-    (lambda t: t["image_newline"][3].fill_(float("nan")), "image_newline holds numbers that are not finite"),
-    (lambda t: t["encoder.standardize.var"][0].fill_(float("inf")), "encoder.standardize.var holds numbers"),
+    (lambda t: t["image_newline"][3].fill_(float("nan")), "image_newline has values that are not finite"),
+    (lambda t: t["encoder.standardize.var"][0].fill_(float("inf")), "encoder.standardize.var has values"),
 ], ids=["missing", "extra", "shape", "nan", "inf"])
 def test_damaged_weights_are_refused(saved, make_model, damage, message):
     path = saved / "model_000003/model.safetensors"

@@ -172,7 +172,7 @@ def broken(hub, name, tmp_path, change):
     (lambda t: t.pop("vision_encoder.neck.conv2.weight"), "1 expected keys are missing"),
     (lambda t: t.update({"vision_encoder.extra": torch.zeros(1)}), r"1 are unknown \['vision_encoder.extra'\]"),
     (lambda t: [t.update({k.replace("vision_encoder", "image_encoder"): t.pop(k)}) for k in list(t)], "another architecture or prefix"),
-    (lambda t: t["vision_encoder.neck.conv2.weight"].fill_(float("nan")), "neck.conv2.weight holds numbers that are not finite"),
+    (lambda t: t["vision_encoder.neck.conv2.weight"].fill_(float("nan")), "neck.conv2.weight has values that are not finite"),
     (lambda t: t.update({"vision_encoder.pos_embed": torch.zeros(1, 4, 4, 32)}), "pos_embed has the shape"),
 ])
 def test_wrong_weights_are_refused(hub, tmp_path, change, message):
