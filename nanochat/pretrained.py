@@ -1,15 +1,16 @@
 """
 Published weights in, our own out.
 
-in    facebook/sam-vit-base, openai/clip-vit-large-patch14, deepseek-ai/DeepSeek-OCR as safetensors;
-      nanochat's model_*.pt through torch.load(weights_only=True), and its tokenizer.pkl through an
-      unpickler that admits a single name. No other file is opened.
-out   `save`: a folder of our own (safetensors, JSON, model card); `save_encoder`: the encoder alone;
-      `export_deepseek`: encoder and projector under DeepSeek-OCR's key names.
+in    facebook/sam-vit-base, openai/clip-vit-large-patch14, deepseek-ai/DeepSeek-OCR as safetensors
+      with config.json; nanochat's model_*.pt through torch.load(weights_only=True), meta_*.json,
+      and tokenizer.pkl through an unpickler that admits a single name. No other file is opened.
+out   `save`: a folder of our own (safetensors, JSON, model card); `save_encoder`: the encoder
+      alone; `export_deepseek`: encoder and projector under DeepSeek-OCR's key names.
 
 Weights are matched key by key. Every key that a part expects must be in the file, with the right
-shape and finite values, and every key under that part's prefix must be used: a wrong prefix or
-another architecture is an error, never a half-loaded model.
+shape and finite values, and every key under that part's prefix must be used. All of it is checked
+before the first value is copied: a wrong prefix, another architecture or a damaged file is an
+error, never a half-loaded model.
 
 A source is a hub name or a local folder. The key maps are those of transformers' SamModel and
 CLIPModel, and of DeepSeek-OCR's own checkpoint.
@@ -21,10 +22,9 @@ import re
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nanochat import checkpoint as ckpt
-from nanochat.common import print0, read_json, write_json
+from nanochat.common import print0, write_json
 from nanochat.config import GPTConfig
 from nanochat.hub import asked, download, endpoint, list_files, online
 from nanochat.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -43,9 +43,12 @@ class StoredTensor:
         self.key = key
 
     def read(self):
-        # Opened anew for each key: pages that a memory map has touched count as memory while it is open.
-        with safe_open(self.path, "pt") as f:
-            return f.get_tensor(self.key)
+        # Opened anew for each key: what a memory map has touched counts as memory while it is open.
+        try:
+            with safe_open(self.path, "pt") as f:
+                return f.get_tensor(self.key)
+        except SafetensorError as e:  # a type that torch does not have
+            raise ValueError(f"{self.path}: {self.key} cannot be read ({e})") from e
 
     def shape(self):
         with safe_open(self.path, "pt") as f:
@@ -64,19 +67,23 @@ def stored_tensors(path):
 
 
 def find_tensors(source, name="model.safetensors"):
-    """{key: StoredTensor} of a hub name or folder: of its one file, or of all shards of its index."""
+    """{key: StoredTensor} of a hub name or folder: of its one file, or of all shards it has."""
     files = list_files(source)
     if name in files:
         return stored_tensors(download(source, name))
 
     index_name = name + ".index.json"
     if index_name not in files:
-        raise FileNotFoundError(f"{source} has neither {name} nor {index_name}; only safetensors are "
-                                f"read. It has {files[:10]}")
-    shard_of = read_json(download(source, index_name))["weight_map"]
+        raise FileNotFoundError(f"{source} has neither {name} nor {index_name}; only safetensors "
+                                f"are read. It has {files[:10]}")
+    shard_of = read_index(source, index_name)
     found = {}
     for shard in sorted(set(shard_of.values())):
-        found.update(stored_tensors(download(source, shard)))
+        tensors = stored_tensors(download(source, shard))
+        twice = sorted(set(tensors) & set(found))
+        if twice:
+            raise ValueError(f"{source}: {len(twice)} keys are in two shards: {twice[:3]}")
+        found.update(tensors)
 
     missing = sorted(set(shard_of) - set(found))
     if missing:
@@ -85,17 +92,23 @@ def find_tensors(source, name="model.safetensors"):
     return found
 
 
+def read_index(source, index_name):
+    """{key: file name of its shard} of a sharded checkpoint."""
+    path = download(source, index_name)
+    folder, file_name = os.path.split(path)
+    shard_of = ckpt.read_record(folder, file_name, keys=["weight_map"])["weight_map"]
+    if not isinstance(shard_of, dict):
+        raise ValueError(f"{path}: weight_map is a {type(shard_of).__name__}, need an object")
+    for key, shard in shard_of.items():
+        # A path in place of a name could lead to any file of this machine.
+        if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard:
+            raise ValueError(f"{path}: the shard of {key} is {shard!r}, need the name of a file "
+                             f"beside the index")
+    return shard_of
+
+
 def matches_any(key, patterns):
     return any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
-
-
-def read_joined(found, keys):
-    """The tensors of `keys`, joined along dimension 0."""
-    pieces = []
-    for key in keys:
-        t = found[key]
-        pieces.append(t.read() if isinstance(t, StoredTensor) else t)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def match_keys(module, source_keys, found, where, ours_only, theirs_only):
@@ -117,10 +130,30 @@ def match_keys(module, source_keys, found, where, ours_only, theirs_only):
     return wanted
 
 
+def read_pieces(found, keys):
+    """The tensors of several source keys."""
+    pieces = []
+    for key in keys:
+        t = found[key]
+        pieces.append(t.read() if isinstance(t, StoredTensor) else t)
+    return pieces
+
+
+def check_piece(piece, n_pieces, own_key, own, where):
+    """ValueError unless `piece` is one of n equal parts of the tensor `own` along dimension 0."""
+    expected = tuple(own.shape)
+    if n_pieces > 1:
+        expected = (own.size(0) // n_pieces, *own.shape[1:])
+    if tuple(piece.shape) != expected:
+        raise ValueError(f"{where} has the shape {tuple(piece.shape)}, the model's {own_key} needs "
+                         f"{expected}; nothing was loaded")
+    ckpt.check_values(piece, own.dtype, where)
+
+
 @torch.no_grad()
 def fill(module, source_keys, found, where, ours_only=(), theirs_only=()):
     """
-    Fills the parameters and buffers of `module` in place. -> number of tensors used.
+    Fills parameters and buffers of `module` in place, all or nothing. -> number of tensors used.
 
     source_keys   function: own key -> list of keys of the source, to be joined along dimension 0
     found         {source key: StoredTensor or tensor}
@@ -130,14 +163,15 @@ def fill(module, source_keys, found, where, ours_only=(), theirs_only=()):
     """
     own = module.state_dict()
     wanted = match_keys(module, source_keys, found, where, ours_only, theirs_only)
+
+    # Every tensor is read twice, to be checked and to be copied: nothing is changed before all have
+    # been seen, and no more than one is in memory at a time.
     for key, keys in wanted.items():
-        t = read_joined(found, keys)
-        if t.shape != own[key].shape:
-            raise ValueError(f"{where}: {keys[0]} has the shape {tuple(t.shape)}, the model's {key} "
-                             f"is {tuple(own[key].shape)}")
-        if not torch.isfinite(t).all():
-            raise ValueError(f"{where}: {keys[0]} has values that are not finite")
-        own[key].copy_(t)
+        for source_key, piece in zip(keys, read_pieces(found, keys)):
+            check_piece(piece, len(keys), key, own[key], f"{where}: {source_key}")
+    for key, keys in wanted.items():
+        pieces = read_pieces(found, keys)
+        own[key].copy_(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
     return sum(len(keys) for keys in wanted.values())
 
 
@@ -155,11 +189,67 @@ SAM_RENAMES = (
     (r"^neck\.3\.", "neck.layer_norm2."),
 )
 SAM_UNUSED = ("prompt_encoder.*", "mask_decoder.*", "shared_image_embedding.*")
+# post_layernorm comes after the features that are used; position_ids is a buffer of old versions.
 CLIP_UNUSED = ("text_model.*", "logit_scale", "visual_projection.*", "text_projection.*",
                "vision_model.post_layernorm.*", "vision_model.embeddings.position_ids")
-# Of DeepSeek-OCR: its decoder, which is not ours, and what lies between encoder and decoder
-DEEPSEEK_DECODER = ("model.layers.*", "model.embed_tokens.*", "model.norm.*", "lm_head.*")
-DEEPSEEK_BETWEEN = ("model.projector.*", "model.image_newline", "model.view_seperator")
+# DeepSeek-OCR's own decoder, by its own code's names and by transformers'.
+DEEPSEEK_DECODER = ("model.layers.*", "model.embed_tokens.*", "model.norm.*", "lm_head.*",
+                    "model.language_model.*")
+# Some versions of DeepSeek-OCR's files have these two, some have not; neither is ever used.
+PATCH_EMBEDDING = "vision_model.embeddings.patch_embedding.weight"
+DEEPSEEK_UNUSED = ("model.vision_model.embeddings.position_ids", "model." + PATCH_EMBEDDING)
+# What lies between encoder and decoder.
+BETWEEN = ("projector.layers.weight", "projector.layers.bias", "image_newline", "view_seperator")
+
+# Of which networks the weights fit ours: what config.json must say, where nanochat/config.py has no
+# choice ...
+SAM_FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_channels": 3, "qkv_bias": True,
+             "use_abs_pos": True, "use_rel_pos": True}
+CLIP_FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3}
+# ... and what transformers means where it says nothing.
+SAM_DEFAULTS = {**SAM_FIXED, "hidden_size": 768, "output_channels": 256, "num_hidden_layers": 12,
+                "mlp_dim": 3072, "num_attention_heads": 12, "image_size": 1024, "patch_size": 16,
+                "window_size": 14, "global_attn_indexes": [2, 5, 8, 11]}
+CLIP_DEFAULTS = {**CLIP_FIXED, "hidden_size": 768, "intermediate_size": 3072,
+                 "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
+                 "patch_size": 32}
+
+
+def sam_sizes(cfg):
+    """Our SAM in the words of transformers' config, without the compressor."""
+    sizes = vision_config(cfg)["sam_config"]
+    del sizes["downsample_channels"]
+    return {**sizes, **SAM_FIXED}
+
+
+def clip_sizes(cfg):
+    """Our CLIP in the words of transformers' config."""
+    return {**vision_config(cfg)["encoder_config"], **CLIP_FIXED}
+
+
+def check_network(theirs, ours, defaults, where):
+    """
+    ValueError unless a config of transformers describes our network. Weights alone do not tell:
+    another activation, eps or number of heads has the same shapes, loads, and computes otherwise.
+    """
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{where} is a {type(theirs).__name__}, need an object with sizes")
+    differences = []
+    for name, value in ours.items():
+        their_value = theirs.get(name, defaults[name])
+        if their_value != value:
+            differences.append(f"{name} is {their_value!r}, this model's {value!r}")
+    if differences:
+        raise ValueError(f"{where} describes another network: {'; '.join(differences)}; nothing "
+                         f"was loaded")
+
+
+def vision_config_of(source):
+    """-> (path of a source's config.json, the part of it that is about vision)."""
+    path = download(source, "config.json")
+    config = ckpt.read_record(*os.path.split(path))
+    # That of a vision model alone, without a text tower, is not nested.
+    return path, config.get("vision_config", config)
 
 
 def sam_key(key):
@@ -178,11 +268,14 @@ def clip_keys(key):
 
 
 def load_sam(model, source=SAM):
-    """SAM's ViT and neck from a transformers SamModel; the compressor (net_2, net_3) keeps its values."""
+    """SAM's ViT and neck from a transformers SamModel. The compressor (net_2, net_3) stays new."""
     def source_keys(key):
         return ["vision_encoder." + sam_key(key)]
-    n = fill(model.encoder.sam_model, source_keys, find_tensors(source), source,
-             ours_only=("net_[23].weight",), theirs_only=SAM_UNUSED)
+    found = find_tensors(source)
+    path, theirs = vision_config_of(source)
+    check_network(theirs, sam_sizes(model.cfg), SAM_DEFAULTS, path)
+    n = fill(model.encoder.sam_model, source_keys, found, source,
+             ours_only=["net_[23].weight"], theirs_only=SAM_UNUSED)
     print0(f"SAM: {n} tensors of {source}; the compressor (net_2, net_3) is new")
 
 
@@ -190,52 +283,83 @@ def load_clip(model, source=CLIP):
     """CLIP's ViT from a transformers CLIPModel, without its last norm."""
     def source_keys(key):
         return ["vision_model." + name for name in clip_keys(key)]
-    n = fill(model.encoder.vision_model, source_keys, find_tensors(source), source,
-             theirs_only=CLIP_UNUSED)
+    found = find_tensors(source)
+    path, theirs = vision_config_of(source)
+    check_network(theirs, clip_sizes(model.cfg), CLIP_DEFAULTS, path)
+    n = fill(model.encoder.vision_model, source_keys, found, source, theirs_only=CLIP_UNUSED)
     print0(f"CLIP: {n} tensors of {source}")
 
 
 def load_deepseek(model, source=DEEPSEEK):
     """
     DeepSeek-OCR's encoder; also its projector, newline and separator if our decoder is as wide as
-    DeepSeek's (1280). Otherwise those stay new, and a line says so.
+    DeepSeek's (1280). Otherwise those stay new, and a line says so. Reads the checkpoint as
+    published, as saved again by DeepSeek's own code, and as saved again by transformers.
     """
     standardize = model.cfg.standardize
     if standardize != "none":
         raise ValueError(f"{source} was trained without standardization, this model has "
                          f"standardize={standardize}: use --standardize=none")
-
-    def source_keys(key):
-        return ["model." + key]
+    check_deepseek_config(model.cfg, source)
     vision = {}
     for key, t in find_tensors(source).items():
         if not matches_any(key, DEEPSEEK_DECODER):
             vision[key] = t
-    n = fill(model.encoder, source_keys, vision, source, theirs_only=DEEPSEEK_BETWEEN)
 
-    projector = vision.get("model.projector.layers.weight")
-    width = projector.shape()[0] if projector is not None else None
+    def source_keys(key):
+        return ["model." + key.removeprefix("encoder.")]
+    ours_only = ["gpt.*"]
+    theirs_only = list(DEEPSEEK_UNUSED)
+    if "model." + PATCH_EMBEDDING not in vision:
+        ours_only.append("encoder." + PATCH_EMBEDDING)
+
+    # Whether the projector is taken depends on its width, but it must be there: a file without it
+    # is damaged, or not a DeepSeek-OCR.
+    missing = [key for key in BETWEEN if "model." + key not in vision]
+    if missing:
+        raise ValueError(f"{source}: {len(missing)} expected keys are missing: {missing}; nothing "
+                         f"was loaded")
+    projector = vision["model.projector.layers.weight"].shape()  # (decoder's, encoder's width)
+    if len(projector) != 2 or projector[1] != model.encoder.width:
+        raise ValueError(f"{source}: the projector has the shape {projector}, the encoder gives "
+                         f"{model.encoder.width} channels; nothing was loaded")
+    width = projector[0]
     n_embd = model.cfg.gpt.n_embd
+    if width != n_embd:
+        ours_only.extend(BETWEEN)
+        theirs_only.extend("model." + key for key in BETWEEN)
+
+    n = fill(model, source_keys, vision, source, ours_only, theirs_only)
     if width == n_embd:
-        n += fill(model, source_keys, vision, source, ours_only=("encoder.*", "gpt.*"),
-                  theirs_only=("model.sam_model.*", "model.vision_model.*"))
         print0(f"encoder, projector, newline and separator: {n} tensors of {source}")
     else:
-        print0(f"encoder: {n} tensors of {source}; its projector gives {width} channels, the decoder "
-               f"has {n_embd}: projector, newline and separator are NEW")
+        print0(f"encoder: {n} tensors of {source}; its decoder is {width} wide, this one {n_embd}: "
+               f"projector, newline and separator are NEW")
+
+
+def check_deepseek_config(cfg, source):
+    """
+    ValueError if a config.json of transformers' port describes another encoder. DeepSeek's own
+    format is not checked: there is one published model of it.
+    """
+    if "config.json" not in list_files(source):
+        return
+    path, theirs = vision_config_of(source)
+    if isinstance(theirs, dict) and "sam_config" in theirs and "encoder_config" in theirs:
+        check_network(theirs["sam_config"], sam_sizes(cfg), SAM_DEFAULTS, f"{path}: sam_config")
+        check_network(theirs["encoder_config"], clip_sizes(cfg), CLIP_DEFAULTS,
+                      f"{path}: encoder_config")
 
 
 # -----------------------------------------------------------------------------
 # nanochat's decoder and tokenizer
 
 HEAD_DIM = 128  # of every published nanochat model
-# The loader may add rows to the vocabulary's tables for new tokens, but no more than these: a larger
-# difference means that file and config are of different models.
-MAX_NEW_ROWS = 64
+LARGEST_DECODER = 20_000_000_000  # parameters; the largest published one has a tenth of it
 
 
 class EncodingState:
-    """Stands in for tiktoken's Encoding in a pickle: it keeps the pickled state and runs none of it."""
+    """Stands in for tiktoken's Encoding in a pickle: keeps its state and runs none of its code."""
     def __setstate__(self, state):
         self.state = state
 
@@ -248,33 +372,40 @@ class OneNameUnpickler(pickle.Unpickler):
         return EncodingState
 
 
-def by_id(ids):
-    """{token: id} -> [(token, id), ...] in the order of the ids."""
-    return sorted(ids.items(), key=lambda pair: pair[1])
+def by_id(ids, kind, what):
+    """{token: id} -> the tokens in the order of their ids. TypeError unless all are of `kind`."""
+    for token, i in ids.items():
+        if not isinstance(token, kind) or type(i) is not int:
+            raise TypeError(f"{what} has {token!r}: {i!r}")
+    return sorted(ids, key=ids.get)
 
 
 def read_tokenizer_pkl(path):
     """
-    nanochat's tokenizer.pkl, a pickled tiktoken Encoding -> our Tokenizer. <|image|> is added as the
-    last token if it has none.
+    nanochat's tokenizer.pkl, a pickled tiktoken Encoding -> our Tokenizer. <|image|> is added as
+    the last token if it has none.
     """
     try:
         with open(path, "rb") as f:
             content = OneNameUnpickler(f).load()
         state = content.state
-        ranks = by_id(state["mergeable_ranks"])
-        special = by_id(state["special_tokens"])
-        pattern = state["pat_str"]
-        ids = [i for _, i in ranks + special]
-        if ids != list(range(len(ids))):
-            raise ValueError("its token ids are not 0, 1, 2, ... with the special ones last")
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is not a nanochat tokenizer: {e}") from e
-
-    names = [name for name, _ in special]
-    if IMAGE_TOKEN not in names:
-        names.append(IMAGE_TOKEN)
-    return Tokenizer([token for token, _ in ranks], pattern, names)
+        ranks = by_id(state["mergeable_ranks"], bytes, "mergeable_ranks")
+        special = by_id(state["special_tokens"], str, "special_tokens")
+        ids = [*state["mergeable_ranks"].values(), *state["special_tokens"].values()]
+        if sorted(ids) != list(range(len(ids))):
+            raise ValueError("its token ids are not 0, 1, 2, ...")
+        if max(state["mergeable_ranks"].values()) >= len(ranks):
+            raise ValueError("its special tokens are not the last ones")
+        if IMAGE_TOKEN not in special:
+            special.append(IMAGE_TOKEN)
+        tokenizer = Tokenizer(ranks, state["pat_str"], special)
+        ckpt.check_tokenizer(tokenizer, path)
+    # All that hostile bytes were seen to give rise to. A claimed length is a MemoryError.
+    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError,
+            MemoryError, OverflowError, RecursionError) as e:
+        reason = str(e)[:300] or type(e).__name__
+        raise ValueError(f"{path} is not a nanochat tokenizer: {reason}") from e
+    return tokenizer
 
 
 def newest(files, pattern, source):
@@ -290,28 +421,41 @@ def nanochat_config(source):
     -> (GPTConfig, Tokenizer) of a nanochat checkpoint. Sizes are those of its meta file; the
     vocabulary is larger by <|image|>.
     """
-    meta = read_json(download(source, newest(list_files(source), "meta_*.json", source)))
-    if "model_config" not in meta:
-        raise ValueError(f"{source}: its meta file has no model_config, only {sorted(meta)}; sizes "
-                         f"are never guessed")
-    sizes = meta["model_config"]
+    path = download(source, newest(list_files(source), "meta_*.json", source))
+    sizes = ckpt.read_record(*os.path.split(path), keys=["model_config"])["model_config"]
+    ckpt.check_sizes(GPTConfig, sizes, f"{path}: model_config")
     names = set(GPTConfig.__dataclass_fields__)
     if set(sizes) != names:
-        raise ValueError(f"{source}: model_config has {sorted(sizes)}, need {sorted(names)}: another "
+        raise ValueError(f"{path}: model_config has {sorted(sizes)}, need {sorted(names)}: another "
                          f"nanochat than October 2025's")
+    if min(sizes.values()) < 1:
+        raise ValueError(f"{path}: model_config has a size of zero: {sizes}")
     cfg = GPTConfig(**sizes)
-
-    # Weights of another number of heads have the same shapes: they would load, and attend wrongly.
-    if cfg.n_embd != HEAD_DIM * cfg.n_head:
-        raise ValueError(f"{source}: n_embd {cfg.n_embd} / n_head {cfg.n_head} is not {HEAD_DIM}, as "
-                         f"in every published nanochat")
+    check_decoder(cfg, path)
 
     tokenizer = read_tokenizer_pkl(download(source, "tokenizer.pkl"))
     published = tokenizer.get_vocab_size() - 1  # without <|image|>
     if published > cfg.vocab_size:
-        raise ValueError(f"{source}: the tokenizer has {published} tokens, the model {cfg.vocab_size}")
+        raise ValueError(f"{source}: the tokenizer has {published} tokens, the model "
+                         f"{cfg.vocab_size}")
     cfg.vocab_size = max(cfg.vocab_size, tokenizer.get_vocab_size())
     return cfg, tokenizer
+
+
+def check_decoder(cfg, where):
+    """ValueError unless the sizes are plausible for a published nanochat."""
+    # Weights of another number of heads have the same shapes: they would load, and attend wrongly.
+    if cfg.n_embd != HEAD_DIM * cfg.n_head:
+        raise ValueError(f"{where}: n_embd {cfg.n_embd} / n_head {cfg.n_head} is not {HEAD_DIM}, "
+                         f"as in every published nanochat")
+    if cfg.n_head % cfg.n_kv_head:
+        raise ValueError(f"{where}: n_head {cfg.n_head} is not a multiple of n_kv_head "
+                         f"{cfg.n_kv_head}")
+    # The model is built before its weights are opened, so a bomb must be found here.
+    parameters = 12 * cfg.n_layer * cfg.n_embd ** 2 + 2 * cfg.vocab_size * cfg.n_embd
+    if parameters > LARGEST_DECODER:
+        raise ValueError(f"{where} describes a decoder of {parameters:.1e} parameters, more than "
+                         f"any published nanochat has")
 
 
 def choose_decoder(cfg, args):
@@ -323,6 +467,7 @@ def choose_decoder(cfg, args):
         cfg.gpt, tokenizer = nanochat_config(args.gpt)
     else:
         tokenizer = Tokenizer.load(args.tokenizer)
+        ckpt.check_tokenizer(tokenizer, args.tokenizer)
         cfg.gpt.vocab_size = tokenizer.get_vocab_size()
     # Rotary positions have no parameters, so a longer sequence needs no new weights.
     cfg.gpt.sequence_len = max(cfg.gpt.sequence_len, args.max_seq_len)
@@ -334,38 +479,54 @@ def read_pt(path):
     """{key: tensor} of a nanochat model_*.pt, memory-mapped, without torch.compile's prefix."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        reason = str(e).splitlines()[0]
+    except Exception as e:  # torch.load raises anything on a damaged file; none of it is run
+        reason = (str(e) or type(e).__name__).splitlines()[0][:300]
         raise ValueError(f"{path} is not a plain file of tensors ({reason}): refused") from e
-    return {key.removeprefix("_orig_mod."): t for key, t in state.items()}
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} has a {type(state).__name__}, need a dict of tensors")
+
+    tensors = {}
+    for key, t in state.items():
+        if not isinstance(key, str) or not isinstance(t, torch.Tensor):
+            raise ValueError(f"{path} has a {type(t).__name__} under the key {key!r}: need tensors "
+                             f"under names")
+        if t.layout != torch.strided or t.is_nested or t.device.type != "cpu":
+            raise ValueError(f"{path}: {key} is not a dense tensor with data, but {t.layout} on "
+                             f"{t.device}")
+        name = key.removeprefix("_orig_mod.")
+        if name in tensors:
+            raise ValueError(f"{path} has {name} twice, with and without _orig_mod. in front")
+        tensors[name] = t
+    return tensors
 
 
-def grow_vocabulary(state, vocab_size):
+def grow_vocabulary(state, vocab_size, n_embd):
     """
-    Adds rows for new tokens to embedding and head, in place. A new token starts as the mean
-    embedding, and with zeros in the head, so that it is neither odd to read nor likely to be said.
+    Adds the row of <|image|> to embedding and head, in place, where they are one row short of
+    vocab_size; `fill` refuses any other size. The new token starts as the mean embedding, and with
+    zeros in the head, so that it is neither odd to read nor likely to be said.
     """
-    embedding = state.get("transformer.wte.weight")
-    head = state.get("lm_head.weight")
-    if embedding is not None and 0 < vocab_size - embedding.size(0) <= MAX_NEW_ROWS:
-        new = embedding.float().mean(0).to(embedding.dtype)
-        new = new.expand(vocab_size - embedding.size(0), -1)
-        state["transformer.wte.weight"] = torch.cat([embedding, new])
-    if head is not None and 0 < vocab_size - head.size(0) <= MAX_NEW_ROWS:
-        new = head.new_zeros(vocab_size - head.size(0), head.size(1))
-        state["lm_head.weight"] = torch.cat([head, new])
+    for key in ("transformer.wte.weight", "lm_head.weight"):
+        table = state.get(key)
+        if table is None or table.shape != (vocab_size - 1, n_embd):
+            continue
+        if table.dtype not in ckpt.FLOATS:
+            continue
+        new = table.float().mean(0, keepdim=True)  # (1, n_embd)
+        if key == "lm_head.weight":
+            new = torch.zeros_like(new)
+        state[key] = torch.cat([table, new.to(table.dtype)])  # (vocab_size, n_embd)
 
 
 @torch.no_grad()
 def load_nanochat(gpt, source):
     """Fills a GPT that was built from `nanochat_config`."""
-    path = download(source, newest(list_files(source), "model_*.pt", source))
-    state = read_pt(path)
-    grow_vocabulary(state, gpt.cfg.vocab_size)
-
     def source_keys(key):
         return [key]
-    n = fill(gpt, source_keys, state, source)
+    path = download(source, newest(list_files(source), "model_*.pt", source))
+    state = read_pt(path)
+    grow_vocabulary(state, gpt.cfg.vocab_size, gpt.cfg.n_embd)
+    n = fill(gpt, source_keys, state, path)
     print0(f"decoder: {n} tensors of {source}")
 
 
@@ -381,8 +542,8 @@ tags: [ocr, deepencoder]
 ---
 # A nano-deepseek-ocr model
 
-{parameters:,} parameters, image modes {modes}, standardization {standardize}; {stage}, step {step}, \
-commit {commit}, seed {seed}.
+{parameters:,} parameters, image modes {modes}, standardization {standardize}; \
+{stage}, step {step}, commit {commit}, seed {seed}.
 
 {results}
 {usage}
@@ -398,6 +559,7 @@ print(model.read(image))
 ENCODER_USAGE = ("The encoder alone: "
                  "`python -m scripts.vis_mid_train --encoder=THIS REPOSITORY`.")
 
+CARD_META = ("stage", "step", "commit", "user_config")
 CARD_FIGURES = ("samples", "one_minus_ned", "cer", "f1", "chars_per_vision_token")
 
 
@@ -418,20 +580,33 @@ def results_table(results):
     return header + rule + "".join(rows)
 
 
-def model_card(model, meta, usage, results=None):
+def model_card(model, usage, results=None):
     """
     README.md of a saved model: what it is, what was measured, how to load it (`usage`).
-    results: {task: summary of scripts.vision_eval}.
+    results: {task: summary of scripts.vision_eval}. ValueError if model.meta does not say how the
+    model was trained.
     """
+    meta = model.meta or {}
+    missing = [key for key in CARD_META if key not in meta]
+    if missing:
+        raise ValueError(f"model.meta lacks {', '.join(missing)}, which a saved model tells its "
+                         f"users: load the model with from_pretrained, or set model.meta")
     return CARD.format(
         parameters=model.num_params(), modes=", ".join(model.cfg.modes),
         standardize=model.cfg.standardize, stage=meta["stage"], step=meta["step"],
-        commit=meta["commit"], seed=meta["user_config"]["seed"], results=results_table(results),
-        usage=usage)
+        commit=meta["commit"], seed=meta["user_config"].get("seed", "unknown"),
+        results=results_table(results), usage=usage)
 
 
-def write_text(path, text):
-    with open(path, "w") as f:
+def folder_to_share(folder):
+    """As `checkpoint.new_folder`, for a folder that must not exist."""
+    if os.path.exists(folder):
+        raise FileExistsError(f"{folder} exists: choose another name, or delete it")
+    return ckpt.new_folder(folder)
+
+
+def write_text(folder, name, text):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
         f.write(text)
 
 
@@ -443,22 +618,21 @@ def save(model, folder, results=None):
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: set model.tokenizer, or load the model with "
                          "from_pretrained")
-    os.makedirs(folder)
-    weights = ckpt.contiguous(model.state_dict())
-    save_file(weights, os.path.join(folder, "model.safetensors"))
-    write_json(os.path.join(folder, "config.json"), model.cfg.to_dict())
-    write_json(os.path.join(folder, "meta.json"), model.meta)
-    model.tokenizer.save(folder)
-    card = model_card(model, model.meta, MODEL_USAGE, results)
-    write_text(os.path.join(folder, "README.md"), card)
+    card = model_card(model, MODEL_USAGE, results)  # refuses before there is a folder
+    with folder_to_share(folder) as temporary:
+        weights = ckpt.contiguous(model.state_dict())
+        ckpt.write_model(temporary, weights, model.cfg, model.meta)
+        model.tokenizer.save(temporary)
+        write_text(temporary, "README.md", card)
 
 
 def save_encoder(model, folder):
     """Writes the encoder alone, which stage 2 starts from, as a new folder with a model card."""
-    os.makedirs(folder)
-    ckpt.write_encoder(folder, model, model.meta)
-    card = model_card(model, model.meta, ENCODER_USAGE)
-    write_text(os.path.join(folder, "README.md"), card)
+    card = model_card(model, ENCODER_USAGE)
+    with folder_to_share(folder) as temporary:
+        weights = ckpt.contiguous(model.encoder.state_dict())
+        ckpt.write_model(temporary, weights, model.cfg, model.meta)
+        write_text(temporary, "README.md", card)
 
 
 def push(folder, repo, private=False):
@@ -485,9 +659,11 @@ def fetch(source, prefix="model"):
     is_local = os.path.isdir(source) or os.path.isdir(os.path.dirname(source))
     if is_local or source.count("/") != 1:
         return ckpt.resolve(source, prefix)
-    names = ["config.json", "meta.json", "model.safetensors"]
+    names = [ckpt.CONFIG, ckpt.META, ckpt.WEIGHTS]
     if prefix == "model":
-        names.append("tokenizer.json")
+        names.append(ckpt.TOKENIZER)
+    if ckpt.SUMS in list_files(source):  # uploads of earlier versions have no checksums
+        names.append(ckpt.SUMS)
     for name in names:
         path = download(source, name)
     return os.path.dirname(path)
@@ -502,24 +678,24 @@ def export_deepseek(model, folder):
     cfg = model.cfg
     if cfg.standardize != "none":
         raise ValueError(f"cannot export: this encoder standardizes the compressor's output "
-                         f"(standardize={cfg.standardize}), which DeepSeek-OCR has no layer for. Train "
-                         f"with --standardize=none to export")
+                         f"(standardize={cfg.standardize}), which DeepSeek-OCR has no layer for. "
+                         f"Train with --standardize=none to export")
     tensors = {}
     for key, t in model.state_dict().items():
         if not key.startswith("gpt."):
             tensors["model." + key.removeprefix("encoder.")] = t.contiguous()
 
-    os.makedirs(folder)
-    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     config = {"model_type": "unlimited_ocr", "vision_config": vision_config(cfg)}
-    write_json(os.path.join(folder, "config.json"), config)
+    with folder_to_share(folder) as temporary:
+        ckpt.write_tensors(temporary, ckpt.WEIGHTS, tensors)
+        write_json(os.path.join(temporary, ckpt.CONFIG), config)
 
 
 def vision_config(cfg):
     """The encoder's sizes in the names of transformers' UnlimitedOcrVisionConfig."""
     sam = cfg.sam
     clip = cfg.second_stage
-    patch_size = clip.patch_size or 14  # the published one; it only matters as a divisor of image_size
+    patch_size = clip.patch_size or 14  # where it has none, any: only the grid counts
     sam_config = {
         "hidden_size": sam.width,
         "output_channels": sam.neck,

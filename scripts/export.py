@@ -1,5 +1,5 @@
 """
-Writes a checkpoint as a folder to share, and pushes it to the hub if asked (HF_TOKEN from the environment).
+Writes a checkpoint as a folder to share, and pushes it to the hub if asked.
 
     # for from_pretrained
     python -m scripts.export --checkpoint=checkpoints/stage2 --out=export/nano
@@ -30,7 +30,9 @@ def main(argv=None):
     parser.add_argument("--results", default="",
                         help="summary.json of scripts.vision_eval for the model card; empty = "
                              "eval/summary.json of the run, if there")
-    parser.add_argument("--push", default="", help="hub repository (owner/name) to upload to")
+    parser.add_argument("--push", default="",
+                        help="hub repository (owner/name) to upload to, with HF_TOKEN from the "
+                             "environment")
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
         raise FileExistsError(f"{args.out} exists: choose another --out")

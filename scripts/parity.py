@@ -1,9 +1,9 @@
 """
-Is our network the published one? Compares it with transformers' ports, with the same random weights in fp32.
+Is our network the published one? Compares it with transformers' ports of it, weights the same.
 
 DeepEncoder and projector are compared with transformers' UnlimitedOcr (the same network as
-DeepSeek-OCR's), the decoder with transformers' NanoChat. Needs transformers; full size takes some
-minutes and 8 GB.
+DeepSeek-OCR's), the decoder with transformers' NanoChat, in fp32 and with random weights. Needs
+transformers; full size takes some minutes and 8 GB.
 
     python -m scripts.parity                          # full size at 512, 640 and 1024 px
     python -m scripts.parity --preset=tiny --sizes=64
@@ -43,9 +43,10 @@ def transformers_encoder(encoder, cfg):
     transformers' UnlimitedOcrVisionModel with the weights of our DeepEncoder, which must have been
     built from cfg without standardization.
     """
-    from transformers.models.unlimited_ocr.configuration_unlimited_ocr import UnlimitedOcrVisionConfig
-    from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
-    theirs = UnlimitedOcrVisionModel(UnlimitedOcrVisionConfig(**vision_config(cfg))).eval()
+    from transformers.models.unlimited_ocr import configuration_unlimited_ocr as configuration
+    from transformers.models.unlimited_ocr import modeling_unlimited_ocr as modeling
+    config = configuration.UnlimitedOcrVisionConfig(**vision_config(cfg))
+    theirs = modeling.UnlimitedOcrVisionModel(config).eval()
 
     state = {}
     for name, t in encoder.sam_model.state_dict().items():
