@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import barrier, dist_info, read_json, write_json
-from nanochat.config import SECOND_STAGES, GPTConfig, ModelConfig, SAMConfig
+from nanochat.config import GPTConfig, ModelConfig, SAMConfig
 from nanochat.model import DeepseekOCR
 from nanochat.tokenizer import IMAGE_TOKEN, Tokenizer
 
@@ -323,15 +323,13 @@ def check_sizes(kind, sizes, where):
 def read_config(folder):
     """ModelConfig of a checkpoint folder; ValueError that names file and key if it is damaged."""
     record = read_record(folder, CONFIG)
-    # Checkpoints of before December 2026 have "clip", the only kind of second stage there was.
-    second = "clip" if "clip" in record else "second_stage"
     try:
-        name = record[second].get("kind", "clip")
-        kind, _ = SECOND_STAGES[name]
         check_sizes(SAMConfig, record["sam"], "sam")
-        check_sizes(kind, record[second], second)
         check_sizes(GPTConfig, record["gpt"], "gpt")
-        return ModelConfig.from_dict(record)
+        cfg = ModelConfig.from_dict(record)
+        # Only now is it known what kind of second stage it is, and so which sizes it has.
+        check_sizes(type(cfg.second_stage), vars(cfg.second_stage), "second_stage")
+        return cfg
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
         path = os.path.join(folder, CONFIG)
         raise ValueError(f"{path} is not a valid config ({type(e).__name__}: {e})") from e

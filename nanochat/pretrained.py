@@ -320,9 +320,10 @@ def load_deepseek(model, source=DEEPSEEK):
         raise ValueError(f"{source}: {len(missing)} expected keys are missing: {missing}; nothing "
                          f"was loaded")
     projector = vision["model.projector.layers.weight"].shape()  # (decoder's, encoder's width)
-    if len(projector) != 2 or projector[1] != model.encoder.width:
+    encoder_width = model.projector.layers.in_features
+    if len(projector) != 2 or projector[1] != encoder_width:
         raise ValueError(f"{source}: the projector has the shape {projector}, the encoder gives "
-                         f"{model.encoder.width} channels; nothing was loaded")
+                         f"{encoder_width} channels; nothing was loaded")
     width = projector[0]
     n_embd = model.cfg.gpt.n_embd
     if width != n_embd:

@@ -14,7 +14,7 @@ import argparse
 import os
 
 from nanochat import pretrained
-from nanochat.common import json_line, read_json, run_main
+from nanochat.common import json_line, print0, read_json, run_main
 from nanochat.reader import NanoDeepseekOCR
 
 
@@ -44,6 +44,12 @@ def main(argv=None):
     results_path = args.results or os.path.join(args.checkpoint, "eval", "summary.json")
     if args.results or os.path.exists(results_path):
         results = read_json(results_path)
+        # A run folder keeps one summary, which may be of an earlier step than its last checkpoint.
+        step = model.meta.get("step")
+        if results.get("step") != step:
+            print0(f"NOTE: {results_path} was measured at step {results.get('step')}, this model is "
+                   f"of step {step}: the card has no figures")
+            results = None
 
     # -------------------------------------------------------------------------
     # Write, push

@@ -406,14 +406,15 @@ def refused_folder(folder, message):
     ("null", "sam", "width", None, "sam: width is None, must be an integer"),
     ("text", "gpt", "n_embd", "32", "gpt: n_embd is '32', must be an integer"),
     ("fraction", "second_stage", "width", 32.0, "second_stage: width is 32.0, must be an integer"),
-    ("no heads", "sam", "n_head", 0, "config.json is not a valid config (ZeroDivisionError"),
-    ("no patch", "sam", "patch_size", 0, "config.json is not a valid config (ZeroDivisionError"),
+    ("no width", "second_stage", "width", None, "config.json is not a valid config ("),
+    ("no heads", "sam", "n_head", 0, "config.json is not a valid config ("),
+    ("no patch", "sam", "patch_size", 0, "config.json is not a valid config ("),
     ("another width", "gpt", "n_embd", 64, "of another shape"),
     ("deep bomb", "gpt", "n_layer", 2 ** 20, "describes 1048579 blocks, model.safetensors has no"),
     ("wide bomb", "second_stage", "ffn", 2 ** 20, "of another shape"),
     ("long bomb", "gpt", "sequence_len", 10 ** 12, "gpt: sequence_len is 1000000000000"),
-    ("another kind", "second_stage", "kind", "siglip", "config.json is not a valid config (KeyError"),
-    ("kind is a list", "second_stage", "kind", [], "config.json is not a valid config (TypeError"),
+    ("another kind", "second_stage", "kind", "siglip", "config.json is not a valid config ("),
+    ("kind is a list", "second_stage", "kind", [], "config.json is not a valid config ("),
     ("missing", "sam", "neck", "DELETE", "SAMConfig: unknown keys [], missing keys ['neck']"),
 ]))
 def test_sizes_of_a_config(folder, part, key, value, message):
@@ -427,7 +428,7 @@ def test_sizes_of_a_config(folder, part, key, value, message):
 
 
 @pytest.mark.parametrize("key, value, message", named([
-    ("modes are null", "modes", None, "config.json is not a valid config (TypeError"),
+    ("modes are null", "modes", None, "config.json is not a valid config ("),
     ("mode unknown", "modes", ["sideways"], "'sideways'"),
     ("sam is null", "sam", None, "sam is None, need an object"),
     ("gpt is a list", "gpt", [], "gpt is [], need an object"),

@@ -12,7 +12,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import tiktoken
@@ -230,14 +229,12 @@ def test_every_source_and_the_push_through_the_real_client(hub, tmp_path):
         done = run(FAIL, env, "facebook/nothing")
         assert done.returncode and "facebook/nothing: not on the hub" in done.stderr
         server.truncate.add("model.safetensors")
-        started = time.time()
         done = run(FAIL, server.env(tmp_path / "cache2"), SOURCES["sam"])
         assert done.returncode and "broke off" in done.stderr
         gone = {**env, "HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
         assert run(FAIL, gone, SOURCES["sam"]).returncode == 0  # cached
         done = run(FAIL, {**gone, "HF_HOME": str(tmp_path / "cache3")}, SOURCES["sam"])
         assert done.returncode and "does not answer" in done.stderr and "not cached" in done.stderr
-        assert time.time() - started < 60  # three processes
 
 
 # -----------------------------------------------------------------------------
@@ -545,5 +542,5 @@ def test_frozen_core_trains_the_compressor(make_model, make_batch, pages):
                       "projector.layers.weight", "projector.layers.bias", "image_newline",
                       "view_seperator"}
     assert not model.encoder.standardize.frozen
-    with pytest.raises(ValueError, match="must be of sam-core, clip, gpt"):
-        model.freeze(["sam"])
+    with pytest.raises(ValueError, match="--freeze=encoder: must be of"):
+        model.freeze(["encoder"])
