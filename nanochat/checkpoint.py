@@ -110,7 +110,7 @@ def new_folder(final):
     """
     final = os.path.abspath(final)
     temporary = final + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed run's
     os.makedirs(temporary)
     try:
         yield temporary
@@ -268,8 +268,6 @@ def verify(folder, names=None):
     if not os.path.exists(os.path.join(folder, SUMS)):
         return  # written by an earlier version
     sums = read_record(folder, SUMS, keys=names or ())
-    # A load verifies what it reads; the optimizer's file, twice as large as the weights, only
-    # matters to a run that goes on.
     for name in names or sums:
         path = os.path.join(folder, name)
         if not os.path.exists(path):
@@ -373,7 +371,7 @@ def check_tokenizer_fits(tokenizer, cfg, where):
 def check_values(t, dtype, what):
     """ValueError unless the tensor `t` has numbers that stay finite in `dtype`. what: names it."""
     if t.dtype not in FLOATS:
-        raise ValueError(f"{what} is of {t.dtype}, need one of {', '.join(map(str, FLOATS))}")
+        raise ValueError(f"{what} is of {t.dtype}, need 16 bits of floating point or more")
     if not torch.isfinite(t).all():
         raise ValueError(f"{what} has values that are not finite")
     if not torch.isfinite(t.to(dtype)).all():  # of fp64, beyond 3.4e38
@@ -426,6 +424,7 @@ def load_weights(module, tensors, where):
     before = module.state_dict()  # references, no copies
     if has_grids:
         module.adopt_grids(tensors)
+    # All checks come before the first copy: a model is never half old and half new.
     own = module.state_dict()
     try:
         check_keys(own, tensors, where)
@@ -442,7 +441,7 @@ def load_weights(module, tensors, where):
 def load_model(path, device, kind=DeepseekOCR):
     """-> (model of class `kind` in eval mode, tokenizer, meta) from a checkpoint or run folder."""
     path = resolve(path)
-    verify(path, [WEIGHTS, CONFIG, TOKENIZER, META])
+    verify(path, [WEIGHTS, CONFIG, TOKENIZER, META])  # not the optimizer
     cfg = read_config(path)
     meta = read_record(path, META)
     tokenizer = Tokenizer.load(path)
@@ -494,6 +493,7 @@ def load_training_state(run_dir, step, model, optimizer, allow_other_world_size=
     path = checkpoint_dir(run_dir, step)
     verify(path)
     meta = read_record(path, META, keys=["world_size"])
+    # By default refused: whoever allows it has thought about the data, as said above.
     if meta["world_size"] != world and not allow_other_world_size:
         raise ValueError(f"{path} was written by {meta['world_size']} processes, this run has "
                          f"{world}: resume with the same number")

@@ -42,15 +42,17 @@ class StoredTensor:
         self.path = path
         self.key = key
 
+    # The file is opened anew for each tensor: pages that a memory map has touched count as memory
+    # as long as it is open, and would add up to the whole file.
     def read(self):
-        # Opened anew for each key: what a memory map has touched counts as memory while it is open.
         try:
             with safe_open(self.path, "pt") as f:
                 return f.get_tensor(self.key)
-        except SafetensorError as e:  # a type that torch does not have
+        except SafetensorError as e:  # of a type that torch does not have
             raise ValueError(f"{self.path}: {self.key} cannot be read ({e})") from e
 
     def shape(self):
+        """Known from the file's header, without reading the tensor."""
         with safe_open(self.path, "pt") as f:
             return tuple(f.get_slice(self.key).get_shape())
 
@@ -76,6 +78,8 @@ def find_tensors(source, name="model.safetensors"):
     if index_name not in files:
         raise FileNotFoundError(f"{source} has neither {name} nor {index_name}; only safetensors "
                                 f"are read. It has {files[:10]}")
+
+    # The keys are taken from the shards themselves; the index only says which shards there are.
     shard_of = read_index(source, index_name)
     found = {}
     for shard in sorted(set(shard_of.values())):
@@ -85,6 +89,7 @@ def find_tensors(source, name="model.safetensors"):
             raise ValueError(f"{source}: {len(twice)} keys are in two shards: {twice[:3]}")
         found.update(tensors)
 
+    # A download that stopped between two shards must not pass for a smaller model.
     missing = sorted(set(shard_of) - set(found))
     if missing:
         raise ValueError(f"{source}: its index names {len(missing)} keys that no shard has: "
@@ -100,7 +105,7 @@ def read_index(source, index_name):
     if not isinstance(shard_of, dict):
         raise ValueError(f"{path}: weight_map is a {type(shard_of).__name__}, need an object")
     for key, shard in shard_of.items():
-        # A path in place of a name could lead to any file of this machine.
+        # A path in place of a name could lead anywhere on this machine.
         if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard:
             raise ValueError(f"{path}: the shard of {key} is {shard!r}, need the name of a file "
                              f"beside the index")
@@ -118,6 +123,7 @@ def match_keys(module, source_keys, found, where, ours_only, theirs_only):
         if not matches_any(key, ours_only):
             wanted[key] = source_keys(key)
 
+    # Unknown keys count as much as missing ones: they are parts of a network that ours has not.
     used = set()
     for keys in wanted.values():
         used.update(keys)
@@ -142,7 +148,7 @@ def read_pieces(found, keys):
 def check_piece(piece, n_pieces, own_key, own, where):
     """ValueError unless `piece` is one of n equal parts of the tensor `own` along dimension 0."""
     expected = tuple(own.shape)
-    if n_pieces > 1:
+    if n_pieces > 1:  # q, k and v each have a third of the rows of (3C, C)
         expected = (own.size(0) // n_pieces, *own.shape[1:])
     if tuple(piece.shape) != expected:
         raise ValueError(f"{where} has the shape {tuple(piece.shape)}, the model's {own_key} needs "
@@ -164,8 +170,8 @@ def fill(module, source_keys, found, where, ours_only=(), theirs_only=()):
     own = module.state_dict()
     wanted = match_keys(module, source_keys, found, where, ours_only, theirs_only)
 
-    # Every tensor is read twice, to be checked and to be copied: nothing is changed before all have
-    # been seen, and no more than one is in memory at a time.
+    # Every tensor is read twice, first to be checked, then to be copied. So nothing is changed
+    # before all have been seen, and no more than one is in memory at a time.
     for key, keys in wanted.items():
         for source_key, piece in zip(keys, read_pieces(found, keys)):
             check_piece(piece, len(keys), key, own[key], f"{where}: {source_key}")
@@ -178,7 +184,7 @@ def fill(module, source_keys, found, where, ours_only=(), theirs_only=()):
 # -----------------------------------------------------------------------------
 # Encoder
 
-# Our names of SAM's parameters, which are DeepSeek-OCR's -> transformers' SamModel
+# Our names of SAM's parameters, which are DeepSeek-OCR's -> those of transformers' SamModel.
 SAM_RENAMES = (
     (r"^blocks\.", "layers."),
     (r"\.norm([12])\.", r".layer_norm\1."),
@@ -188,25 +194,28 @@ SAM_RENAMES = (
     (r"^neck\.2\.", "neck.conv2."),
     (r"^neck\.3\.", "neck.layer_norm2."),
 )
+# The promptable part of SAM: what turns clicks and boxes into masks.
 SAM_UNUSED = ("prompt_encoder.*", "mask_decoder.*", "shared_image_embedding.*")
-# post_layernorm comes after the features that are used; position_ids is a buffer of old versions.
+# The text tower, and what follows the features in the vision tower. position_ids is a buffer that
+# older versions of transformers saved.
 CLIP_UNUSED = ("text_model.*", "logit_scale", "visual_projection.*", "text_projection.*",
                "vision_model.post_layernorm.*", "vision_model.embeddings.position_ids")
-# DeepSeek-OCR's own decoder, by its own code's names and by transformers'.
+# DeepSeek-OCR's decoder, which ours replaces, by the names of its own code and of transformers.
 DEEPSEEK_DECODER = ("model.layers.*", "model.embed_tokens.*", "model.norm.*", "lm_head.*",
                     "model.language_model.*")
-# Some versions of DeepSeek-OCR's files have these two, some have not; neither is ever used.
+# Neither is ever used. The published file has the first, DeepSeek's own code saves both, and
+# transformers none.
 PATCH_EMBEDDING = "vision_model.embeddings.patch_embedding.weight"
 DEEPSEEK_UNUSED = ("model.vision_model.embeddings.position_ids", "model." + PATCH_EMBEDDING)
-# What lies between encoder and decoder.
+# What lies between encoder and decoder, and is as wide as the decoder.
 BETWEEN = ("projector.layers.weight", "projector.layers.bias", "image_newline", "view_seperator")
 
-# Of which networks the weights fit ours: what config.json must say, where nanochat/config.py has no
-# choice ...
+# What a source's config.json must say besides the sizes, because our code has it built in.
 SAM_FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_channels": 3, "qkv_bias": True,
              "use_abs_pos": True, "use_rel_pos": True}
 CLIP_FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3}
-# ... and what transformers means where it says nothing.
+# What a config.json means by leaving something out: the defaults of SamVisionConfig and
+# CLIPVisionConfig in transformers.
 SAM_DEFAULTS = {**SAM_FIXED, "hidden_size": 768, "output_channels": 256, "num_hidden_layers": 12,
                 "mlp_dim": 3072, "num_attention_heads": 12, "image_size": 1024, "patch_size": 16,
                 "window_size": 14, "global_attn_indexes": [2, 5, 8, 11]}
@@ -216,15 +225,44 @@ CLIP_DEFAULTS = {**CLIP_FIXED, "hidden_size": 768, "intermediate_size": 3072,
 
 
 def sam_sizes(cfg):
-    """Our SAM in the words of transformers' config, without the compressor."""
-    sizes = vision_config(cfg)["sam_config"]
-    del sizes["downsample_channels"]
-    return {**sizes, **SAM_FIXED}
+    """Our SAM, without the compressor, in the names of transformers' SamVisionConfig."""
+    sam = cfg.sam
+    return {
+        "hidden_size": sam.width,
+        "output_channels": sam.neck,
+        "num_hidden_layers": sam.depth,
+        "mlp_dim": 4 * sam.width,
+        "num_attention_heads": sam.n_head,
+        "image_size": sam.image_size,
+        "patch_size": sam.patch_size,
+        "window_size": sam.window,
+        "global_attn_indexes": list(sam.global_blocks),
+        **SAM_FIXED,
+    }
 
 
 def clip_sizes(cfg):
-    """Our CLIP in the words of transformers' config."""
-    return {**vision_config(cfg)["encoder_config"], **CLIP_FIXED}
+    """Our CLIP in the names of transformers' CLIPVisionConfig."""
+    clip = cfg.second_stage
+    if clip.kind != "clip":
+        raise ValueError(f"the second stage of this encoder is {clip.kind}: CLIP's weights and "
+                         f"config do not apply")
+    patch_size = clip.patch_size or 14  # where it has none, any: only the grid counts
+    return {
+        "hidden_size": clip.width,
+        "intermediate_size": clip.ffn,
+        "num_hidden_layers": clip.depth,
+        "num_attention_heads": clip.n_head,
+        "image_size": patch_size * clip.grid,
+        "patch_size": patch_size,
+        **CLIP_FIXED,
+    }
+
+
+def vision_config(cfg):
+    """The encoder's sizes in the names of transformers' UnlimitedOcrVisionConfig."""
+    compressor = {"downsample_channels": [cfg.sam.net_2, cfg.sam.net_3]}
+    return {"sam_config": sam_sizes(cfg) | compressor, "encoder_config": clip_sizes(cfg)}
 
 
 def check_network(theirs, ours, defaults, where):
@@ -248,7 +286,7 @@ def vision_config_of(source):
     """-> (path of a source's config.json, the part of it that is about vision)."""
     path = download(source, "config.json")
     config = ckpt.read_record(*os.path.split(path))
-    # That of a vision model alone, without a text tower, is not nested.
+    # The config of a vision tower alone is not nested.
     return path, config.get("vision_config", config)
 
 
@@ -274,6 +312,7 @@ def load_sam(model, source=SAM):
     found = find_tensors(source)
     path, theirs = vision_config_of(source)
     check_network(theirs, sam_sizes(model.cfg), SAM_DEFAULTS, path)
+    # The compressor is not SAM's: only DeepSeek-OCR has trained weights of it.
     n = fill(model.encoder.sam_model, source_keys, found, source,
              ours_only=["net_[23].weight"], theirs_only=SAM_UNUSED)
     print0(f"SAM: {n} tensors of {source}; the compressor (net_2, net_3) is new")
@@ -296,11 +335,11 @@ def load_deepseek(model, source=DEEPSEEK):
     DeepSeek's (1280). Otherwise those stay new, and a line says so. Reads the checkpoint as
     published, as saved again by DeepSeek's own code, and as saved again by transformers.
     """
-    standardize = model.cfg.standardize
-    if standardize != "none":
+    cfg = model.cfg
+    if cfg.standardize != "none":
         raise ValueError(f"{source} was trained without standardization, this model has "
-                         f"standardize={standardize}: use --standardize=none")
-    check_deepseek_config(model.cfg, source)
+                         f"standardize={cfg.standardize}: use --standardize=none")
+    check_deepseek_config(cfg, source)
     vision = {}
     for key, t in find_tensors(source).items():
         if not matches_any(key, DEEPSEEK_DECODER):
@@ -310,32 +349,37 @@ def load_deepseek(model, source=DEEPSEEK):
         return ["model." + key.removeprefix("encoder.")]
     ours_only = ["gpt.*"]
     theirs_only = list(DEEPSEEK_UNUSED)
-    if "model." + PATCH_EMBEDDING not in vision:
+    if "model." + PATCH_EMBEDDING not in vision:  # saved again by transformers
         ours_only.append("encoder." + PATCH_EMBEDDING)
 
-    # Whether the projector is taken depends on its width, but it must be there: a file without it
-    # is damaged, or not a DeepSeek-OCR.
-    missing = [key for key in BETWEEN if "model." + key not in vision]
-    if missing:
-        raise ValueError(f"{source}: {len(missing)} expected keys are missing: {missing}; nothing "
-                         f"was loaded")
-    projector = vision["model.projector.layers.weight"].shape()  # (decoder's, encoder's width)
-    encoder_width = model.projector.layers.in_features
-    if len(projector) != 2 or projector[1] != encoder_width:
-        raise ValueError(f"{source}: the projector has the shape {projector}, the encoder gives "
-                         f"{encoder_width} channels; nothing was loaded")
-    width = projector[0]
-    n_embd = model.cfg.gpt.n_embd
+    # One call of `fill` for everything, so that all is checked before anything is copied.
+    width = decoder_width(vision, model.projector.layers.in_features, source)
+    n_embd = cfg.gpt.n_embd
     if width != n_embd:
         ours_only.extend(BETWEEN)
         theirs_only.extend("model." + key for key in BETWEEN)
-
     n = fill(model, source_keys, vision, source, ours_only, theirs_only)
     if width == n_embd:
         print0(f"encoder, projector, newline and separator: {n} tensors of {source}")
     else:
         print0(f"encoder: {n} tensors of {source}; its decoder is {width} wide, this one {n_embd}: "
                f"projector, newline and separator are NEW")
+
+
+def decoder_width(vision, encoder_width, source):
+    """
+    Width that a DeepSeek-OCR's projector gives. ValueError unless projector, newline and separator
+    are there, whether or not they are to be used: a file without them is damaged, or another model.
+    """
+    missing = [key for key in BETWEEN if "model." + key not in vision]
+    if missing:
+        raise ValueError(f"{source}: {len(missing)} expected keys are missing: {missing}; nothing "
+                         f"was loaded")
+    shape = vision["model.projector.layers.weight"].shape()  # (decoder's width, encoder's width)
+    if len(shape) != 2 or shape[1] != encoder_width:
+        raise ValueError(f"{source}: the projector has the shape {shape}, the encoder gives "
+                         f"{encoder_width} channels; nothing was loaded")
+    return shape[0]
 
 
 def check_deepseek_config(cfg, source):
@@ -366,6 +410,7 @@ class EncodingState:
 
 
 class OneNameUnpickler(pickle.Unpickler):
+    """Refuses every name but tiktoken's Encoding, so that a pickle can call nothing."""
     def find_class(self, module, name):
         if (module, name) != ("tiktoken.core", "Encoding"):
             raise ValueError(f"the pickle names {module}.{name}; only tiktoken.core.Encoding is "
@@ -381,29 +426,36 @@ def by_id(ids, kind, what):
     return sorted(ids, key=ids.get)
 
 
+def tokenizer_of_encoding(state):
+    """
+    The pickled state of a tiktoken Encoding -> our Tokenizer. <|image|> is added as the last token
+    if it has none.
+    """
+    ranks = by_id(state["mergeable_ranks"], bytes, "mergeable_ranks")
+    special = by_id(state["special_tokens"], str, "special_tokens")
+
+    # Our Tokenizer numbers tokens by their place, special ones last; the ids must be those.
+    ids = [*state["mergeable_ranks"].values(), *state["special_tokens"].values()]
+    if sorted(ids) != list(range(len(ids))):
+        raise ValueError("its token ids are not 0, 1, 2, ...")
+    if max(state["mergeable_ranks"].values()) >= len(ranks):
+        raise ValueError("its special tokens are not the last ones")
+
+    if IMAGE_TOKEN not in special:
+        special.append(IMAGE_TOKEN)
+    return Tokenizer(ranks, state["pat_str"], special)
+
+
 def read_tokenizer_pkl(path):
-    """
-    nanochat's tokenizer.pkl, a pickled tiktoken Encoding -> our Tokenizer. <|image|> is added as
-    the last token if it has none.
-    """
+    """nanochat's tokenizer.pkl, a pickled tiktoken Encoding -> our Tokenizer."""
     try:
         with open(path, "rb") as f:
             content = OneNameUnpickler(f).load()
-        state = content.state
-        ranks = by_id(state["mergeable_ranks"], bytes, "mergeable_ranks")
-        special = by_id(state["special_tokens"], str, "special_tokens")
-        ids = [*state["mergeable_ranks"].values(), *state["special_tokens"].values()]
-        if sorted(ids) != list(range(len(ids))):
-            raise ValueError("its token ids are not 0, 1, 2, ...")
-        if max(state["mergeable_ranks"].values()) >= len(ranks):
-            raise ValueError("its special tokens are not the last ones")
-        if IMAGE_TOKEN not in special:
-            special.append(IMAGE_TOKEN)
-        tokenizer = Tokenizer(ranks, state["pat_str"], special)
+        tokenizer = tokenizer_of_encoding(content.state)
         ckpt.check_tokenizer(tokenizer, path)
-    # All that hostile bytes were seen to give rise to. A claimed length is a MemoryError.
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError,
             MemoryError, OverflowError, RecursionError) as e:
+        # All that damaged pickles were seen to raise; a length bomb is a MemoryError.
         reason = str(e)[:300] or type(e).__name__
         raise ValueError(f"{path} is not a nanochat tokenizer: {reason}") from e
     return tokenizer
@@ -425,6 +477,8 @@ def nanochat_config(source):
     path = download(source, newest(list_files(source), "meta_*.json", source))
     sizes = ckpt.read_record(*os.path.split(path), keys=["model_config"])["model_config"]
     ckpt.check_sizes(GPTConfig, sizes, f"{path}: model_config")
+
+    # A later nanochat has more in its config (window_pattern, ...), and another network behind it.
     names = set(GPTConfig.__dataclass_fields__)
     if set(sizes) != names:
         raise ValueError(f"{path}: model_config has {sorted(sizes)}, need {sorted(names)}: another "
@@ -435,10 +489,11 @@ def nanochat_config(source):
     check_decoder(cfg, path)
 
     tokenizer = read_tokenizer_pkl(download(source, "tokenizer.pkl"))
-    published = tokenizer.get_vocab_size() - 1  # without <|image|>
+    published = tokenizer.get_vocab_size() - 1  # <|image|> is ours
     if published > cfg.vocab_size:
         raise ValueError(f"{source}: the tokenizer has {published} tokens, the model "
                          f"{cfg.vocab_size}")
+    # The model may have more rows than the tokenizer has tokens, as padding.
     cfg.vocab_size = max(cfg.vocab_size, tokenizer.get_vocab_size())
     return cfg, tokenizer
 
@@ -452,7 +507,8 @@ def check_decoder(cfg, where):
     if cfg.n_head % cfg.n_kv_head:
         raise ValueError(f"{where}: n_head {cfg.n_head} is not a multiple of n_kv_head "
                          f"{cfg.n_kv_head}")
-    # The model is built before its weights are opened, so a bomb must be found here.
+    # The model is built before its weights are opened, so absurd sizes must be found here.
+    # 12 = 4 (q, k, v and output projections) + 8 (two matrices of the MLP).
     parameters = 12 * cfg.n_layer * cfg.n_embd ** 2 + 2 * cfg.vocab_size * cfg.n_embd
     if parameters > LARGEST_DECODER:
         raise ValueError(f"{where} describes a decoder of {parameters:.1e} parameters, more than "
@@ -467,7 +523,7 @@ def choose_decoder(cfg, args):
     if args.gpt:
         cfg.gpt, tokenizer = nanochat_config(args.gpt)
     else:
-        tokenizer = Tokenizer.load(args.tokenizer)
+        tokenizer = Tokenizer.load(args.tokenizer)  # of scripts.tok_train
         ckpt.check_tokenizer(tokenizer, args.tokenizer)
         cfg.gpt.vocab_size = tokenizer.get_vocab_size()
     # Rotary positions have no parameters, so a longer sequence needs no new weights.
@@ -486,6 +542,7 @@ def read_pt(path):
     if not isinstance(state, dict):
         raise ValueError(f"{path} has a {type(state).__name__}, need a dict of tensors")
 
+    # weights_only keeps code out, but not strings, nested dicts or tensors without data.
     tensors = {}
     for key, t in state.items():
         if not isinstance(key, str) or not isinstance(t, torch.Tensor):
@@ -494,8 +551,8 @@ def read_pt(path):
         if t.layout != torch.strided or t.is_nested or t.device.type != "cpu":
             raise ValueError(f"{path}: {key} is not a dense tensor with data, but {t.layout} on "
                              f"{t.device}")
-        name = key.removeprefix("_orig_mod.")
-        if name in tensors:
+        name = key.removeprefix("_orig_mod.")  # torch.compile's
+        if name in tensors:  # which of the two is the model's?
             raise ValueError(f"{path} has {name} twice, with and without _orig_mod. in front")
         tensors[name] = t
     return tensors
@@ -509,6 +566,7 @@ def grow_vocabulary(state, vocab_size, n_embd):
     """
     for key in ("transformer.wte.weight", "lm_head.weight"):
         table = state.get(key)
+        # The shape comes first: a hostile one could make the mean below take all memory.
         if table is None or table.shape != (vocab_size - 1, n_embd):
             continue
         if table.dtype not in ckpt.FLOATS:
@@ -560,6 +618,7 @@ print(model.read(image))
 ENCODER_USAGE = ("The encoder alone: "
                  "`python -m scripts.vis_mid_train --encoder=THIS REPOSITORY`.")
 
+# Of model.meta, which every checkpoint has and a model built by hand has not.
 CARD_META = ("stage", "step", "commit", "user_config")
 CARD_FIGURES = ("samples", "one_minus_ned", "cer", "f1", "chars_per_vision_token")
 
@@ -568,9 +627,9 @@ def results_table(results):
     """Markdown table of {task: summary of scripts.vision_eval}, a row per task."""
     rows = []
     for task, summary in (results or {}).items():
-        if not isinstance(summary, dict):
+        if not isinstance(summary, dict):  # what holds for all tasks, such as the checkpoint
             continue
-        cells = []
+        cells = []  # empty where a task has no such figure
         for figure in CARD_FIGURES:
             cells.append(f"{summary[figure]:.4g}" if figure in summary else "")
         rows.append(f"| {task} | {' | '.join(cells)} |\n")
@@ -619,7 +678,7 @@ def save(model, folder, results=None):
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: set model.tokenizer, or load the model with "
                          "from_pretrained")
-    card = model_card(model, MODEL_USAGE, results)  # refuses before there is a folder
+    card = model_card(model, MODEL_USAGE, results)  # may refuse, so before there is a folder
     with folder_to_share(folder) as temporary:
         weights = ckpt.contiguous(model.state_dict())
         ckpt.write_model(temporary, weights, model.cfg, model.meta)
@@ -643,6 +702,7 @@ def push(folder, repo, private=False):
                               f"HF_HUB_OFFLINE is set")
     from huggingface_hub import create_repo, upload_folder
 
+    # Functions, so that `asked` can turn every failure of the network into one line.
     def create():
         return create_repo(repo, private=private, exist_ok=True)
 
@@ -657,13 +717,15 @@ def fetch(source, prefix="model"):
     Folder of a "model" or a "deepencoder": a local one (a run folder stands for its last
     checkpoint), or the download of a hub repository.
     """
+    # A path that does not exist is an error about a path, not a question to the hub.
     is_local = os.path.isdir(source) or os.path.isdir(os.path.dirname(source))
     if is_local or source.count("/") != 1:
         return ckpt.resolve(source, prefix)
     names = [ckpt.CONFIG, ckpt.META, ckpt.WEIGHTS]
     if prefix == "model":
         names.append(ckpt.TOKENIZER)
-    if ckpt.SUMS in list_files(source):  # uploads of earlier versions have no checksums
+    # Without them a download is not verified, but uploads of earlier versions have none.
+    if ckpt.SUMS in list_files(source):
         names.append(ckpt.SUMS)
     for name in names:
         path = download(source, name)
@@ -681,6 +743,7 @@ def export_deepseek(model, folder):
         raise ValueError(f"cannot export: this encoder standardizes the compressor's output "
                          f"(standardize={cfg.standardize}), which DeepSeek-OCR has no layer for. "
                          f"Train with --standardize=none to export")
+    # DeepSeek-OCR's names are ours behind "model.", with the encoder's modules at the top.
     tensors = {}
     for key, t in model.state_dict().items():
         if not key.startswith("gpt."):
@@ -690,31 +753,3 @@ def export_deepseek(model, folder):
     with folder_to_share(folder) as temporary:
         ckpt.write_tensors(temporary, ckpt.WEIGHTS, tensors)
         write_json(os.path.join(temporary, ckpt.CONFIG), config)
-
-
-def vision_config(cfg):
-    """The encoder's sizes in the names of transformers' UnlimitedOcrVisionConfig."""
-    sam = cfg.sam
-    clip = cfg.second_stage
-    patch_size = clip.patch_size or 14  # where it has none, any: only the grid counts
-    sam_config = {
-        "hidden_size": sam.width,
-        "output_channels": sam.neck,
-        "num_hidden_layers": sam.depth,
-        "mlp_dim": 4 * sam.width,
-        "num_attention_heads": sam.n_head,
-        "image_size": sam.image_size,
-        "patch_size": sam.patch_size,
-        "window_size": sam.window,
-        "global_attn_indexes": list(sam.global_blocks),
-        "downsample_channels": [sam.net_2, sam.net_3],
-    }
-    encoder_config = {
-        "hidden_size": clip.width,
-        "intermediate_size": clip.ffn,
-        "num_hidden_layers": clip.depth,
-        "num_attention_heads": clip.n_head,
-        "image_size": patch_size * clip.grid,
-        "patch_size": patch_size,
-    }
-    return {"sam_config": sam_config, "encoder_config": encoder_config}

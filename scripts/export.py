@@ -34,7 +34,7 @@ def main(argv=None):
                         help="hub repository (owner/name) to upload to, with HF_TOKEN from the "
                              "environment")
     args = parser.parse_args(argv)
-    if os.path.exists(args.out):
+    if os.path.exists(args.out):  # before the model is loaded, which takes its time
         raise FileExistsError(f"{args.out} exists: choose another --out")
 
     # -------------------------------------------------------------------------
@@ -47,8 +47,8 @@ def main(argv=None):
         # A run folder keeps one summary, which may be of an earlier step than its last checkpoint.
         step = model.meta.get("step")
         if results.get("step") != step:
-            print0(f"NOTE: {results_path} was measured at step {results.get('step')}, this model is "
-                   f"of step {step}: the card has no figures")
+            print0(f"NOTE: {results_path} was measured at step {results.get('step')}, this model "
+                   f"is of step {step}: the card has no figures")
             results = None
 
     # -------------------------------------------------------------------------

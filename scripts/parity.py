@@ -13,6 +13,7 @@ The last line is JSON: the largest absolute difference per part and size, next t
 import argparse
 
 import torch
+import torch.nn.functional as F
 
 from nanochat.common import git_commit, json_line, print0, run_main
 from nanochat.config import PRESETS, GPTConfig
@@ -48,10 +49,12 @@ def transformers_encoder(encoder, cfg):
     config = configuration.UnlimitedOcrVisionConfig(**vision_config(cfg))
     theirs = modeling.UnlimitedOcrVisionModel(config).eval()
 
+    # The compressor is a module of its own there.
     state = {}
     for name, t in encoder.sam_model.state_dict().items():
         name = sam_key(name).replace("net_2", "proj.conv1").replace("net_3", "proj.conv2")
         state["sam_encoder." + name] = t
+    # Our fused q, k, v are three matrices there.
     for name, t in encoder.vision_model.state_dict().items():
         names = clip_keys(name)
         for their_name, piece in zip(names, t.chunk(len(names))):
@@ -95,7 +98,7 @@ def randomize(module):
     """
     for name, p in module.named_parameters():
         if p.ndim == 1 or "embed" in name or "rel_pos" in name:
-            torch.nn.init.normal_(p, std=0.02)
+            torch.nn.init.normal_(p, std=0.02)  # tables are added, so their fan-in means nothing
         else:
             fan_in = p[0].numel()
             torch.nn.init.normal_(p, std=fan_in ** -0.5)
@@ -126,9 +129,9 @@ def compare_encoder(record, cfg, sizes):
             sam = theirs.sam_encoder(x).last_hidden_state
             expected = theirs(x).last_hidden_state
             projected = model.projector(features)
-            their_projector = model.projector.layers  # a plain linear layer in both
-            expected_projected = torch.nn.functional.linear(
-                expected, their_projector.weight, their_projector.bias)
+            # Theirs is a plain linear layer; ours casts its weights to the compute dtype first.
+            linear = model.projector.layers
+            expected_projected = F.linear(expected, linear.weight, linear.bias)
         compare(record, f"sam+compressor {size}", taps["compressor"], sam)
         compare(record, f"encoder {size}", features, expected)
         compare(record, f"projector {size}", projected, expected_projected)
@@ -168,7 +171,7 @@ def main(argv=None):
     worst = max(part["max_abs_diff"] for part in record.values())
     json_line({"parity": record, "max_abs_diff": worst, "limit": LIMIT, "ok": worst <= LIMIT,
                "preset": args.preset, "commit": git_commit()})
-    if not worst <= LIMIT:
+    if not worst <= LIMIT:  # a NaN, too
         raise ValueError(f"the largest difference {worst:.2e} is over {LIMIT}")
 
 

@@ -407,7 +407,7 @@ def test_a_streamed_run_resumes(tokenizer_dir, tokenizer, tmp_path, monkeypatch,
     def outcome():
         final = tmp_path / "stage1/model_000006"
         records = [json.loads(line) for line in (tmp_path / "stage1/metrics.jsonl").read_text().splitlines()]
-        return [(final / name).read_bytes() for name in ("model.safetensors", "optim.safetensors")], \
+        return [(final / name).read_bytes() for name in ("model.safetensors", "optim_rank0.safetensors")], \
             [{k: v for k, v in r.items() if k.startswith(("data/", "train/loss")) and k != "data/wait"} for r in records]
     vis_tok_train.main(flags)
     unbroken = outcome()

@@ -192,7 +192,7 @@ main(sys.argv[1:])
 def assert_same_run(run_dir, unbroken):
     assert column(run_dir, "train/loss") == column(unbroken, "train/loss")
     assert column(run_dir, "val/loss") == column(unbroken, "val/loss")
-    for name in ("model.safetensors", "optim.safetensors", "config.json", "tokenizer.json"):
+    for name in ("model.safetensors", "optim_rank0.safetensors", "config.json", "tokenizer.json"):
         for step in (3, 6):
             path = f"model_{step:06d}/{name}"
             assert (run_dir / path).read_bytes() == (unbroken / path).read_bytes(), path
