@@ -267,7 +267,7 @@ def test_clip_grad_norm(model, make_batch, pages):
 
 
 @pytest.mark.parametrize("kind", ["trapezoid", "cosine", "step"])
-def test_warmup(kind):
+def test_a_run_begins_at_the_full_rate(kind):
     assert schedule(kind, 0.0) == 1.0
 
 
