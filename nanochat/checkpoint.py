@@ -273,8 +273,8 @@ def verify(folder, names=None):
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} is missing; {way_out(folder)}")
         if sha256_of(path) != sums[name]:
-            raise ValueError(f"{path} is corrupted (its sha256 is not the one in {SUMS}); "
-                             f"{way_out(folder)}")
+            raise ValueError(f"{path} is corrupted (its sha256 is not the one in {SUMS}; delete "
+                             f"that file if the change was meant); {way_out(folder)}")
 
 
 def read_record(folder, name, keys=()):
