@@ -84,6 +84,7 @@ class Run:
     def load(self, model, optimizer, tokenizer):
         """Weights, optimizer and counts of the checkpoint at `start`, in place."""
         meta = ckpt.load_training_state(self.folder, self.start, model, optimizer)
+        ckpt.require_keys(meta, ("tokenizer", "loop_state"), self.folder)
         if meta["tokenizer"] != tokenizer.fingerprint():
             raise ValueError(f"cannot resume {self.folder}: it was trained with another tokenizer "
                              f"than the one at --tokenizer now; ids mean nothing to another one")
@@ -108,6 +109,7 @@ class Run:
         if is_master():
             os.makedirs(self.folder, exist_ok=True)
             self.lock()
+            ckpt.clear_leftovers(self.folder)
             replace_file(self.config_path, json.dumps(self.config, indent=1))
             self.forget_lost_steps()
         barrier()
@@ -160,10 +162,12 @@ class Run:
             state.best_saved = val_loss
             state.best_saved_step = step
         meta = {**self.meta, "loop_state": asdict(state)}
+        if with_encoder and is_master():
+            # Before the checkpoint: a kill between the two then leaves one encoder too many, which
+            # pruning removes, and never a checkpoint whose encoder is missing.
+            ckpt.save_encoder(self.folder, step, model, self.meta)
         ckpt.save_checkpoint(self.folder, step, model, tokenizer, optimizer, meta)
         if is_master():
-            if with_encoder:
-                ckpt.save_encoder(self.folder, step, model, self.meta)
             keep = {*ckpt.steps_of(self.folder)[-2:], state.best_saved_step}
             ckpt.prune(self.folder, keep)
             ckpt.prune(self.folder, keep, "deepencoder")

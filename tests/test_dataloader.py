@@ -759,7 +759,7 @@ def test_a_streamed_run_resumes(tokenizer_dir, tmp_path, capsys):
     def weights():
         final = run / "model_000006"
         return [(final / name).read_bytes()
-                for name in ("model.safetensors", "optim_rank0.safetensors")]
+                for name in ("model.safetensors", "optim.safetensors")]
 
     def figures():
         """What each step counted and lost; how long it waited is another every time."""

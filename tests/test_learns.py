@@ -5,7 +5,7 @@ when the pages are swapped. Everything takes part: pixels, encoder, fusion, deco
 python -m pytest tests/test_learns.py
 """
 
-from nanochat.gauges import reestimate_statistics, validate
+from nanochat.evaluator import reestimate_statistics, validate
 from nanochat.optim import Optimizer
 
 
