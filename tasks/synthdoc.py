@@ -144,16 +144,18 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
         if texts is None:
             return None
 
+        line_px = line_height(face, size)
         top = bottom
         if boxes:
-            top += line_height(face, size) // 2
-        pitch = round(line_height(face, size) * spacing)
+            top += line_px // 2
         lines = []
-        for k, text in enumerate(texts):
-            lines.append(Line(pad, top + k * pitch, face, size, text))
-        right = math.ceil(max(text_width(face, size, text) for text in texts)) + 2 * pad
-        bottom = top + (len(texts) - 1) * pitch + line_height(face, size)
-        bbox = (0, top, right, bottom)
+        y = top
+        for text in texts:
+            lines.append(Line(pad, y, face, size, text))
+            bottom = y + line_px
+            y += round(line_px * spacing)
+        widest = max(text_width(face, size, text) for text in texts)
+        bbox = (0, top, math.ceil(widest) + 2 * pad, bottom)
         boxes.append(Box(kind, joiner.join(words), len(boxes), bbox, lines))
     return boxes if bottom <= height else None
 
@@ -167,12 +169,6 @@ def stack_shrinking(blocks, face, px, spacing, width, height, joiner, min_px):
         px -= 1
         boxes = stack_blocks(blocks, face, px, 1, width, height, joiner)
     return boxes, px
-
-
-def move(box, dx, dy):
-    left, top, right, bottom = box.bbox
-    box.bbox = (left + dx, top + dy, right + dx, bottom + dy)
-    box.lines = [Line(x + dx, y + dy, face, px, text) for x, y, face, px, text in box.lines]
 
 
 def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin=MARGIN):
@@ -196,8 +192,9 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
     largest = estimate_px(blocks, face, room_x, room_y, joiner, min_px)
     # The geometric mean of the size of a primer page and a free one, weighted by freedom.
     primer = min(largest, primer_px(width))
-    px = primer ** (1 - freedom) * (largest * rng.uniform(0.9, 1)) ** freedom
-    px = max(min_px, round(px))
+    free = largest * rng.uniform(0.9, 1)
+    px = round(primer ** (1 - freedom) * free ** freedom)
+    px = max(min_px, px)
     # Lines further apart than print of that size needs: up to 15 %.
     spacing = rng.uniform(1, 1 + 0.15 * freedom)
 
@@ -211,8 +208,12 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
     x = margin + rng.randint(0, int(free_x * freedom))
     y = margin + rng.randint(0, int(free_y * freedom))
     for box in boxes:
-        move(box, x, y)
-    return Page(width, height, boxes, face, px, ink=rng.randint(0, 60), paper=rng.randint(225, 255))
+        left, top, right, bottom = box.bbox
+        box.bbox = (left + x, top + y, right + x, bottom + y)
+        box.lines = [line.moved(x, y) for line in box.lines]
+    ink = rng.randint(0, 60)
+    paper = rng.randint(225, 255)
+    return Page(width, height, boxes, face, px, ink, paper)
 
 
 def primer_px(width):
@@ -325,6 +326,10 @@ class SynthDoc(Task):
     def __len__(self):
         return self.size
 
+    def page_id(self, i):
+        """What all draws of page i are seeded with, and the conversation's id."""
+        return f"synthdoc/{self.split}/{self.seed}/{i}"
+
     def freedom(self, rng, i):
         """
         How free the layout of page i is, 0 to 1. A curriculum begins with primer pages alone (0);
@@ -342,7 +347,7 @@ class SynthDoc(Task):
     def blocks(self, i):
         """(rng, freedom, blocks) of page i: what it says, and the generator for its layout."""
         self.check_index(i)
-        rng = random.Random(f"synthdoc/{self.split}/{self.seed}/{i}")
+        rng = random.Random(self.page_id(i))
         weights = [weight for _, _, weight in self.chars]
         low, high, _ = rng.choices(self.chars, weights)[0]
         freedom = self.freedom(rng, i)
@@ -356,11 +361,13 @@ class SynthDoc(Task):
         words = choose_words(rng, self.split, n_chars, self.random_share)
 
         # Titles only once the curriculum is over: a primer page has one size of print.
-        has_title = rng.random() < self.titles and len(words) >= 4 and freedom == 1
-        if not has_title:
+        wants_title = rng.random() < self.titles
+        if not (wants_title and len(words) >= 4 and freedom == 1):
             return rng, freedom, [("text_block", words, 1)]
         k = rng.randint(1, 3)
-        return rng, freedom, [("title", words[:k], TITLE_SCALE), ("text_block", words[k:], 1)]
+        title = ("title", words[:k], TITLE_SCALE)
+        text = ("text_block", words[k:], 1)
+        return rng, freedom, [title, text]
 
     def truth(self, i):
         """The text of page i, without laying it out."""
@@ -390,19 +397,19 @@ class SynthDoc(Task):
 
     def __getitem__(self, i):
         rng, freedom, blocks = self.blocks(i)
-        name = f"synthdoc/{self.split}/{self.seed}/{i}"
+        page_id = self.page_id(i)
         if freedom < PRIMER_FREEDOM:
             _, words, _ = blocks[0]
             page = lay_out_primer(rng, words, self.width, self.height)
-            image, glyphs = scan(page, {}, name)
+            image, glyphs = scan(page, {}, page_id)
         else:
             page = self.lay_out(rng, blocks, freedom)
-            image, glyphs = scan(page, self.damage, name)
+            image, glyphs = scan(page, self.damage, page_id)
         truth = page.truth
         return ocr_conversation(
             image,
             truth,
-            name,
+            page_id,
             labels=[{"glyphs": glyphs}],
             chars=len(truth),
             face=page.face,

@@ -139,8 +139,10 @@ class PageWriter:
         # A space or newline after every word, and one newline more after the last.
         used = 1 + len(marker)
         n = 0
-        while n < len(words) and used + len(words[n]) + 1 <= self.room:
-            used += len(words[n]) + 1
+        for word in words:
+            if used + len(word) + 1 > self.room:
+                break
+            used += len(word) + 1
             n += 1
         if n > 0:
             self.blocks.append(Block(kind, words[:n], scale, marker))
@@ -160,11 +162,12 @@ class PageWriter:
 
     def add_heading(self):
         # Drawn even where it is not used: fixed evaluation sets depend on the order of these draws.
-        number = f"{self.rng.randint(1, 9)}.{self.rng.randint(1, 9)}"
+        chapter = self.rng.randint(1, 9)
+        section = self.rng.randint(1, 9)
         is_numbered = self.rng.random() < 0.3
         words = self.words(1, 5)
         if is_numbered:
-            words = [number, *words]
+            words = [f"{chapter}.{section}", *words]
         self.add("title", words, HEADING)
 
     def table_rows(self):
@@ -174,7 +177,10 @@ class PageWriter:
         for k in range(self.rng.randint(3, 7)):
             row = self.words(1, 1)
             for _ in range(n_columns - 1):
-                row.append(self.words(1, 1)[0] if k == 0 else draw_number(self.rng))
+                if k == 0:
+                    row += self.words(1, 1)
+                else:
+                    row.append(draw_number(self.rng))
             rows.append(row)
         return rows
 
@@ -282,6 +288,10 @@ class SynthPage(Task):
     def __len__(self):
         return self.size
 
+    def page_id(self, i):
+        """What all draws of page i are seeded with, and the conversation's id."""
+        return f"synthpage/{self.split}/{self.seed}/{i}"
+
     def paragraphs(self, rng, i):
         """Yields lists of words without end."""
         # A user's own text is read on from a random paragraph.
@@ -307,7 +317,7 @@ class SynthPage(Task):
 
     def content(self, i):
         """(blocks, notes, bucket) of page i: what it says, whatever its size."""
-        rng = random.Random(f"synthpage/{self.split}/{self.seed}/{i}")
+        rng = random.Random(self.page_id(i))
         low, high, bucket = self.chars[i % len(self.chars)]
         n_chars = rng.randint(min(low + SLACK, high), high)
         writer = PageWriter(rng, self.split, n_chars, self.paragraphs(rng, i), self.own_words)
@@ -319,7 +329,7 @@ class SynthPage(Task):
         self.check_index(i)
         blocks, notes, bucket = self.content(i)
         # A generator of its own: what a page says must not depend on its size.
-        rng = random.Random(f"synthpage/{self.split}/{self.seed}/{i}/layout")
+        rng = random.Random(f"{self.page_id(i)}/layout")
         faces = rng.sample(self.faces, len(self.faces))
         columns = rng.choice(self.columns)
         page = set_page(rng, blocks, notes, faces, columns, self.width, self.height, self.min_px)
@@ -332,13 +342,12 @@ class SynthPage(Task):
 
     def __getitem__(self, i):
         page, bucket = self.lay_out(i)
-        name = f"synthpage/{self.split}/{self.seed}/{i}"
-        image, glyphs = scan(page, self.damage, name)
+        image, glyphs = scan(page, self.damage, self.page_id(i))
         truth = page.truth  # as it would be read from the annotation
         return ocr_conversation(
             image,
             truth,
-            name,
+            self.page_id(i),
             labels=[{"glyphs": glyphs}],
             chars=len(truth),
             bucket=bucket,
@@ -379,11 +388,12 @@ class SynthChart(Task):
 
     def __getitem__(self, i):
         self.check_index(i)
-        name = f"synthchart/{self.split}/{self.seed}/{i}"
-        rng = random.Random(name)
+        chart_id = f"synthchart/{self.split}/{self.seed}/{i}"
+        rng = random.Random(chart_id)
         # No labels: what is printed in a chart is not asked for as text.
         image, question, answer = draw_chart(rng, self.width, self.height, self.split)
-        return ocr_conversation(image, answer, name, prompt=f"\n{question}", split=self.split)
+        prompt = f"\n{question}"
+        return ocr_conversation(image, answer, chart_id, prompt, split=self.split)
 
 
 # -----------------------------------------------------------------------------
