@@ -120,6 +120,7 @@ def draw_bars_or_line(canvas, chart):
     left = 3.2 * px
     top = 3.2 * px
     bottom = canvas.height - 2 * px
+    # Above the highest value, and such that every grid line has a short number.
     peak = 20 * math.ceil(max(chart.values) / 20)  # value of the top grid line
     for k in range(GRID_LINES):
         y = round(bottom - (bottom - top) * k / (GRID_LINES - 1))
@@ -134,6 +135,7 @@ def draw_bars_or_line(canvas, chart):
         x = left + slot * (k + 0.5)
         y = bottom - (bottom - top) * value / peak
         points.append((x, y))
+    # The line comes before the numbers, which stay legible on top of it.
     if chart.kind == "line":
         canvas.draw.line(points, COLOURS[0], max(1, px // 6))
 

@@ -147,7 +147,7 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
         line_px = line_height(face, size)
         top = bottom
         if boxes:
-            top += line_px // 2
+            top += line_px // 2  # between title and text
         lines = []
         y = top
         for text in texts:
@@ -185,12 +185,12 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
     if rng.random() >= freedom:
         face = PRIMER_FACE
     if rng.random() >= freedom:
-        # Every letter is a "word", so that a line may break anywhere.
+        # Every letter is a "word", so that a line may break anywhere, as on a primer page.
         blocks = [(kind, " ".join(words), scale) for kind, words, scale in blocks]
         joiner = ""
 
     largest = estimate_px(blocks, face, room_x, room_y, joiner, min_px)
-    # The geometric mean of the size of a primer page and a free one, weighted by freedom.
+    # The geometric mean of the sizes of a primer page and a free one, weighted by freedom.
     primer = min(largest, primer_px(width))
     free = largest * rng.uniform(0.9, 1)
     px = round(primer ** (1 - freedom) * free ** freedom)
@@ -282,6 +282,7 @@ class SynthDoc(Task):
         if isinstance(chars[0], int):
             low, high = chars
             self.chars = [(low, high, 1)]
+        # Only training pages have random strings, unless they are asked for.
         self.random_share = random_share
         if random_share is None:
             self.random_share = RANDOM_SHARE if split == "train" else 0.0
@@ -348,6 +349,7 @@ class SynthDoc(Task):
         """(rng, freedom, blocks) of page i: what it says, and the generator for its layout."""
         self.check_index(i)
         rng = random.Random(self.page_id(i))
+        # From here on the order of the draws is fixed: published figures are for these pages.
         weights = [weight for _, _, weight in self.chars]
         low, high, _ = rng.choices(self.chars, weights)[0]
         freedom = self.freedom(rng, i)
@@ -374,6 +376,7 @@ class SynthDoc(Task):
         _, freedom, blocks = self.blocks(i)
         texts = []
         for _, words, _ in blocks:
+            # A primer page is cut off where its grid is full.
             texts.append(primer_text(words) if freedom < PRIMER_FREEDOM else " ".join(words))
         return "\n\n".join(texts)
 
@@ -398,6 +401,7 @@ class SynthDoc(Task):
     def __getitem__(self, i):
         rng, freedom, blocks = self.blocks(i)
         page_id = self.page_id(i)
+        # rng goes on from the words to the layout: both are drawn from one seed.
         if freedom < PRIMER_FREEDOM:
             _, words, _ = blocks[0]
             page = lay_out_primer(rng, words, self.width, self.height)
@@ -424,7 +428,7 @@ def text_stream(split="train", n_chars=2_000_000, seed=0, chars=(100, 400)):
     # A seed of its own: the tokenizer must not be fitted to the very pages that are trained on.
     task = SynthDoc(split, size=n_chars, chars=chars, seed=f"text/{seed}")
     i = 0
-    done = 0
+    done = 0  # characters
     while done < n_chars:
         text = task.truth(i)
         yield text

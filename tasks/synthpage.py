@@ -37,9 +37,9 @@ from tasks.words import (
 # Odds of what comes next on a page: on mixed pages, and on pages of text alone.
 PARTS = {"paragraph": 10, "heading": 3, "list": 2, "table": 1, "figure": 1}
 TEXT = {"paragraph": 10, "heading": 2, "list": 1}
-FLOATS = ("table", "figure")
+FLOATS = ("table", "figure")  # parts that take room but no characters
 MAX_FLOATS = 2  # on a page
-COLUMN_PX = 160  # of a page's width for every column
+COLUMN_PX = 160  # of a page's width for every column, or lines would hold two or three words
 # Characters by which a page may be short: a list's marker, the longest word and a blank line.
 SLACK = 20
 DEAL = 100  # held-out pages over which the held-out prose is dealt out
@@ -55,6 +55,7 @@ def read_own_text(paths, split, faces):
     cannot be printed as they are: with letters that a face lacks, or with words over LONGEST_WORD.
     """
     texts = read_paragraphs(paths, split)
+    # Titles are set in the bold face, which may lack letters that the plain one has.
     used_faces = set(faces) | {BOLD.get(face, face) for face in faces}
     lacking = set()
     for char in set("".join(texts)) - {" "}:
@@ -99,8 +100,9 @@ class PageWriter:
 
     def write(self, parts):
         """-> list of Blocks; parts: odds by name, as PARTS."""
-        go_on = True
+        go_on = True  # until text has to be cut
         if self.rng.random() >= 0.5:  # the other half of the pages has no title
+            # A long title over a short text would take the whole page.
             longest = 6 if self.room > 200 else 2
             go_on = self.add("title", self.words(2, longest), TITLE)
         part = "paragraph"
@@ -177,7 +179,7 @@ class PageWriter:
         for k in range(self.rng.randint(3, 7)):
             row = self.words(1, 1)
             for _ in range(n_columns - 1):
-                if k == 0:
+                if k == 0:  # the head
                     row += self.words(1, 1)
                 else:
                     row.append(draw_number(self.rng))
@@ -305,6 +307,7 @@ class SynthPage(Task):
         if self.split == "heldout" and i < DEAL:
             dealt = prose_sentences(True)[i::DEAL]
         while True:
+            # 2 to 6 sentences, of three sources.
             words = []
             for _ in range(rng.randint(2, 6)):
                 if dealt and rng.random() < 0.5:
@@ -319,6 +322,7 @@ class SynthPage(Task):
         """(blocks, notes, bucket) of page i: what it says, whatever its size."""
         rng = random.Random(self.page_id(i))
         low, high, bucket = self.chars[i % len(self.chars)]
+        # A page may end up to SLACK short, and must still have `low` characters.
         n_chars = rng.randint(min(low + SLACK, high), high)
         writer = PageWriter(rng, self.split, n_chars, self.paragraphs(rng, i), self.own_words)
         blocks = writer.write(self.parts)
@@ -333,7 +337,7 @@ class SynthPage(Task):
         faces = rng.sample(self.faces, len(self.faces))
         columns = rng.choice(self.columns)
         page = set_page(rng, blocks, notes, faces, columns, self.width, self.height, self.min_px)
-        page.kinds = self.kinds
+        page.kinds = self.kinds  # of boxes in its truth
         return page, bucket
 
     def truth(self, i):
@@ -438,6 +442,6 @@ def write_folder(task, folder):
     rows = []
     for i, conversation in enumerate(task):
         name = f"{i:05}.png"
-        conversation["images"][0].save(images / name)
+        conversation["images"][0].save(images / name)  # PNG: the pixels as they are
         rows.append(annotation(conversation["page"], name, i))
     (Path(folder) / "OmniDocBench.json").write_text(json.dumps(rows), encoding="utf-8")
