@@ -95,7 +95,9 @@ def draw_pie(canvas, chart):
     """A pie on the left, a legend with the values on the right."""
     px = canvas.px
     side = min(canvas.height - 3 * px, canvas.width // 2 - px)
-    circle = (px // 2, 2 * px, px // 2 + side, 2 * px + side)
+    left = px // 2
+    top = 2 * px
+    circle = (left, top, left + side, top + side)
     total = sum(chart.values)
     start = -90  # degrees: the top
     for k, (label, value) in enumerate(zip(chart.labels, chart.values)):
@@ -107,7 +109,8 @@ def draw_pie(canvas, chart):
         y = (2.2 + 1.3 * k) * px
         swatch = (side + px, round(y), side + 1.5 * px, round(y + px / 2))
         canvas.draw.rectangle(swatch, COLOURS[k])
-        canvas.write(side + 2 * px, y + px / 4, f"{label} {chart.printed(k)}", "lm")
+        text = f"{label} {chart.printed(k)}"
+        canvas.write(side + 2 * px, y + px / 4, text, "lm")
 
 
 def draw_bars_or_line(canvas, chart):
@@ -117,6 +120,7 @@ def draw_bars_or_line(canvas, chart):
     left = 3.2 * px
     top = 3.2 * px
     bottom = canvas.height - 2 * px
+    # Above the highest value, and such that every grid line has a short number.
     peak = 20 * math.ceil(max(chart.values) / 20)  # value of the top grid line
     for k in range(GRID_LINES):
         y = round(bottom - (bottom - top) * k / (GRID_LINES - 1))
@@ -131,12 +135,14 @@ def draw_bars_or_line(canvas, chart):
         x = left + slot * (k + 0.5)
         y = bottom - (bottom - top) * value / peak
         points.append((x, y))
+    # The line comes before the numbers, which stay legible on top of it.
     if chart.kind == "line":
         canvas.draw.line(points, COLOURS[0], max(1, px // 6))
 
     for k, (x, y) in enumerate(points):
         if chart.kind == "bar":
-            bar = (round(x - slot * 0.35), round(y), round(x + slot * 0.35), round(bottom))
+            half = slot * 0.35  # of the width of a bar
+            bar = (round(x - half), round(y), round(x + half), round(bottom))
             canvas.draw.rectangle(bar, COLOURS[0])
         canvas.write(x, y - px / 6, chart.printed(k), "mb")
         canvas.write(x, bottom + px / 3, chart.labels[k], "mt")
@@ -148,14 +154,15 @@ def draw_bars_or_line(canvas, chart):
 
 def ask(rng, chart):
     """-> (question, short answer in ChartQA's form)."""
-    n = len(chart.values)
+    n = len(chart.labels)
     a, b = rng.sample(range(n), 2)
     name = chart.name
     label_a = chart.labels[a]
     label_b = chart.labels[b]
-    highest = chart.labels[chart.values.index(max(chart.values))]
-    lowest = chart.labels[chart.values.index(min(chart.values))]
-    difference = abs(chart.values[a] - chart.values[b]) * chart.unit
+    values = chart.values
+    highest = chart.labels[values.index(max(values))]
+    lowest = chart.labels[values.index(min(values))]
+    difference = abs(values[a] - values[b]) * chart.unit
     # Answers are numbers as printed, or labels: relaxed accuracy compares either.
     questions = (
         (f"What is the value of {name} in {label_a}?", chart.printed(a)),

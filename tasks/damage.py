@@ -38,6 +38,20 @@ def skew_margin(strengths, width, height):
     return math.ceil(chord)
 
 
+def light_map(rng, size, shade):
+    """(height, width) float32, 1 - shade to 1: drawn at the four corners, linear between them."""
+    corners = 1 - shade * rng.random((2, 2))
+    light = Image.fromarray(corners.astype(np.float32))
+    return np.asarray(light.resize(size, Image.Resampling.BILINEAR))
+
+
+def grain(rng, shape, noise):
+    """float32 array of normal noise, `noise` grey levels of standard deviation."""
+    levels = rng.standard_normal(shape, dtype=np.float32)
+    levels *= np.float32(noise)
+    return levels
+
+
 def damage_image(image, strengths, seed, print_px):
     """
     -> (image of the same size, radians by which it was turned clockwise about its middle).
@@ -59,13 +73,8 @@ def damage_image(image, strengths, seed, print_px):
     if blur:
         image = image.filter(ImageFilter.GaussianBlur(blur * print_px))
     if shade or noise:
-        # Light at the four corners, interpolated between them.
-        corners = 1 - shade * rng.random((2, 2))
-        light = Image.fromarray(corners.astype(np.float32))
-        light = light.resize(image.size, Image.Resampling.BILINEAR)
-        levels = np.asarray(image) * np.asarray(light)  # (height, width) float32
-        grain = rng.standard_normal(levels.shape, dtype=np.float32)
-        levels += grain * np.float32(noise)  # float32 all along: half the time of float64
+        levels = np.asarray(image) * light_map(rng, image.size, shade)  # (height, width) float32
+        levels += grain(rng, levels.shape, noise)
         image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     if loss:
         file = io.BytesIO()

@@ -122,7 +122,8 @@ def draw_glyph(face, px, char):
     ink = np.asarray(image.crop(ink_box))
     left += ink_box[0]
     top += ink_box[1]
-    return Glyph(advance, left, top, ink, left + ink.shape[1] / 2, top + ink.shape[0] / 2)
+    height, width = ink.shape
+    return Glyph(advance, left, top, ink, x=left + width / 2, y=top + height / 2)
 
 
 class Glyphs(dict):

@@ -4,7 +4,7 @@ three columns, with header, footer and page number around them.
 """
 import html
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from tasks.fonts import BOLD, MIN_PX, advances, line_height, text_width
@@ -49,6 +49,7 @@ class Piece:
 
 
 def set_text(block, face, px, room):
+    """A Piece for every line: a column break may come after any of them."""
     if block.kind == "title":
         face = BOLD.get(face, face)
     # The lines of a list item are indented by its marker.
@@ -58,7 +59,6 @@ def set_text(block, face, px, room):
     if texts is None:
         return None
     height = line_height(face, px)
-    # A piece for every line: a column break may come after any of them.
     first = block.marker + texts[0]
     pieces = [Piece(height, first, [Line(0, 0, face, px, first)])]
     for text in texts[1:]:
@@ -73,13 +73,15 @@ def table_rules(xs, ys, ruling):
     right = xs[-1] + 1
     bottom = ys[-1] + 1
     if ruling == "rows":  # around the head and at the foot
-        return [(0, y, right, y + 1) for y in (ys[0], ys[1], ys[-1])]
-    rules = [(0, y, right, y + 1) for y in ys]
-    rules += [(x, 0, x + 1, bottom) for x in xs]
-    return rules
+        ys = [ys[0], ys[1], ys[-1]]
+        xs = []
+    rows = [(0, y, right, y + 1) for y in ys]
+    columns = [(x, 0, x + 1, bottom) for x in xs]
+    return rows + columns
 
 
 def table_html(rows):
+    """As OmniDocBench's annotators write tables, without attributes."""
     text = ""
     for row in rows:
         cells = [f"<td>{html.escape(cell, quote=False)}</td>" for cell in row]
@@ -88,6 +90,7 @@ def table_html(rows):
 
 
 def set_table(rows, face, px, room, ruling):
+    """One Piece, every column as wide as its widest cell."""
     pad = max(2, px // 3)  # px around the text of a cell
     xs = [0]  # left edges of the columns, and the right edge of the last
     for column in zip(*rows):
@@ -102,7 +105,9 @@ def set_table(rows, face, px, room, ruling):
     for y, row in zip(ys, rows):
         for x, cell in zip(xs, row):
             lines.append(Line(x + pad, y + pad // 2 + 1, face, px, cell))
-    return [Piece(ys[-1] + 1, table_html(rows), lines, table_rules(xs, ys, ruling))]
+    height = ys[-1] + 1
+    rules = table_rules(xs, ys, ruling)
+    return [Piece(height, table_html(rows), lines, rules)]
 
 
 def set_figure(content, px, room):
@@ -233,23 +238,23 @@ class Columns:
         """Adds a box of `pieces`, whose room is `room` px wide, and moves on below it."""
         page = self.page
         x = self.frame.left + self.column * (self.width + self.gutter)
-        pitch = round(pieces[0].height * self.spacing)
-        bottom = self.y + (len(pieces) - 1) * pitch + pieces[0].height
+        height = pieces[0].height
+        pitch = round(height * self.spacing)
+        bottom = self.y + (len(pieces) - 1) * pitch + height
         reach = self.gutter // 4  # of ink out of its line
+        bbox = (x - reach, self.y, x + room + reach, bottom)
         text = " ".join(piece.text for piece in pieces)
         number = len(page.boxes)
-        bbox = (x - reach, self.y, x + room + reach, bottom)
         box = Box(kind, text, number - self.first, bbox)
 
         y = self.y
         for piece in pieces:
             for line in piece.lines:
-                box.lines.append(Line(x + line.x, y + line.y, line.face, line.px, line.text))
+                box.lines.append(line.moved(x, y))
             for left, top, right, down in piece.rules:
                 page.rules.append((x + left, y + top, x + right, y + down))
             if piece.figure:
-                figure = piece.figure
-                box.figure = Figure(x, y, figure.width, figure.height, figure.split, figure.seed)
+                box.figure = replace(piece.figure, x=x, y=y)
             y += pitch
         if continues:  # the truth joins the two
             page.relations.append((number - 1, number))
@@ -263,7 +268,9 @@ def add_notes(page, notes, style):
 
     notes: Blocks. -> the Frame that is left between them.
     """
-    edge = max(math.ceil(style.margin * max(page.width, page.height)), page.size_px // 2)
+    # Margins are over 2 % of the longer side: skew moves no ink further than that.
+    edge = math.ceil(style.margin * max(page.width, page.height))
+    edge = max(edge, page.size_px // 2)
     frame = Frame(edge, edge, page.width - edge, page.height - edge)
     # Edges of the paper's margin; the frame's own top and bottom move as notes are added.
     right = frame.right

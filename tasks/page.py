@@ -33,6 +33,9 @@ class Line(NamedTuple):
     px: int  # print size
     text: str
 
+    def moved(self, dx, dy):
+        return Line(self.x + dx, self.y + dy, self.face, self.px, self.text)
+
 
 @dataclass
 class Figure:
@@ -79,7 +82,7 @@ class Page:
         return page_truth(annotation(self), self.kinds)
 
     def turned(self, x, y):
-        """Where a point (x, y) of the straight page is on the picture."""
+        """Where a point of the straight page, or an array of points, is on the picture."""
         # y points down, so that a positive angle turns clockwise.
         middle_x = self.width / 2
         middle_y = self.height / 2
@@ -181,7 +184,7 @@ def print_line(mask, line, labels):
     Prints a line into `mask`, (height, width) uint8 of ink, and appends (character, x, y) of each
     glyph to `labels`: the centre of its ink box. What reaches over the edge is cut off.
     """
-    height, width = mask.shape
+    page_height, page_width = mask.shape
     glyph_of = glyphs(line.face, line.px)
     pen = line.x  # left edge of the next character's advance
     for char in line.text:
@@ -194,25 +197,30 @@ def print_line(mask, line, labels):
                 ink = ink[max(0, -top):, max(0, -left):]
                 left = max(0, left)
                 top = max(0, top)
-            there = mask[top:top + ink.shape[0], left:left + ink.shape[1]]
-            # Maximum, not assignment: neighbours may overlap. At the far edges `there` is smaller.
-            np.maximum(there, ink[:there.shape[0], :there.shape[1]], out=there)
+            height, width = ink.shape
+            there = mask[top:top + height, left:left + width]
+            if there.shape != ink.shape:  # cut off at the far edges
+                height, width = there.shape
+                ink = ink[:height, :width]
+            # Maximum, not assignment: neighbours may overlap.
+            np.maximum(there, ink, out=there)
 
             # A glyph of which the edge cuts off more than half has no place to point to.
             x = pen + glyph.x
             y = line.y + glyph.y
-            if 0 <= x < width and 0 <= y < height:
+            if 0 <= x < page_width and 0 <= y < page_height:
                 labels.append((char, x, y))
         pen += glyph.advance
 
 
 def print_figure(mask, figure):
-    chart, _, _ = draw_chart(
-        random.Random(figure.seed), figure.width, figure.height, figure.split
-    )
+    """Prints a chart into `mask`, in grey, with its own print."""
+    rng = random.Random(figure.seed)
+    chart, _, _ = draw_chart(rng, figure.width, figure.height, figure.split)
+    grey = np.asarray(chart.convert("L"))
     right = figure.x + figure.width
     bottom = figure.y + figure.height
-    mask[figure.y:bottom, figure.x:right] = 255 - np.asarray(chart.convert("L"))
+    mask[figure.y:bottom, figure.x:right] = 255 - grey
 
 
 def render(page):
@@ -239,8 +247,9 @@ def render(page):
         box.bbox = (left + ink_left, top + ink_top, left + ink_right, top + ink_bottom)
 
     # From ink, 0 to 255, to grey levels between those of paper and ink.
-    grey = page.paper + (page.ink - page.paper) * np.arange(256) // 255
-    return Image.fromarray(grey.astype(np.uint8)[mask]), labels
+    contrast = page.ink - page.paper
+    grey = page.paper + contrast * np.arange(256) // 255
+    return ink.point(grey.tolist()), labels
 
 
 def scan(page, strengths, name):
@@ -255,6 +264,8 @@ def scan(page, strengths, name):
     page.damaged = any(strengths.values())
     if page.damaged:
         image, page.skew = damage_image(image, strengths, stable_hash(name), page.size_px)
-    if page.skew:
-        labels = [(char, *page.turned(x, y)) for char, x, y in labels]
+    if page.skew and labels:
+        chars, xs, ys = zip(*labels)
+        xs, ys = page.turned(np.array(xs), np.array(ys))
+        labels = list(zip(chars, xs.tolist(), ys.tolist()))
     return image, labels

@@ -143,16 +143,18 @@ def stack_blocks(blocks, face, px, spacing, width, height, joiner):
         if texts is None:
             return None
 
+        line_px = line_height(face, size)
         top = bottom
         if boxes:
-            top += line_height(face, size) // 2
-        pitch = round(line_height(face, size) * spacing)
+            top += line_px // 2  # between title and text
         lines = []
-        for k, text in enumerate(texts):
-            lines.append(Line(pad, top + k * pitch, face, size, text))
-        right = math.ceil(max(text_width(face, size, text) for text in texts)) + 2 * pad
-        bottom = top + (len(texts) - 1) * pitch + line_height(face, size)
-        bbox = (0, top, right, bottom)
+        y = top
+        for text in texts:
+            lines.append(Line(pad, y, face, size, text))
+            bottom = y + line_px
+            y += round(line_px * spacing)
+        widest = max(text_width(face, size, text) for text in texts)
+        bbox = (0, top, math.ceil(widest) + 2 * pad, bottom)
         boxes.append(Box(kind, joiner.join(words), len(boxes), bbox, lines))
     return boxes if bottom <= height else None
 
@@ -166,12 +168,6 @@ def stack_shrinking(blocks, face, px, spacing, width, height, joiner, min_px):
         px -= 1
         boxes = stack_blocks(blocks, face, px, 1, width, height, joiner)
     return boxes, px
-
-
-def move(box, dx, dy):
-    left, top, right, bottom = box.bbox
-    box.bbox = (left + dx, top + dy, right + dx, bottom + dy)
-    box.lines = [Line(x + dx, y + dy, face, px, text) for x, y, face, px, text in box.lines]
 
 
 def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin=MARGIN):
@@ -188,15 +184,16 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
     if rng.random() >= freedom:
         face = PRIMER_FACE
     if rng.random() >= freedom:
-        # Every letter is a "word", so that a line may break anywhere.
+        # Every letter is a "word", so that a line may break anywhere, as on a primer page.
         blocks = [(kind, " ".join(words), scale) for kind, words, scale in blocks]
         joiner = ""
 
     largest = estimate_px(blocks, face, room_x, room_y, joiner, min_px)
-    # The geometric mean of the size of a primer page and a free one, weighted by freedom.
+    # The geometric mean of the sizes of a primer page and a free one, weighted by freedom.
     primer = min(largest, primer_px(width))
-    px = primer ** (1 - freedom) * (largest * rng.uniform(0.9, 1)) ** freedom
-    px = max(min_px, round(px))
+    free = largest * rng.uniform(0.9, 1)
+    px = round(primer ** (1 - freedom) * free ** freedom)
+    px = max(min_px, px)
     # Lines further apart than print of that size needs: up to 15 %.
     spacing = rng.uniform(1, 1 + 0.15 * freedom)
 
@@ -210,8 +207,12 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
     x = margin + rng.randint(0, int(free_x * freedom))
     y = margin + rng.randint(0, int(free_y * freedom))
     for box in boxes:
-        move(box, x, y)
-    return Page(width, height, boxes, face, px, ink=rng.randint(0, 60), paper=rng.randint(225, 255))
+        left, top, right, bottom = box.bbox
+        box.bbox = (left + x, top + y, right + x, bottom + y)
+        box.lines = [line.moved(x, y) for line in box.lines]
+    ink = rng.randint(0, 60)
+    paper = rng.randint(225, 255)
+    return Page(width, height, boxes, face, px, ink, paper)
 
 
 def primer_px(width):
@@ -279,6 +280,7 @@ class SynthDoc(Task):
         if isinstance(chars[0], int):
             low, high = chars
             self.chars = [(low, high, 1)]
+        # Only training pages have random strings, unless they are asked for.
         self.random_share = random_share
         if random_share is None:
             self.random_share = RANDOM_SHARE if split == "train" else 0.0
@@ -323,6 +325,10 @@ class SynthDoc(Task):
     def __len__(self):
         return self.size
 
+    def page_id(self, i):
+        """What all draws of page i are seeded with, and the conversation's id."""
+        return f"synthdoc/{self.split}/{self.seed}/{i}"
+
     def freedom(self, rng, i):
         """
         How free the layout of page i is, 0 to 1. A curriculum begins with primer pages alone (0);
@@ -340,7 +346,8 @@ class SynthDoc(Task):
     def blocks(self, i):
         """(rng, freedom, blocks) of page i: what it says, and the generator for its layout."""
         self.check_index(i)
-        rng = random.Random(f"synthdoc/{self.split}/{self.seed}/{i}")
+        rng = random.Random(self.page_id(i))
+        # From here on the order of the draws is fixed: published figures are for these pages.
         weights = [weight for _, _, weight in self.chars]
         low, high, _ = rng.choices(self.chars, weights)[0]
         freedom = self.freedom(rng, i)
@@ -354,17 +361,20 @@ class SynthDoc(Task):
         words = choose_words(rng, self.split, n_chars, self.random_share)
 
         # Titles only once the curriculum is over: a primer page has one size of print.
-        has_title = rng.random() < self.titles and len(words) >= 4 and freedom == 1
-        if not has_title:
+        wants_title = rng.random() < self.titles
+        if not (wants_title and len(words) >= 4 and freedom == 1):
             return rng, freedom, [("text_block", words, 1)]
         k = rng.randint(1, 3)
-        return rng, freedom, [("title", words[:k], TITLE_SCALE), ("text_block", words[k:], 1)]
+        title = ("title", words[:k], TITLE_SCALE)
+        text = ("text_block", words[k:], 1)
+        return rng, freedom, [title, text]
 
     def truth(self, i):
         """The text of page i, without laying it out."""
         _, freedom, blocks = self.blocks(i)
         texts = []
         for _, words, _ in blocks:
+            # A primer page is cut off where its grid is full.
             texts.append(primer_text(words) if freedom < PRIMER_FREEDOM else " ".join(words))
         return "\n\n".join(texts)
 
@@ -388,19 +398,20 @@ class SynthDoc(Task):
 
     def __getitem__(self, i):
         rng, freedom, blocks = self.blocks(i)
-        name = f"synthdoc/{self.split}/{self.seed}/{i}"
+        page_id = self.page_id(i)
+        # rng goes on from the words to the layout: both are drawn from one seed.
         if freedom < PRIMER_FREEDOM:
             _, words, _ = blocks[0]
             page = lay_out_primer(rng, words, self.width, self.height)
-            image, glyphs = scan(page, {}, name)
+            image, glyphs = scan(page, {}, page_id)
         else:
             page = self.lay_out(rng, blocks, freedom)
-            image, glyphs = scan(page, self.damage, name)
+            image, glyphs = scan(page, self.damage, page_id)
         truth = page.truth
         return ocr_conversation(
             image,
             truth,
-            name,
+            page_id,
             labels=[{"glyphs": glyphs}],
             chars=len(truth),
             face=page.face,
@@ -415,7 +426,7 @@ def text_stream(split="train", n_chars=2_000_000, seed=0, chars=(100, 400)):
     # A seed of its own: the tokenizer must not be fitted to the very pages that are trained on.
     task = SynthDoc(split, size=n_chars, chars=chars, seed=f"text/{seed}")
     i = 0
-    done = 0
+    done = 0  # characters
     while done < n_chars:
         text = task.truth(i)
         yield text

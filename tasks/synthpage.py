@@ -37,9 +37,9 @@ from tasks.words import (
 # Odds of what comes next on a page: on mixed pages, and on pages of text alone.
 PARTS = {"paragraph": 10, "heading": 3, "list": 2, "table": 1, "figure": 1}
 TEXT = {"paragraph": 10, "heading": 2, "list": 1}
-FLOATS = ("table", "figure")
+FLOATS = ("table", "figure")  # parts that take room but no characters
 MAX_FLOATS = 2  # on a page
-COLUMN_PX = 160  # of a page's width for every column
+COLUMN_PX = 160  # of a page's width for every column, or lines would hold two or three words
 # Characters by which a page may be short: a list's marker, the longest word and a blank line.
 SLACK = 20
 DEAL = 100  # held-out pages over which the held-out prose is dealt out
@@ -55,6 +55,7 @@ def read_own_text(paths, split, faces):
     cannot be printed as they are: with letters that a face lacks, or with words over LONGEST_WORD.
     """
     texts = read_paragraphs(paths, split)
+    # Titles are set in the bold face, which may lack letters that the plain one has.
     used_faces = set(faces) | {BOLD.get(face, face) for face in faces}
     lacking = set()
     for char in set("".join(texts)) - {" "}:
@@ -99,8 +100,9 @@ class PageWriter:
 
     def write(self, parts):
         """-> list of Blocks; parts: odds by name, as PARTS."""
-        go_on = True
+        go_on = True  # until text has to be cut
         if self.rng.random() >= 0.5:  # the other half of the pages has no title
+            # A long title over a short text would take the whole page.
             longest = 6 if self.room > 200 else 2
             go_on = self.add("title", self.words(2, longest), TITLE)
         part = "paragraph"
@@ -139,8 +141,10 @@ class PageWriter:
         # A space or newline after every word, and one newline more after the last.
         used = 1 + len(marker)
         n = 0
-        while n < len(words) and used + len(words[n]) + 1 <= self.room:
-            used += len(words[n]) + 1
+        for word in words:
+            if used + len(word) + 1 > self.room:
+                break
+            used += len(word) + 1
             n += 1
         if n > 0:
             self.blocks.append(Block(kind, words[:n], scale, marker))
@@ -160,11 +164,12 @@ class PageWriter:
 
     def add_heading(self):
         # Drawn even where it is not used: fixed evaluation sets depend on the order of these draws.
-        number = f"{self.rng.randint(1, 9)}.{self.rng.randint(1, 9)}"
+        chapter = self.rng.randint(1, 9)
+        section = self.rng.randint(1, 9)
         is_numbered = self.rng.random() < 0.3
         words = self.words(1, 5)
         if is_numbered:
-            words = [number, *words]
+            words = [f"{chapter}.{section}", *words]
         self.add("title", words, HEADING)
 
     def table_rows(self):
@@ -174,7 +179,10 @@ class PageWriter:
         for k in range(self.rng.randint(3, 7)):
             row = self.words(1, 1)
             for _ in range(n_columns - 1):
-                row.append(self.words(1, 1)[0] if k == 0 else draw_number(self.rng))
+                if k == 0:  # the head
+                    row += self.words(1, 1)
+                else:
+                    row.append(draw_number(self.rng))
             rows.append(row)
         return rows
 
@@ -281,6 +289,10 @@ class SynthPage(Task):
     def __len__(self):
         return self.size
 
+    def page_id(self, i):
+        """What all draws of page i are seeded with, and the conversation's id."""
+        return f"synthpage/{self.split}/{self.seed}/{i}"
+
     def paragraphs(self, rng, i):
         """Yields lists of words without end."""
         # A user's own text is read on from a random paragraph.
@@ -294,6 +306,7 @@ class SynthPage(Task):
         if self.split == "heldout" and i < DEAL:
             dealt = prose_sentences(True)[i::DEAL]
         while True:
+            # 2 to 6 sentences, of three sources.
             words = []
             for _ in range(rng.randint(2, 6)):
                 if dealt and rng.random() < 0.5:
@@ -306,8 +319,9 @@ class SynthPage(Task):
 
     def content(self, i):
         """(blocks, notes, bucket) of page i: what it says, whatever its size."""
-        rng = random.Random(f"synthpage/{self.split}/{self.seed}/{i}")
+        rng = random.Random(self.page_id(i))
         low, high, bucket = self.chars[i % len(self.chars)]
+        # A page may end up to SLACK short, and must still have `low` characters.
         n_chars = rng.randint(min(low + SLACK, high), high)
         writer = PageWriter(rng, self.split, n_chars, self.paragraphs(rng, i), self.own_words)
         blocks = writer.write(self.parts)
@@ -318,11 +332,11 @@ class SynthPage(Task):
         self.check_index(i)
         blocks, notes, bucket = self.content(i)
         # A generator of its own: what a page says must not depend on its size.
-        rng = random.Random(f"synthpage/{self.split}/{self.seed}/{i}/layout")
+        rng = random.Random(f"{self.page_id(i)}/layout")
         faces = rng.sample(self.faces, len(self.faces))
         columns = rng.choice(self.columns)
         page = set_page(rng, blocks, notes, faces, columns, self.width, self.height, self.min_px)
-        page.kinds = self.kinds
+        page.kinds = self.kinds  # of boxes in its truth
         return page, bucket
 
     def truth(self, i):
@@ -331,13 +345,12 @@ class SynthPage(Task):
 
     def __getitem__(self, i):
         page, bucket = self.lay_out(i)
-        name = f"synthpage/{self.split}/{self.seed}/{i}"
-        image, glyphs = scan(page, self.damage, name)
+        image, glyphs = scan(page, self.damage, self.page_id(i))
         truth = page.truth  # as it would be read from the annotation
         return ocr_conversation(
             image,
             truth,
-            name,
+            self.page_id(i),
             labels=[{"glyphs": glyphs}],
             chars=len(truth),
             bucket=bucket,
@@ -377,11 +390,12 @@ class SynthChart(Task):
 
     def __getitem__(self, i):
         self.check_index(i)
-        name = f"synthchart/{self.split}/{self.seed}/{i}"
-        rng = random.Random(name)
+        chart_id = f"synthchart/{self.split}/{self.seed}/{i}"
+        rng = random.Random(chart_id)
         # No labels: what is printed in a chart is not asked for as text.
         image, question, answer = draw_chart(rng, self.width, self.height, self.split)
-        return ocr_conversation(image, answer, name, prompt=f"\n{question}", split=self.split)
+        prompt = f"\n{question}"
+        return ocr_conversation(image, answer, chart_id, prompt, split=self.split)
 
 
 # -----------------------------------------------------------------------------
@@ -426,6 +440,6 @@ def write_folder(task, folder):
     rows = []
     for i, conversation in enumerate(task):
         name = f"{i:05}.png"
-        conversation["images"][0].save(images / name)
+        conversation["images"][0].save(images / name)  # PNG: the pixels as they are
         rows.append(annotation(conversation["page"], name, i))
     (Path(folder) / "OmniDocBench.json").write_text(json.dumps(rows), encoding="utf-8")

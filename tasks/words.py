@@ -53,7 +53,8 @@ def word_list():
 def held_out_words():
     """frozenset of a tenth of the list, by hash."""
     # No short words: "able" and "ment" are syllables that BPE may well merge into one token.
-    return frozenset(word for word in word_list() if len(word) >= 5 and stable_hash(word) % 10 == 0)
+    long_words = [word for word in word_list() if len(word) >= 5]
+    return frozenset(word for word in long_words if stable_hash(word) % 10 == 0)
 
 
 @lru_cache(None)
@@ -155,9 +156,13 @@ def draw_words(rng, split, low, high, own=()):
 
     if split == "heldout_words" and not own:
         own = held_out_list()
-    words = [rng.choice(own) if own else ranked(rng, train_words()) for _ in range(n)]
+    if own:
+        words = [rng.choice(own) for _ in range(n)]
+    else:
+        words = [ranked(rng, train_words()) for _ in range(n)]
     # Not str.capitalize, which would lower the other letters of a user's own words.
-    words[0] = words[0][0].upper() + words[0][1:]
+    first = words[0]
+    words[0] = first[0].upper() + first[1:]
     return words
 
 
