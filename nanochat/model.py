@@ -60,7 +60,7 @@ class DeepseekOCR(nn.Module):
         self.compiled = False
         n_embd = cfg.gpt.n_embd
         self.encoder = DeepEncoder(cfg)
-        self.projector = Projector(cfg.feature_width, n_embd)
+        self.projector = Projector(self.encoder.width, n_embd)
         self.image_newline = nn.Parameter(torch.zeros(n_embd))
         self.view_seperator = nn.Parameter(torch.zeros(n_embd))  # sic, the published name
         self.gpt = GPT(cfg.gpt)
