@@ -125,7 +125,9 @@ class DeepseekOCR(nn.Module):
         """
         used = Counter()
         for plan in plans:
-            used.update(plan.views)
+            used[plan.mode.size] += 1
+            if plan.rows:
+                used[plan.mode.tile] += plan.rows * plan.cols
         given = {side: len(views) for side, views in tokens.items()}
         if given != dict(used):
             raise ValueError(f"views given per size {given}, used by the plans {dict(used)}")
