@@ -316,8 +316,8 @@ def test_frozen_core_trains_the_compressor(make_model, make_batch, pages):
     assert learns == {"encoder.sam_model.net_2.weight", "encoder.sam_model.net_3.weight", "projector.layers.weight", "projector.layers.bias",
                       "image_newline", "view_seperator"}
     assert not model.encoder.standardize.frozen
-    with pytest.raises(ValueError, match="must be of sam, compressor, clip"):
-        model.freeze(["encoder"])
+    with pytest.raises(ValueError, match="must be of sam-core, clip, gpt"):
+        model.freeze(["sam"])
 
 
 def test_an_encoder_alone_goes_out_and_comes_back(make_model, tokenizer, tmp_path):
