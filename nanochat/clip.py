@@ -15,7 +15,8 @@ nanochat/config.py. It is an nn.Module that is built from a config dataclass, an
     tokens(cfg, h, w)  n; a static method, as `flops` is
     flops(cfg, h, w)   FLOPs of one image's forward pass
     init_weights()
-    blocks             its transformer blocks, for torch.compile
+    blocks             its transformer blocks, for torch.compile; in a module called `layers` or
+                       `blocks` their matrices are trained by Muon
     recompute          False; True asks for activation checkpointing (layers.run_blocks)
 
 Shapes: B images, C channels, (h, w) tokens of the compressor, T = 1 + hw positions.

@@ -463,6 +463,7 @@ class DeepEncoder(nn.Module):
         self.stride = cfg.token_stride
         self.kind = cfg.second_stage.kind
         self.layout = cfg.second_stage_class.layout
+        self.width = cfg.feature_width
         self.sam_model = SAM(cfg.sam)
         first_grid = cfg.sam.image_size // cfg.token_stride
         self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, first_grid)

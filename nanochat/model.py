@@ -60,7 +60,7 @@ class DeepseekOCR(nn.Module):
         self.compiled = False
         n_embd = cfg.gpt.n_embd
         self.encoder = DeepEncoder(cfg)
-        self.projector = Projector(cfg.feature_width, n_embd)
+        self.projector = Projector(self.encoder.width, n_embd)
         self.image_newline = nn.Parameter(torch.zeros(n_embd))
         self.view_seperator = nn.Parameter(torch.zeros(n_embd))  # sic, the published name
         self.gpt = GPT(cfg.gpt)
@@ -125,7 +125,9 @@ class DeepseekOCR(nn.Module):
         """
         used = Counter()
         for plan in plans:
-            used.update(plan.views)
+            used[plan.mode.size] += 1
+            if plan.rows:
+                used[plan.mode.tile] += plan.rows * plan.cols
         given = {side: len(views) for side, views in tokens.items()}
         if given != dict(used):
             raise ValueError(f"views given per size {given}, used by the plans {dict(used)}")

@@ -81,14 +81,20 @@ class Run:
             raise ValueError(f"cannot resume {self.folder} under a changed config: "
                              f"{'; '.join(changed)}")
 
-    def load(self, model, optimizer, tokenizer):
-        """Weights, optimizer and counts of the checkpoint at `start`, in place."""
-        meta = ckpt.load_training_state(self.folder, self.start, model, optimizer)
-        ckpt.require_keys(meta, ("tokenizer", "loop_state"), self.folder)
+    def load(self, model, optimizer, tokenizer, with_encoder=False):
+        """
+        Weights, optimizer and counts of the checkpoint at `start`, in place. with_encoder: the
+        encoder alone, which stage 2 starts from, is written again if it is missing.
+        """
+        checkpoint = ckpt.checkpoint_dir(self.folder, self.start)
+        meta = ckpt.read_record(checkpoint, ckpt.META, keys=["tokenizer", "loop_state"])
         if meta["tokenizer"] != tokenizer.fingerprint():
             raise ValueError(f"cannot resume {self.folder}: it was trained with another tokenizer "
                              f"than the one at --tokenizer now; ids mean nothing to another one")
-        self.state = LoopState(**meta["loop_state"])
+        ckpt.load_training_state(self.folder, self.start, model, optimizer)
+        self.state = LoopState(**meta.pop("loop_state"))
+        if with_encoder and self.start not in ckpt.steps_of(self.folder, "deepencoder"):
+            ckpt.save_encoder(self.folder, self.start, model, meta)
         print0(f"resuming {self.folder} at step {self.start}")
 
     def streams_of(self, rank):

@@ -11,14 +11,12 @@ SAM and compressor are frozen; the second stage of the encoder (CLIP), the proje
 decoder learn. Sizes come from the encoder's checkpoint. Writes checkpoints/<model-tag>/.
 """
 import argparse
-import os
 
 from nanochat import pretrained
-from nanochat.checkpoint import load_encoder, resuming
+from nanochat.checkpoint import load_encoder, read_config, read_record, resuming
 from nanochat.common import (
     choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, json_line, matmul_rate,
-    print0, read_json, run_main)
-from nanochat.config import ModelConfig
+    print0, run_main)
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
@@ -85,8 +83,9 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # What stage 1 was, and what of it holds here
     encoder_dir = pretrained.fetch(args.encoder, "deepencoder")
-    cfg = ModelConfig.from_dict(read_json(os.path.join(encoder_dir, "config.json")))
-    stage1 = read_json(os.path.join(encoder_dir, "meta.json"))
+    cfg = read_config(encoder_dir)
+    stage1 = read_record(encoder_dir, "meta.json", keys=["user_config", "tokenizer"])
+    print0(f"encoder: {encoder_dir}")
     args = inherit(parser, argv, stage1["user_config"])
     run = Run(args, "stage 2")
 

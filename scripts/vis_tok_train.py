@@ -113,7 +113,7 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # Start: resume from this run's last checkpoint, else from what the model holds now
     if run.start is not None:
-        run.load(model, optimizer, tokenizer)
+        run.load(model, optimizer, tokenizer, with_encoder=True)
     step = run.start or 0
     streams = run.streams_of(rank)
     batches = loader(sampler, args.device_batch_size, step * accumulate,

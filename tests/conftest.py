@@ -1,16 +1,20 @@
-"""What several test files share: no network, one thread, a small tokenizer, a tiny model and batches for it."""
+"""
+What several test files share: no network, one thread, a small tokenizer, a tiny model and batches
+for it.
+"""
 
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")  # before torch, and for child processes
+# Before torch is imported, and for child processes
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
 os.environ.pop("NANOCHAT_TRACEBACK", None)
 
 import pytest
 import torch
 
 from nanochat import config
-from nanochat.dataloader import Sampler
 from nanochat.batch import collate
+from nanochat.dataloader import Sampler
 from nanochat.image_modes import MODES
 from nanochat.reader import NanoDeepseekOCR
 from nanochat.tokenizer import Tokenizer
@@ -36,20 +40,23 @@ def tokenizer(tokenizer_dir):
 @pytest.fixture
 def cfg(tokenizer):
     cfg = config.tiny()
-    cfg.gpt.vocab_size, cfg.image_token_id = tokenizer.get_vocab_size(), tokenizer.image_token_id
+    cfg.gpt.vocab_size = tokenizer.get_vocab_size()
+    cfg.image_token_id = tokenizer.image_token_id
     return cfg
 
 
 @pytest.fixture
 def make_model(cfg):
     """
-    A function seed -> tiny model. A fresh model says the same whatever it sees, since lm_head and c_proj start at zero and
-    the projector's share is small; so these are drawn at random here, and every input reaches every output.
+    A function seed -> tiny model. A fresh model says the same whatever it sees, since lm_head and
+    c_proj start at zero and the projector's share is small. So these are drawn at random here, and
+    every input reaches every output.
     """
     def make(seed=0, cfg=cfg):
         model = NanoDeepseekOCR(cfg).init_weights(seed)
-        for name, p in model.named_parameters():
-            if name.startswith("gpt.") and ("c_proj" in name or "lm_head" in name):
+        for name, p in model.gpt.named_parameters():
+            starts_at_zero = "c_proj" in name or "lm_head" in name
+            if starts_at_zero:
                 torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
         return model
     return make

@@ -1,21 +1,29 @@
 """
-Proves that the encoder is the published one: attention with its folded bias equals the plain formula, sizes and names
-are those of the published weights, CLIP's features come before SAM's; and that standardisation does what it says.
-Where transformers is installed, the whole encoder also equals its port of DeepSeek-OCR's.
+Proves that the encoder is the published one: attention with its folded bias equals the plain
+formula, sizes and names are those of the published weights, CLIP's features come before SAM's.
+That another second stage fits in, that parts cover all parameters, and that standardization does
+what it says and makes room for the grids of a checkpoint. Where transformers is installed, the
+whole encoder also equals its port of DeepSeek-OCR's.
 
 python -m pytest tests/test_deepencoder.py
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from nanochat.config import CLIPConfig, ModelConfig, SAMConfig
-from nanochat.clip import CLIP, CLIPEmbeddings
+from nanochat import config
+from nanochat.clip import CLIP, CLIPConfig, CLIPEmbeddings
+from nanochat.config import ModelConfig, SAMConfig
 from nanochat.deepencoder import SAM, DeepEncoder, SAMAttention, SAMBlock, Standardize
-from nanochat.model import DeepseekOCR
+from nanochat.image_modes import Mode, plan
+from nanochat.layers import Linear, attention
+from nanochat.model import DeepseekOCR, forward_flops
 from scripts.parity import transformers_encoder
 
 # -----------------------------------------------------------------------------
@@ -29,44 +37,58 @@ def randomised(module, seed=0):
     return module.double()
 
 
+def linear(layer, x):
+    return F.linear(x, layer.weight, layer.bias)
+
+
 def resampled(table, length):
-    """Linear interpolation with half-pixel centres, edges repeated."""
-    at = ((torch.arange(length).double() + 0.5) * len(table) / length - 0.5).clamp(0, len(table) - 1)
+    """Linear interpolation with half-pixel centers, edges repeated."""
+    last = len(table) - 1
+    at = (torch.arange(length).double() + 0.5) * len(table) / length - 0.5
+    at = at.clamp(0, last)
     low = at.long()
-    high, share = (low + 1).clamp(max=len(table) - 1), (at - low)[:, None]
+    high = (low + 1).clamp(max=last)
+    share = (at - low)[:, None]
     return table[low] * (1 - share) + table[high] * share
 
 
 def naive_attention(attn, x):
-    """softmax(q.k / sqrt(d) + q.Rh[dy] + q.Rw[dx]) v, one pair of positions after the other. x: (H, W, C)."""
+    """softmax(q.k / sqrt(d) + q.Rh[dy] + q.Rw[dx]) v, pair of positions by pair. x: (H, W, C)."""
     H, W, C = x.shape
     d = C // attn.n_head
-    q, k, v = F.linear(x.reshape(H * W, C), attn.qkv.weight, attn.qkv.bias).view(H * W, 3, attn.n_head, d).unbind(1)
-    table_h, table_w = resampled(attn.rel_pos_h, 2 * H - 1), resampled(attn.rel_pos_w, 2 * W - 1)
+    qkv = linear(attn.qkv, x.reshape(H * W, C)).view(H * W, 3, attn.n_head, d)
+    q, k, v = qkv.unbind(1)
+    table_h = resampled(attn.rel_pos_h, 2 * H - 1)
+    table_w = resampled(attn.rel_pos_w, 2 * W - 1)
     heads = []
     for n in range(attn.n_head):
         logits = q[:, n] @ k[:, n].T / d ** 0.5
         for i in range(H * W):
             for j in range(H * W):
-                dy, dx = i // W - j // W, i % W - j % W
+                dy = i // W - j // W
+                dx = i % W - j % W
                 logits[i, j] += q[i, n] @ (table_h[dy + H - 1] + table_w[dx + W - 1])
         heads.append(logits.softmax(-1) @ v[:, n])
-    return F.linear(torch.cat(heads, -1), attn.proj.weight, attn.proj.bias).view(H, W, C)
+    return linear(attn.proj, torch.cat(heads, -1)).view(H, W, C)
 
 
-@pytest.mark.parametrize("grid, H, W", [(4, 4, 4), (8, 6, 6), (3, 5, 4)])  # the table's grid, a smaller one, a larger one
+# The grid of the table, a smaller one, a larger one
+@pytest.mark.parametrize("grid, H, W", [(4, 4, 4), (8, 6, 6), (3, 5, 4)])
 @torch.no_grad()
 def test_attention_equals_the_plain_formula(grid, H, W):
     attn = randomised(SAMAttention(16, 2, grid))
     x = torch.randn(2, H, W, 16).double()
     expected = torch.stack([naive_attention(attn, image) for image in x])
-    assert (attn(x) - expected).abs().max() < 1e-5  # worst seen: 1.8e-6, from interpolating in fp32
+    # worst seen: 1.8e-6, from interpolating in fp32
+    assert (attn(x) - expected).abs().max() < 1e-5
     torch.nn.init.zeros_(attn.rel_pos_h)
     assert (attn(x) - expected).abs().max() > 1e-2  # the bias does matter here
 
 
 def normed(layer, x, eps):
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + eps).sqrt() * layer.weight + layer.bias
+    centered = x - x.mean(-1, keepdim=True)
+    var = x.var(-1, keepdim=True, correction=0)
+    return centered / (var + eps).sqrt() * layer.weight + layer.bias
 
 
 def gelu(x):
@@ -74,19 +96,23 @@ def gelu(x):
 
 
 def naive_block(block, x):
-    """A SAM block on one image (H, W, C); windows are padded after the norm, and the padding is attended to."""
+    """A SAM block on one image (H, W, C). Padding to windows is after the norm and attended to."""
     H, W, _ = x.shape
     w = block.window
     y = normed(block.norm1, x, 1e-6)
     if w:
         y = F.pad(y, (0, 0, 0, -W % w, 0, -H % w))
-        rows = [torch.cat([naive_attention(block.attn, y[top:top + w, left:left + w]) for left in range(0, W, w)], 1)
-                for top in range(0, H, w)]
+        rows = []
+        for top in range(0, H, w):
+            row = []
+            for left in range(0, W, w):
+                row.append(naive_attention(block.attn, y[top:top + w, left:left + w]))
+            rows.append(torch.cat(row, 1))
         x = x + torch.cat(rows)[:H, :W]
     else:
         x = x + naive_attention(block.attn, y)
-    lin1, lin2 = block.mlp.lin1, block.mlp.lin2
-    return x + F.linear(gelu(F.linear(normed(block.norm2, x, 1e-6), lin1.weight, lin1.bias)), lin2.weight, lin2.bias)
+    z = gelu(linear(block.mlp.lin1, normed(block.norm2, x, 1e-6)))
+    return x + linear(block.mlp.lin2, z)
 
 
 @pytest.mark.parametrize("window, H, W", [(5, 8, 8), (5, 10, 7), (0, 8, 8)])
@@ -94,37 +120,47 @@ def naive_block(block, x):
 def test_block(window, H, W):
     block = randomised(SAMBlock(16, 2, window, grid=8))
     x = torch.randn(2, H, W, 16).double() * 1e-3  # so small that the norm's eps counts
-    assert (block(x) - torch.stack([naive_block(block, image) for image in x])).abs().max() < 1e-5
+    expected = torch.stack([naive_block(block, image) for image in x])
+    assert (block(x) - expected).abs().max() < 1e-5
 
 
 # -----------------------------------------------------------------------------
 # CLIP, and the position tables of both
 
 
+def naive_clip(clip, image):
+    """CLIP with 2 heads of 8 channels on one image (C, h, w)."""
+    table = clip.embeddings.position_embedding.weight
+    y = torch.cat([clip.embeddings.class_embedding[None], image.flatten(1).T]) + table
+    y = normed(clip.pre_layrnorm, y, 1e-5)
+    for layer in clip.transformer.layers:
+        qkv = linear(layer.self_attn.qkv_proj, normed(layer.layer_norm1, y, 1e-5))
+        q, k, v = qkv.chunk(3, -1)
+        heads = []
+        for h in (slice(0, 8), slice(8, 16)):
+            scores = q[:, h] @ k[:, h].T / 8 ** 0.5
+            heads.append(scores.softmax(-1) @ v[:, h])
+        y = y + linear(layer.self_attn.out_proj, torch.cat(heads, -1))
+        z = linear(layer.mlp.fc1, normed(layer.layer_norm2, y, 1e-5))
+        y = y + linear(layer.mlp.fc2, z / (1 + torch.exp(-1.702 * z)))
+    return y[1:]  # the class token is dropped
+
+
 @torch.no_grad()
 def test_clip_equals_the_plain_formula():
-    cfg = CLIPConfig(grid=2, width=16, depth=2, n_head=2, ffn=24, patch_size=0)
-    clip = randomised(CLIP(cfg))
+    clip = randomised(CLIP(CLIPConfig(
+        grid=2, width=16, depth=2, n_head=2, ffn=24, patch_size=0)))
     x = torch.randn(3, 16, 2, 2).double() * 1e-2
-    expected = []
-    for image in x:
-        e = clip.embeddings
-        y = torch.cat([e.class_embedding[None], image.reshape(16, 4).T]) + e.position_embedding.weight
-        y = normed(clip.pre_layrnorm, y, 1e-5)
-        for layer in clip.transformer.layers:
-            a, m = layer.self_attn, layer.mlp
-            q, k, v = F.linear(normed(layer.layer_norm1, y, 1e-5), a.qkv_proj.weight, a.qkv_proj.bias).chunk(3, -1)
-            heads = [(q[:, h] @ k[:, h].T / 8 ** 0.5).softmax(-1) @ v[:, h] for h in (slice(0, 8), slice(8, 16))]
-            y = y + F.linear(torch.cat(heads, -1), a.out_proj.weight, a.out_proj.bias)
-            z = F.linear(normed(layer.layer_norm2, y, 1e-5), m.fc1.weight, m.fc1.bias)
-            y = y + F.linear(z / (1 + torch.exp(-1.702 * z)), m.fc2.weight, m.fc2.bias)
-        expected.append(y[1:])  # the class token was only company
-    assert (clip(x) - torch.stack(expected)).abs().max() < 1e-9
+    expected = torch.stack([naive_clip(clip, image) for image in x])
+    assert (clip(x) - expected).abs().max() < 1e-9
 
 
 def resized_by_pil(table, side):
     """Bicubic with antialiasing, (h, w, C) -> (side, side, C), by another library."""
-    channels = [np.asarray(Image.fromarray(c.numpy()).resize((side, side), Image.Resampling.BICUBIC)) for c in table.permute(2, 0, 1)]
+    channels = []
+    for channel in table.permute(2, 0, 1):
+        image = Image.fromarray(channel.numpy())
+        channels.append(np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)))
     return torch.from_numpy(np.stack(channels, -1))
 
 
@@ -132,13 +168,17 @@ def resized_by_pil(table, side):
 @torch.no_grad()
 def test_position_tables_for_another_grid(side):
     torch.manual_seed(0)
-    sam = SAM(SAMConfig(image_size=64, patch_size=8, width=4, depth=0, n_head=1, neck=4, net_2=4, net_3=4))
+    sam = SAM(SAMConfig(image_size=64, patch_size=8, width=4, depth=0, n_head=1, neck=4, net_2=4,
+                        net_3=4))
     sam.pos_embed.normal_()
-    torch.testing.assert_close(sam.positions(side)[0], resized_by_pil(sam.pos_embed[0], side), atol=1e-5, rtol=0)
+    expected = resized_by_pil(sam.pos_embed[0], side)
+    torch.testing.assert_close(sam.positions(side)[0], expected, atol=1e-5, rtol=0)
+
     embeddings = CLIPEmbeddings(CLIPConfig(grid=8, width=4, depth=0, n_head=1, patch_size=0))
     table = embeddings.position_embedding.weight
     y = embeddings(torch.zeros(1, 4, side, side))[0]
-    torch.testing.assert_close(y[1:].view(side, side, 4), resized_by_pil(table[1:].view(8, 8, 4), side), atol=1e-5, rtol=0)
+    expected = resized_by_pil(table[1:].view(8, 8, 4), side)
+    torch.testing.assert_close(y[1:].view(side, side, 4), expected, atol=1e-5, rtol=0)
     assert torch.equal(y[0], table[0])  # the class token's place is not on the grid
 
 
@@ -155,33 +195,49 @@ def published():
 def test_published_parameter_counts(published):
     def count(module):
         return sum(p.numel() for p in module.parameters())
+
     assert count(published.encoder.sam_model) == 95_569_152
     assert count(published.encoder.vision_model) == 303_177_728
     assert count(published.projector) == 2_622_720
 
 
 def test_published_names_and_shapes(published):
-    def both(prefix, names):
-        return {f"{prefix}.{name}.{kind}" for name in names for kind in ("weight", "bias")}
-    names = {"sam_model.pos_embed", "sam_model.net_2.weight", "sam_model.net_3.weight", "sam_model.neck.0.weight",
-             "sam_model.neck.2.weight", "vision_model.embeddings.class_embedding",
-             "vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.position_embedding.weight"}
-    names |= both("sam_model", ["patch_embed.proj", "neck.1", "neck.3"]) | both("vision_model", ["pre_layrnorm"])
+    def weights_and_biases(prefix, *layers):
+        return {f"{prefix}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+    names = {
+        "sam_model.pos_embed", "sam_model.net_2.weight", "sam_model.net_3.weight",
+        "sam_model.neck.0.weight", "sam_model.neck.2.weight",
+        "vision_model.embeddings.class_embedding",
+        "vision_model.embeddings.patch_embedding.weight",
+        "vision_model.embeddings.position_embedding.weight"}
+    names |= weights_and_biases("sam_model", "patch_embed.proj", "neck.1", "neck.3")
+    names |= weights_and_biases("vision_model", "pre_layrnorm")
     for i in range(12):
-        names |= both(f"sam_model.blocks.{i}", ["norm1", "norm2", "attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"])
+        names |= weights_and_biases(
+            f"sam_model.blocks.{i}", "norm1", "norm2", "attn.qkv", "attn.proj", "mlp.lin1",
+            "mlp.lin2")
         names |= {f"sam_model.blocks.{i}.attn.rel_pos_{axis}" for axis in "hw"}
     for i in range(24):
-        names |= both(f"vision_model.transformer.layers.{i}", [
-            "layer_norm1", "layer_norm2", "self_attn.qkv_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"])
+        names |= weights_and_biases(
+            f"vision_model.transformer.layers.{i}", "layer_norm1", "layer_norm2",
+            "self_attn.qkv_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
     shapes = {name: tuple(t.shape) for name, t in published.encoder.state_dict().items()}
     assert set(shapes) == names  # so "none" holds no state either
-    assert {shapes[f"sam_model.blocks.{i}.attn.rel_pos_{axis}"] for i in (2, 5, 8, 11) for axis in "hw"} == {(127, 64)}
-    assert {shapes[f"sam_model.blocks.{i}.attn.rel_pos_{axis}"] for i in (0, 1, 3, 10) for axis in "hw"} == {(27, 64)}
+
+    for i in range(12):
+        table = (127, 64) if i in (2, 5, 8, 11) else (27, 64)  # global, or in windows of 14
+        assert shapes[f"sam_model.blocks.{i}.attn.rel_pos_h"] == table
+        assert shapes[f"sam_model.blocks.{i}.attn.rel_pos_w"] == table
     assert shapes["sam_model.pos_embed"] == (1, 64, 64, 768)
-    assert shapes["sam_model.net_2.weight"] == (512, 256, 3, 3) and shapes["sam_model.net_3.weight"] == (1024, 512, 3, 3)
+    assert shapes["sam_model.net_2.weight"] == (512, 256, 3, 3)
+    assert shapes["sam_model.net_3.weight"] == (1024, 512, 3, 3)
     assert shapes["vision_model.embeddings.position_embedding.weight"] == (257, 1024)
-    other = {name for name in published.state_dict() if not name.startswith(("encoder.", "gpt."))}
-    assert other == {"projector.layers.weight", "projector.layers.bias", "image_newline", "view_seperator"}
+
+    around = {name for name in published.state_dict()
+              if not name.startswith(("encoder.", "gpt."))}
+    assert around == {
+        "projector.layers.weight", "projector.layers.bias", "image_newline", "view_seperator"}
 
 
 # -----------------------------------------------------------------------------
@@ -200,9 +256,13 @@ def test_one_token_per_16_patches_and_clip_first(encoder, side, tokens):
     taps = {}
     y = encoder(x, taps)
     assert y.shape == (2, tokens, 32 + 32)
-    sam = encoder.standardize(encoder.sam_model(x))
-    assert torch.equal(y[..., 32:], sam.flatten(2).transpose(1, 2)) and torch.equal(y[..., :32], encoder.vision_model(sam))
-    assert torch.equal(taps["compressor"], encoder.sam_model(x)) and torch.equal(taps["clip"], y[..., :32])
+    clip, compressor = y.split(32, -1)
+    standardized = encoder.standardize(encoder.sam_model(x))
+    assert torch.equal(compressor, standardized.flatten(2).transpose(1, 2))
+    assert torch.equal(clip, encoder.vision_model(standardized))
+    assert list(taps) == ["sam", "compressor", "clip"]
+    assert torch.equal(taps["compressor"], encoder.sam_model(x))
+    assert torch.equal(taps["clip"], clip)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 32), (1, 3, 48, 48), (3, 64, 64)])
@@ -224,10 +284,11 @@ def test_freeze_sam(encoder):
             assert p.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("side", [64, 96])  # the tables' size, and one for which they are interpolated
+@pytest.mark.parametrize("side", [64, 96])  # the tables' size, and one they are interpolated for
 @torch.no_grad()
 def test_equals_the_port_in_transformers(cfg, side):
-    pytest.importorskip("transformers.models.unlimited_ocr", exc_type=ImportError, reason="transformers with unlimited_ocr is not installed")
+    pytest.importorskip("transformers.models.unlimited_ocr", exc_type=ImportError,
+                        reason="transformers with unlimited_ocr is not installed")
     cfg.standardize = "none"
     ours = DeepEncoder(cfg)
     randomised(ours).float()
@@ -238,40 +299,180 @@ def test_equals_the_port_in_transformers(cfg, side):
 
 
 # -----------------------------------------------------------------------------
-# Standardisation. Shapes (images, channels, h, w).
+# Parts
+
+
+def test_parts_cover_every_parameter_once(model):
+    parts = model.parts()
+    assert list(parts) == ["sam", "compressor", "clip", "projector", "gpt", "embedding", "head"]
+    names = [name for part in parts.values() for name, _ in part]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert all(parts.values())
+    found = {part: {name for name, _ in parts[part]} for part in parts}
+    assert found["compressor"] == {
+        "encoder.sam_model.net_2.weight", "encoder.sam_model.net_3.weight"}
+    assert found["projector"] >= {"image_newline", "view_seperator"}
+    assert found["embedding"] == {"gpt.transformer.wte.weight"}
+    assert found["head"] == {"gpt.lm_head.weight"}
+
+
+@pytest.mark.parametrize("names, frozen", [
+    (["sam"], ["sam"]),
+    (["sam-core"], ["sam"]),
+    (["compressor"], ["compressor"]),
+    (["clip", "head"], ["clip", "head"]),
+    (["gpt"], ["gpt", "embedding", "head"]),
+    (["sam", "compressor"], ["sam", "compressor"]),
+])
+def test_frozen_parts_get_no_gradient_and_all_others_do(model, make_batch, pages, names, frozen):
+    """Also those before a frozen part: gradients pass through it."""
+    model.train().freeze(names)
+    loss, count = model(make_batch(pages[:8]))["text"]
+    (loss / count).backward()
+    for part, parameters in model.parts().items():
+        for name, p in parameters:
+            if part in frozen:
+                assert p.grad is None, name
+            else:
+                assert p.grad.abs().sum() > 0, name
+    # Statistics are fixed with the weights whose output they describe.
+    assert model.encoder.standardize.frozen == (names == ["sam", "compressor"])
+
+
+# -----------------------------------------------------------------------------
+# Another second stage
+
+
+@dataclass
+class QueriesConfig:
+    kind: str = "queries"
+    width: int = 32
+    n: int = 3
+
+
+class Queries(nn.Module):
+    """A few learned queries that attend to the compressor's tokens: a sequence, not a grid."""
+    config_class = QueriesConfig
+    layout = "sequence"
+    blocks = ()
+    recompute = False
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(cfg.n, cfg.width))
+        self.out = Linear(cfg.width, cfg.width)
+
+    def init_weights(self):
+        nn.init.normal_(self.queries)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)[:, None]  # (B, 1, hw, C)
+        q = self.queries.to(x.dtype).expand(len(x), 1, -1, -1)
+        return self.out(attention(q, x, x)[:, 0])  # (B, n, C)
+
+    @staticmethod
+    def tokens(cfg, h, w):
+        return cfg.n
+
+    @staticmethod
+    def flops(cfg, h, w):
+        return 4 * cfg.n * h * w * cfg.width + 2 * cfg.n * cfg.width ** 2
+
+
+@pytest.fixture
+def sequence_cfg(monkeypatch):
+    monkeypatch.setitem(config.SECOND_STAGES, "queries", Queries)
+    cfg = config.tiny()
+    cfg.second_stage = QueriesConfig()
+    return cfg
+
+
+def test_a_second_stage_may_give_a_sequence(sequence_cfg):
+    cfg = ModelConfig.from_dict(sequence_cfg.to_dict())
+    assert cfg.second_stage == QueriesConfig()
+    model = DeepseekOCR(cfg).init_weights(0).train()
+    taps = {}
+    assert model.project(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), taps).shape == (2, 3, 32)
+    assert list(taps) == ["sam", "compressor", "queries", "projector"]
+    assert list(model.parts())[2] == "queries"
+    flops = forward_flops(cfg, {64: 2}, 10)
+    assert flops["queries"] == 2 * Queries.flops(cfg.second_stage, 2, 2)
+    assert flops["projector"] == 2 * 2 * 3 * 32 * 32
+
+    # 2 x 1 tiles of 32 px and a global view of 64 px, 3 tokens each without newlines, a separator
+    tiled = plan(Mode("tiled", 64, tile=32, max_tiles=2), 80, 40, cfg.token_stride)
+    views = {32: torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8),
+             64: torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)}
+    positions = model.encode_images(views, [tiled])
+    layout = cfg.layout
+    assert len(positions) == layout.positions(1, 2, 1) + layout.positions(1, 1, 2) + 1 == 10
+    assert layout.tokens(1, 2, 1) + layout.tokens(1, 1, 2) == 9
+    tiles = model.project(views[32])
+    torch.testing.assert_close(positions[:6], tiles.flatten(0, 1))
+    assert torch.equal(positions[-1], model.view_seperator)
+
+
+@pytest.mark.parametrize("rows, cols, side", [(0, 0, 10), (1, 1, 16), (3, 2, 10)])
+def test_a_grid_has_a_newline_for_each_row_of_tokens(rows, cols, side):
+    layout = ModelConfig().layout
+    assert layout.stride == 64
+    assert layout.tokens(rows, cols, side) == rows * side * cols * side
+    assert layout.positions(rows, cols, side) == rows * side * (cols * side + 1)
+
+
+def test_an_unknown_second_stage_is_named(cfg):
+    d = cfg.to_dict()
+    d["second_stage"]["kind"] = "resnet"
+    with pytest.raises(ValueError, match=r"second stage .* 'resnet': must be one of \['clip'\]"):
+        ModelConfig.from_dict(d)
+
+
+# -----------------------------------------------------------------------------
+# Standardization. Shapes (images, channels, h, w).
 
 KINDS = pytest.mark.parametrize("kind, dims", [("channel", (0, 2, 3)), ("position", (0,))])
+KIND = pytest.mark.parametrize("kind", ["channel", "position"])
 
 
 def features(images=16, side=4, seed=0):
     torch.manual_seed(seed)
-    return 3 * torch.randn(images, 6, side, side) + 5 * torch.randn(6, 1, 1) + torch.randn(6, side, side)
+    per_image = torch.randn(images, 6, side, side)
+    per_channel = torch.randn(6, 1, 1)
+    per_position = torch.randn(6, side, side)
+    return 3 * per_image + 5 * per_channel + per_position
 
 
 @KINDS
 def test_batch_statistics_in_training(kind, dims):
-    standardize, x = Standardize(kind, 6, 4), features(8)
+    standardize = Standardize(kind, 6, 4)
+    x = features(8)
     y = standardize(x)
-    assert y.mean(dims).abs().max() < 1e-5 and (y.var(dims, correction=0) - 1).abs().max() < 1e-4
+    assert y.mean(dims).abs().max() < 1e-5
+    assert (y.var(dims, correction=0) - 1).abs().max() < 1e-4
     torch.testing.assert_close(standardize.mean.squeeze(), 0.1 * x.mean(dims))
-    torch.testing.assert_close(standardize.var.squeeze(), 0.9 + 0.1 * x.var(dims, correction=0))
+    expected = 0.9 + 0.1 * x.var(dims, correction=0)
+    torch.testing.assert_close(standardize.var.squeeze(), expected)
 
 
-@KINDS
+@KIND
 @pytest.mark.parametrize("case", ["few images", "eval", "frozen"])
-def test_running_statistics_otherwise_and_they_stay(kind, dims, case):
-    standardize, x = Standardize(kind, 6, 4), features(7 if case == "few images" else 16)
+def test_running_statistics_otherwise_and_they_stay(kind, case):
+    standardize = Standardize(kind, 6, 4)
+    x = features(7 if case == "few images" else 16)
     standardize.mean.normal_()
     standardize.var.uniform_(1, 2)
-    mean, var = standardize.mean.clone(), standardize.var.clone()
-    standardize.train(case != "eval").frozen = case == "frozen"
+    mean = standardize.mean.clone()
+    var = standardize.var.clone()
+    standardize.train(case != "eval")
+    standardize.frozen = case == "frozen"
     torch.testing.assert_close(standardize(x), (x - mean) / (var + 1e-5).sqrt())
     assert torch.equal(standardize.mean, mean) and torch.equal(standardize.var, var)
 
 
 @KINDS
 def test_reestimate_is_the_statistics_of_all_batches(kind, dims):
-    standardize, x = Standardize(kind, 6, 4), features(20)
+    standardize = Standardize(kind, 6, 4)
+    x = features(20)
     standardize.mean.fill_(100)  # what was there does not matter
     standardize.reestimate([x[:3], x[3:16], x[16:]])
     torch.testing.assert_close(standardize.mean.squeeze(), x.mean(dims))
@@ -284,47 +485,111 @@ def test_reestimate_needs_images():
 
 
 def test_another_grid_interpolates_and_does_not_move_the_tables():
-    standardize, x = Standardize("position", 6, 4), features(16, side=8)
-    standardize.mean.copy_(torch.arange(4.0)[:, None].expand(6, 4, 4))  # rises down the page
-    mean, var = standardize.mean.clone(), standardize.var.clone()
+    standardize = Standardize("position", 6, 4)
+    x = features(16, side=8)
+    rises_down_the_page = torch.arange(4.0)[:, None].expand(6, 4, 4)
+    standardize.mean.copy_(rises_down_the_page)
+    mean = standardize.mean.clone()
+    var = standardize.var.clone()
     standardize(x)
     assert torch.equal(standardize.mean, mean) and torch.equal(standardize.var, var)
     removed = x - standardize.eval()(x) * (1 + 1e-5) ** 0.5
     rows = torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
     torch.testing.assert_close(removed, rows[:, None].expand_as(x), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no statistics per position are kept for 8x8 outputs"):
+        standardize.reestimate([x], 8)
 
 
-@pytest.mark.parametrize("kind", ["channel", "position"])
+@KIND
 def test_every_grid_has_its_own_statistics(kind):
-    standardize, small, large = Standardize(kind, 6, 4, others=(4, 8)), features(16), 3 * features(16, side=8) + 5
+    standardize = Standardize(kind, 6, 4, others=(4, 8))
+    small = features(16)
+    large = 3 * features(16, side=8) + 5
     standardize.reestimate([small])
     standardize.eval()
     fallback = standardize(large)  # not yet trained on: the first grid's
     assert fallback.mean() > 1
+    first = standardize.mean.clone()
     standardize.train()(large)
-    assert torch.equal(standardize.mean, standardize.tables(4)[0])
+    assert torch.equal(standardize.mean, first)
     standardize.reestimate([large], 8)
-    assert standardize.eval()(large).mean().abs() < 1e-3 and standardize(small).mean().abs() < 1e-3
+    standardize.eval()
+    assert standardize(large).mean().abs() < 1e-3 and standardize(small).mean().abs() < 1e-3
     assert sorted(standardize.state_dict()) == ["mean", "mean_8", "var", "var_8"]
-    with pytest.raises(ValueError, match="re-estimating the statistics of 4x4 outputs on some of"):
+    with pytest.raises(ValueError, match="the statistics of 4x4 outputs on some of"):
         standardize.reestimate([large])
 
 
+@KIND
+def test_a_grid_may_be_added_later(kind):
+    """Until it has been trained on, its pages are standardized as if it were not there."""
+    standardize = Standardize(kind, 6, 4)
+    large = features(16, side=8)
+    standardize.reestimate([features(16)])
+    before = standardize.eval()(large)
+    standardize.add_grid(8)
+    standardize.add_grid(4)  # there already: nothing happens
+    assert list(standardize.state_dict()) == ["mean", "var", "mean_8", "var_8"]
+    assert torch.equal(standardize(large), before)
+    standardize.reestimate([large], 8)
+    assert not torch.equal(standardize(large), before)
+
+
+@KIND
+def test_adopted_grids_are_those_of_the_file(kind):
+    """A checkpoint from before a mode existed loads, and so does one that knew more modes."""
+    fewer = Standardize(kind, 6, 4)
+    more = Standardize(kind, 6, 4, others=(8, 10))
+    fewer.reestimate([features(16)])
+    more.reestimate([features(16, side=8)], 8)
+    for source, target in ((fewer, more), (more, Standardize(kind, 6, 4, others=(12,)))):
+        tensors = source.state_dict()
+        target.adopt_grids(tensors)
+        target.load_state_dict(tensors)  # strict
+        x = features(16, side=8)
+        assert torch.equal(target.eval()(x), source.eval()(x))
+
+
+def test_the_first_grid_is_never_dropped_and_no_name_is_believed():
+    standardize = Standardize("position", 6, 4, others=(8,))
+    standardize.adopt_grids({"mean_1000000": torch.zeros(6, 1, 1), "mean_x": torch.zeros(1)})
+    assert list(standardize.state_dict()) == ["mean", "var"]
+
+
+def test_a_model_adopts_the_grids_of_a_checkpoint(cfg):
+    source = DeepseekOCR(cfg)
+    source.encoder.add_mode(Mode("tiled", 128, tile=96, max_tiles=4))
+    tensors = source.state_dict()
+    assert {"encoder.standardize.mean_4", "encoder.standardize.mean_3"} <= set(tensors)
+    target = DeepseekOCR(cfg)
+    target.adopt_grids(tensors)
+    target.load_state_dict(tensors)
+
+    encoder = DeepEncoder(cfg)
+    encoder.adopt_grids(source.encoder.state_dict())
+    encoder.load_state_dict(source.encoder.state_dict())
+
 
 def test_none_is_the_identity():
-    standardize, x = Standardize("none", 6, 4), features()
-    assert standardize(x) is x and standardize.eval()(x) is x and not standardize.state_dict()
+    standardize = Standardize("none", 6, 4)
+    x = features()
+    assert standardize(x) is x and standardize.eval()(x) is x
     standardize.reestimate([x])
+    standardize.add_grid(8)
+    standardize.adopt_grids({"mean_8": torch.zeros(6, 8, 8)})
+    assert not standardize.state_dict()
 
 
 @KINDS
 def test_gradient_flows_through_batch_statistics(kind, dims):
-    """What is standardised cannot be shifted or stretched: the gradient is orthogonal to a constant and to the output."""
-    standardize, x = Standardize(kind, 6, 4), features().requires_grad_()
+    """Shifting or stretching the input changes nothing: the gradient is orthogonal to both."""
+    standardize = Standardize(kind, 6, 4)
+    x = features().requires_grad_()
     y = standardize(x)
     weights = torch.randn_like(y)
     g, = torch.autograd.grad((weights * y).sum(), x)
     size = g.abs().mean()
-    assert g.mean(dims).abs().max() < 1e-4 * size and (g * y).mean(dims).abs().max() < 1e-4 * size
+    assert g.mean(dims).abs().max() < 1e-4 * size
+    assert (g * y).mean(dims).abs().max() < 1e-4 * size
     g, = torch.autograd.grad((weights * standardize.eval()(x)).sum(), x)
     assert g.mean(dims).abs().max() > 1e-2 * g.abs().mean()

@@ -1,6 +1,7 @@
 """
-Proves that the decoder is nanochat's of October 2025, by a second, plain implementation (and by transformers' where that is
-installed); that decoding with the cache equals decoding without, for rows of different lengths; and what is refused.
+Proves that the decoder is nanochat's of October 2025, by a second, plain implementation (and by
+transformers' where that is installed); that decoding with the cache equals decoding without, for
+rows of different lengths; and what is refused.
 
 python -m pytest tests/test_gpt.py
 """
@@ -23,8 +24,8 @@ def make_gpt(**sizes):
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**{**SIZES, **sizes}))
     gpt.init_weights()
-    for p in gpt.parameters():
-        torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)  # the zeros of init_weights would hide everything
+    for p in gpt.parameters():  # the zeros of init_weights would hide everything
+        torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
     return gpt
 
 
@@ -32,37 +33,59 @@ def logits_of(gpt, ids):
     return gpt.logits(gpt(gpt.transformer.wte(ids)))
 
 
+def rms(x):
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def turned(x, t):
+    """
+    The pairs (x[i], x[i + D/2]) of one head at position t, as complex numbers turned by
+    t / 10000^(2i/D).
+    """
+    D = len(x)
+    out = x.clone()
+    for i in range(D // 2):
+        angle = t * 10000 ** (-2 * i / D)
+        a, b = x[i], x[i + D // 2]
+        out[i] = a * math.cos(angle) + b * math.sin(angle)
+        out[i + D // 2] = b * math.cos(angle) - a * math.sin(angle)
+    return out
+
+
+def plain_head(q, k, v):
+    """One head over (T, D), one position after the other."""
+    T, D = q.shape
+    q = torch.stack([rms(turned(q[t], t)) for t in range(T)])
+    k = torch.stack([rms(turned(k[t], t)) for t in range(T)])
+    out = []
+    for t in range(T):
+        scores = k[:t + 1] @ q[t] / math.sqrt(D)
+        out.append(scores.softmax(0) @ v[:t + 1])
+    return torch.stack(out)
+
+
 def plain_logits(weights, cfg, ids):
-    """The same network out of its formulas, in fp64, one row, one head and one position after the other."""
+    """The same network from its formulas: fp64, one row, one head, one position at a time."""
     w = {name: t.double() for name, t in weights.items()}
     D = cfg.n_embd // cfg.n_head
-
-    def rms(x):
-        return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
-
-    def turned(x, t):  # the pair (a, b) of dimensions i and i + D/2 as a complex number, turned by t / 10000^(2i/D)
-        out = x.clone()
-        for i in range(D // 2):
-            angle = t * 10000 ** (-2 * i / D)
-            a, b = x[i], x[i + D // 2]
-            out[i] = a * math.cos(angle) + b * math.sin(angle)
-            out[i + D // 2] = b * math.cos(angle) - a * math.sin(angle)
-        return out
-
     rows = []
     for row in ids.tolist():
         x = rms(w["transformer.wte.weight"][row])  # (T, C)
         for layer in range(cfg.n_layer):
             p = f"transformer.h.{layer}."
             y = rms(x)
+            q = y @ w[f"{p}attn.c_q.weight"].T
+            k = y @ w[f"{p}attn.c_k.weight"].T
+            v = y @ w[f"{p}attn.c_v.weight"].T
             heads = []
             for h in range(cfg.n_head):
                 g = h * cfg.n_kv_head // cfg.n_head  # query heads share key heads in groups
-                q, k, v = (y @ w[f"{p}attn.c_{name}.weight"][n * D:(n + 1) * D].T for name, n in (("q", h), ("k", g), ("v", g)))
-                q, k = (torch.stack([rms(turned(vector, t)) for t, vector in enumerate(z)]) for z in (q, k))
-                heads.append(torch.stack([(k[:t + 1] @ q[t] / math.sqrt(D)).softmax(0) @ v[:t + 1] for t in range(len(row))]))
+                mine = slice(h * D, (h + 1) * D)
+                shared = slice(g * D, (g + 1) * D)
+                heads.append(plain_head(q[:, mine], k[:, shared], v[:, shared]))
             x = x + torch.cat(heads, -1) @ w[f"{p}attn.c_proj.weight"].T
-            x = x + (rms(x) @ w[f"{p}mlp.c_fc.weight"].T).relu().square() @ w[f"{p}mlp.c_proj.weight"].T
+            z = (rms(x) @ w[f"{p}mlp.c_fc.weight"].T).relu().square()
+            x = x + z @ w[f"{p}mlp.c_proj.weight"].T
         rows.append(15 * torch.tanh(rms(x) @ w["lm_head.weight"].T / 15))
     return torch.stack(rows)
 
@@ -103,11 +126,13 @@ def test_cached_equals_uncached(n_kv_head):
     hidden = gpt(gpt.transformer.wte(prompt), cache=cache)
     for row, n in enumerate(lengths):
         assert (gpt.logits(hidden[row, :n]) - expected[row, :n]).abs().max() < 1e-5
-    position, rows = lengths.clone(), torch.arange(3)
+    position = lengths.clone()
+    rows = torch.arange(3)
     for step in range(10):
         if step == 5:  # a row leaves the batch
             cache.keep_rows(torch.tensor([True, False, True]))
-            position, rows = position[[0, 2]], rows[[0, 2]]
+            position = position[[0, 2]]
+            rows = rows[[0, 2]]
         x = gpt.transformer.wte(ids[rows, position])[:, None]
         logits = gpt.logits(gpt(x, cache=cache, positions=position[:, None])[:, 0])
         assert (logits - expected[rows, position]).abs().max() < 1e-5
@@ -124,15 +149,23 @@ def test_no_position_sees_a_later_one():
     assert torch.equal(a[:, :7], b[:, :7]) and (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 1e-4
 
 
-@pytest.mark.parametrize("T", [8, 600])  # written out, and too large for that: torch's kernel
+@pytest.mark.parametrize("T", [8, 600])  # written out, and too many scores for that: SDPA
 @pytest.mark.parametrize("kind", ["full", "causal", "mask"])
 def test_attention(T, kind):
     torch.manual_seed(0)
-    q, k, v = torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 5)  # values may be narrower
-    allowed = {"full": torch.ones(T, T), "causal": torch.ones(T, T).tril(), "mask": (torch.rand(T, T) > 0.5) + torch.eye(T)}[kind] > 0
+    q = torch.randn(1, 2, T, 8)
+    k = torch.randn(1, 2, T, 8)
+    v = torch.randn(1, 2, T, 5)  # values may be narrower
+    allowed = torch.ones(T, T).bool()
+    if kind == "causal":
+        allowed = allowed.tril()
+    if kind == "mask":
+        allowed = (torch.rand(T, T) > 0.5) | torch.eye(T).bool()
     mask = torch.where(allowed, 0.0, -math.inf)
-    expected = (0.3 * q.double() @ k.double().mT + mask).softmax(-1) @ v.double()
-    y = attention(q, k, v, scale=0.3, mask=mask[None, None] if kind == "mask" else None, causal=kind == "causal")
+    scores = 0.3 * q.double() @ k.double().mT
+    expected = (scores + mask).softmax(-1) @ v.double()
+    given = mask[None, None] if kind == "mask" else None
+    y = attention(q, k, v, scale=0.3, mask=given, causal=kind == "causal")
     assert y.shape == v.shape and (y - expected).abs().max() < 1e-5
 
 
@@ -143,7 +176,9 @@ def test_softcap():
     gpt.lm_head.weight.mul_(1000)
     assert 14.9 < gpt.logits(x).abs().max() <= 15
     gpt.lm_head.weight.mul_(1e-6)
-    torch.testing.assert_close(gpt.logits(x), x @ gpt.lm_head.weight.T)  # near zero it changes nothing
+    plain = x @ gpt.lm_head.weight.T
+    torch.testing.assert_close(gpt.logits(x), plain)  # near zero it changes nothing
+    torch.testing.assert_close(gpt.logits(x, gpt.lm_head.weight), plain)
 
 
 def test_logits_are_fp32_whatever_the_compute_dtype():
