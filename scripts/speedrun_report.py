@@ -12,8 +12,9 @@ import time
 from nanochat.common import json_line, read_json, run_main
 
 TRAINING = ("steps", "minutes", "images_per_sec", "mfu", "data_wait", "vision/gap", "commit")
-FIGURES = ("one_minus_ned", "ci95", "samples", "vision_tokens", "chars_per_vision_token",
-           "text_tokens_per_vision_token", "by_bucket")
+# `samples` of `of` pages were read.
+FIGURES = ("one_minus_ned", "ci95", "samples", "of", "verdict", "vision_tokens",
+           "chars_per_vision_token", "text_tokens_per_vision_token", "by_bucket")
 
 
 def select(figures, names):

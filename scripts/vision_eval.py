@@ -3,12 +3,16 @@ Scores a checkpoint on pages it has never seen: greedy, cached, batched generati
 
     python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --controls
     python -m scripts.vision_eval --task=heldout --chars=14-20,31-41,60-68      # a curve
+    python -m scripts.vision_eval --against=checkpoints/other/eval --out=DIR    # two models, paired
     torchrun --standalone --nproc_per_node=8 -m scripts.vision_eval \
-        --task=omnidocbench --path=DIR                                          # real pages
+        --task=omnidocbench --path=DIR --kinds=text,table                       # real pages
 
-Writes to <out>: report.html (look at this first), curve.png, <task>.jsonl (one line per page),
-md/<image name>.md for the official OmniDocBench evaluator, and summary.json, which is also the last
-line printed. Run the same command again to continue a stopped evaluation.
+Benchmarks are read whole; --max-problems=N asks for a seeded sample, and every figure then says
+"N of all". Writes to <out>: report.html (look at this first), curve.png, <task>.jsonl (one line per
+page), predictions.jsonl (what was read from each picture; a stopped evaluation, or the same command
+after a page was changed, reads only what is missing), md/ for the official OmniDocBench evaluator,
+<task>_official.json for Fox's script, and summary.json, which is also the last line printed. The
+exit status is 1 when every page of a task failed.
 """
 import argparse
 import copy
@@ -16,21 +20,28 @@ import hashlib
 import importlib.util
 import os
 import random
+import sys
+from collections import Counter
 
 from PIL import Image
 
+from nanochat import evaluation
 from nanochat.common import (banner, barrier, compute_cleanup, compute_init, dist_info, init_wandb,
                              json_line, print0, read_json, run_main, write_json)
-from nanochat.evaluation import FIGURES, evaluate, figures_of
+from nanochat.conversation import OCR_PROMPT
+from nanochat.evaluation import FIGURES, Evaluator, figures_of, read_lines
 from nanochat.pretrained import fetch
 from nanochat.reader import add_arguments, load_engine
-from nanochat.report import curve, plot_curve, write_html
-from nanochat.verdict import CONTROLS
+from nanochat.report import against_line, curve, pages_of, plot_curve, write_html
+from nanochat.verdict import CONTROLS, SAID, compare
+from tasks import registry
+from tasks.omnidocbench import QUIVR, OmniDocBench
 from tasks.registry import EVALUATED, open_set, parse_chars
 from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
 
-# Flags that change a prediction or a page: rows made under others must not be mixed.
-SETTINGS = ("dtype", "max_new_tokens", "no_repeat", "path", "chars", "seed")
+# Flags that change a prediction or a page: results under others must not be mixed.
+SETTINGS = ("max_new_tokens", "no_repeat", "path", "chars", "seed", "kinds", "prompt")
+GENERATED = 256  # pages of a task that makes as many as it is asked for
 
 
 def parse_args(argv):
@@ -38,6 +49,7 @@ def parse_args(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # Model
     add_arguments(parser)
+    parser.set_defaults(max_new_tokens=-1)  # -1: half as many again as the longest truth, and 32
     # Pages
     parser.add_argument("--task", default="heldout,heldout_words,random_chars",
                         help=f"with commas: {', '.join(SPLITS + EVALUATED)}")
@@ -47,13 +59,21 @@ def parse_args(argv):
     parser.add_argument("--chars", default="",
                         help="synthetic pages: LO-HI characters, or several ranges, each a set of "
                              "its own; empty = as trained")
-    parser.add_argument("--max-problems", type=int, default=256, help="pages per task")
+    parser.add_argument("--kinds", default="text",
+                        help="what the truth of OmniDocBench's pages holds: text, table, equation")
+    parser.add_argument("--prompt", default="",
+                        help="what is asked about OmniDocBench's pages; empty = Free OCR.")
+    parser.add_argument("--max-problems", type=int, default=-1,
+                        help=f"pages per task, a seeded sample; -1 = all of a benchmark, "
+                             f"{GENERATED} where they are made on the fly")
     parser.add_argument("--controls", type=int, nargs="?", const=64, default=0,
                         help="pages per control: blank, another page, other words")
     parser.add_argument("--seed", type=int, default=2,
-                        help="seed of the synthetic pages (0 trains, 1 validates)")
+                        help="seed of the synthetic pages (0 trains, 1 validates) and of samples")
     parser.add_argument("--batch-size", type=int, default=64, help="pages generated together")
     # Output
+    parser.add_argument("--against", default="",
+                        help="--out of another evaluation, to compare with page by page")
     parser.add_argument("--run", default="dummy", help="W&B run name; dummy = no W&B")
     parser.add_argument("--samples", type=int, default=3,
                         help="pages printed per task, truth and prediction")
@@ -62,9 +82,27 @@ def parse_args(argv):
     parser.add_argument("--out", default="",
                         help="folder for the results; empty = eval_<task> beside the checkpoint")
     args = parser.parse_args(argv)
-    if min(args.max_problems, args.batch_size) < 1:
-        raise ValueError("--max-problems and --batch-size must be at least 1")
+    check_args(args)
     return args
+
+
+def check_args(args):
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size={args.batch_size}: must be at least 1")
+    if args.max_problems != -1 and args.max_problems < 1:
+        raise ValueError(f"--max-problems={args.max_problems}: must be at least 1, or -1 for all")
+    for name in args.task.split(","):
+        if name not in SPLITS + EVALUATED or (name == "folder" and not args.path):
+            raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}; "
+                             "folder needs --path")
+
+
+def load(args, device):
+    """-> (engine, meta). -1 means nothing to load_engine, which wants a number of tokens."""
+    args = copy.copy(args)
+    if args.max_new_tokens == -1:
+        args.max_new_tokens = 1
+    return load_engine(args, device)
 
 
 # -----------------------------------------------------------------------------
@@ -73,32 +111,56 @@ def parse_args(argv):
 
 def tasks_of(args, user_config, image_size):
     """[(name, task), ...] for --task; a synthetic split appears once per range of --chars."""
+    generated = GENERATED if args.max_problems == -1 else args.max_problems
     tasks = []
     for name in args.task.split(","):
-        if name not in SPLITS + EVALUATED or (name == "folder" and not args.path):
-            raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}; "
-                             "folder needs --path")
         if name in SPLITS:
-            tasks += split_tasks(name, args, user_config, image_size)
+            tasks += split_tasks(name, generated, args, user_config, image_size)
+        elif name == "omnidocbench":
+            prompt = f"\n{args.prompt}" if args.prompt else OCR_PROMPT
+            kinds = tuple(args.kinds.split(","))
+            tasks.append((name, OmniDocBench(args.path or QUIVR, kinds, prompt)))
         else:
-            task = open_set(name, args.path, "all", args, image_size, args.max_problems)
+            task = open_set(name, args.path, "all", data_args(args), image_size, generated)
             tasks.append((name, task))
     return tasks
 
 
-def split_tasks(name, args, user_config, image_size):
+def data_args(args):
+    """args, with the defaults of those flags of the task registry that this script lacks."""
+    if not hasattr(registry, "add_data_arguments"):  # TODO: delete when it is there
+        return args
+    parser = argparse.ArgumentParser()
+    registry.add_data_arguments(parser)
+    return parser.parse_args([], namespace=copy.copy(args))
+
+
+def split_tasks(name, size, args, user_config, image_size):
     """[(name, task), ...] of one split of SynthDoc, with faces and print as in training."""
     chars = parse_chars(args.chars or user_config["chars"])
     common = {"image_size": image_size, "faces": user_config["faces"].split(","),
               "min_px": user_config.get("min_px", MIN_PX), "seed": args.seed}
     # Without --chars the pages are those of training: all its ranges mixed in one set.
     if not args.chars or len(chars) == 1:
-        return [(name, SynthDoc(name, args.max_problems, chars=chars, **common))]
+        return [(name, SynthDoc(name, size, chars=chars, **common))]
     tasks = []
     for low, high, _ in chars:
-        task = SynthDoc(name, args.max_problems, chars=(low, high), **common)
+        task = SynthDoc(name, size, chars=(low, high), **common)
         tasks.append((f"{name}_{low}-{high}", task))
     return tasks
+
+
+def sample(pages, wanted, seed):
+    """
+    Indices of `wanted` of the pages, in order; -1 = all. Drawn, since the first pages of a
+    benchmark are of one source; and a larger sample holds every smaller one, so that asking for
+    more pages reads only the new ones.
+    """
+    if wanted == -1 or wanted >= pages:
+        return list(range(pages))
+    order = list(range(pages))
+    random.Random(f"sample/{seed}").shuffle(order)
+    return sorted(order[:wanted])
 
 
 class Control:
@@ -107,6 +169,9 @@ class Control:
     def __init__(self, task, kind):
         self.task = task
         self.kind = kind
+
+    def truth(self, i):
+        return evaluation.truth(self.task, i)
 
     def __getitem__(self, i):
         conversation = self.task[i]
@@ -162,11 +227,17 @@ def default_out(args):
     return os.path.join(parent, "eval_" + args.task.replace(",", "_"))
 
 
-def settings_of(args, meta, by_character):
-    """What the predictions depend on, besides the pages and the number of pages."""
+def settings_of(args, engine, meta, by_character):
+    """What the predictions and scores depend on, besides the pages and their number."""
     with open(os.path.join(fetch(args.checkpoint), "model.safetensors"), "rb") as f:
         weights = hashlib.file_digest(f, "sha256").hexdigest()
-    settings = {"weights": weights, "by_character": by_character, "mode": args.mode or meta["mode"]}
+    settings = {
+        "weights": weights,
+        "by_character": by_character,
+        "mode": args.mode or meta["mode"],
+        # not "auto", which is bf16 on one machine and fp32 on the next
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+    }
     for key in SETTINGS:
         settings[key] = getattr(args, key)
     return settings
@@ -187,37 +258,90 @@ def check_settings(settings, out):
     if dist_info()[0] == 0:
         os.makedirs(out, exist_ok=True)
         write_json(path, settings)
+    barrier()
+
+
+def rows_against(args, tasks):
+    """{task: rows of the other evaluation}; fails before a page is read if it lacks one."""
+    if not args.against:
+        return {}
+    found = {}
+    for name, _ in tasks:
+        path = os.path.join(args.against, f"{name}.jsonl")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"--against={args.against} has no {name}.jsonl: evaluate the "
+                                    f"other checkpoint on --task={args.task} first")
+        found[name] = read_lines(path)
+    return found
+
+
+def markdown_names(image_names):
+    """
+    {image name: path of its Markdown file in md/}, where the official OmniDocBench evaluator looks:
+    in one folder, for the image name less its last four characters, then for the whole name.
+    """
+    short = {}
+    for name in image_names:
+        stem, extension = os.path.splitext(os.path.basename(name))
+        # .jpeg less four characters would leave the dot
+        short[name] = stem + ".md" if len(extension) == 4 else stem + extension + ".md"
+    taken = Counter(short.values())
+    whole = Counter(os.path.basename(name) + ".md" for name in image_names)
+    paths = {}
+    for name in image_names:
+        path = short[name]
+        if taken[path] > 1:  # p.png and p.jpg
+            path = os.path.basename(name) + ".md"
+        if whole[path] > 1:  # x/p.png and y/p.png; for the official evaluator they are one page
+            path = os.path.normpath("/" + name).lstrip("/") + ".md"  # ".." stays inside the folder
+        paths[name] = path
+    return paths
 
 
 def write_markdown(folder, rows):
-    """md/<image name>.md as OmniDocBench's evaluator wants it, for the rows of real pages."""
-    os.makedirs(folder, exist_ok=True)
+    """A Markdown file for every row of a real page, failed ones too: without one the official
+    evaluator leaves the page out of its mean."""
+    texts = {row["image_name"]: row["prediction"] for row in rows if "image_name" in row}
+    for name, path in markdown_names(list(texts)).items():
+        path = os.path.join(folder, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="replace") as f:
+            f.write(texts[name])
+
+
+def write_fox(path, rows):
+    """
+    The file that Fox's own script (eval_tools/eval_ocr_test.py) scores. It crashes on an empty
+    answer; a word that no page holds, with the same score, stands in its place.
+    """
+    records = []
     for row in rows:
-        if "image_name" not in row:
-            continue
-        # Failed pages get their (empty) file too: the official evaluator skips pages without one.
-        name = os.path.splitext(os.path.basename(row["image_name"]))[0]
-        with open(os.path.join(folder, name + ".md"), "w", encoding="utf-8") as f:
-            f.write(row["prediction"])
+        records.append({"image": row["id"], "question": row["prompt"],
+                        "label": row["truth"], "answer": row["prediction"].strip() or "<empty>"})
+    write_json(path, records)
 
 
 def write_report(args, out, summary, sections):
     """Everything but the rows, which are there already: report, curve, Markdown, summary."""
     all_rows = []
-    for _, _, rows in sections:
+    for name, _, rows in sections:
         all_rows += rows
+        if name in ("fox", "fox-cn"):
+            write_fox(os.path.join(out, f"{name}_official.json"), rows)
     by_length = curve(all_rows, "text_tokens")
     by_ratio = curve(all_rows, "tokens_per_vision_token")
     summary["curve"] = by_length
+    counts = [f"{name} {pages_of(summary[name])} pages" for name, _, _ in sections]
     png = os.path.join(out, "curve.png")
-    plot_curve(png, by_length)
+    plot_curve(png, by_length, ", ".join(counts))
     title = f"{args.checkpoint}, step {summary['step']}, mode {summary['mode']}"
-    write_html(os.path.join(out, "report.html"), title, summary, sections, [by_length, by_ratio],
-               png, args.report_pages)
+    html = os.path.join(out, "report.html")
+    write_html(html, title, summary, sections, [by_length, by_ratio], png, args.report_pages)
     write_markdown(os.path.join(out, "md"), all_rows)
     write_json(os.path.join(out, "summary.json"), summary)
     if args.run != "dummy":
         log_wandb(args, summary, sections, png)
+    print0(f"report: {html}")
 
 
 def log_wandb(args, summary, sections, png):
@@ -244,45 +368,100 @@ def log_wandb(args, summary, sections, png):
 # Printing
 
 
+def print_reuse(name, counts, pages):
+    """How much of a task is of an earlier run, if any."""
+    if counts["reused"]:
+        print0(f"{name}: {counts['reused']} of {pages} predictions are of an earlier run "
+               f"({counts['rescored']} scored anew as their truth changed, "
+               f"{counts['renamed']} renamed), {pages - counts['reused']} read now")
+
+
 def print_figures(name, figures):
     scores = [f"{key} {figures[key]:.4f}" for key in FIGURES if key in figures]
     print0(f"{name}: {figures['verdict']}")
-    print0(f"  {figures['samples']} pages, {figures['chars_per_vision_token']:.2f} characters per "
+    print0(f"  {pages_of(figures)} pages, {figures['chars_per_vision_token']:.2f} characters per "
            f"vision token | {' | '.join(scores)} | {figures['pages_per_sec']:.1f} pages/s, "
            f"{figures['tokens_per_sec']:.0f} tok/s")
     print0("  (precision counts only what was written: misleading when the output is short)")
+    quantiles = [f"{key} {value:.3f}" for key, value in figures["quantiles"].items()]
+    print0(f"  1-NED of pages: {', '.join(quantiles)}")
     for kind, control in figures["controls"].items():
         print0(f"  control {kind} ({CONTROLS[kind]}): 1-NED {control['one_minus_ned']:.4f} on "
-               f"{control['samples']} pages")
+               f"{control['samples']} of {figures['of']} pages")
     for key in figures:
-        if key.startswith("by_"):
-            print_breakdown(key.removeprefix("by_"), figures[key])
+        score, by, attribute = key.partition("by_")
+        if by and isinstance(figures[key], dict):
+            score = score.strip("_").replace("_", " ") or "1-NED"
+            print_breakdown(f"{score} by {attribute}", figures[key])
+    if "against" in figures:
+        print0(f"  {against_line(figures['against'])}")
 
 
-def print_breakdown(attribute, groups):
+def print_breakdown(title, groups):
     parts = []
     for value, (score, pages, (low, high)) in groups.items():
         parts.append(f"{value} {score:.3f} ({low:.3f}-{high:.3f}, {pages})")
-    print0(f"  1-NED by {attribute}: {', '.join(parts)}")
+    print0(f"  {title}: {', '.join(parts)}")
 
 
 def print_pages(rows, number):
-    """The first pages, truth above prediction; and, loudly, those that failed."""
+    """The first pages, truth above prediction."""
     for row in rows[:number]:
         print0(f"  {row['one_minus_ned']:.2f}  truth {(row['truth'] or '')[:200]!r}")
         print0(f"        reads {row['prediction'][:200]!r}")
+
+
+def print_warnings(figures, rows, limit):
+    """What must not be overlooked: pages that failed, were cut short or were not read at all."""
     failed = [row for row in rows if row["failed"]]
+    cut = [row for row in rows if not row["failed"] and not row["finished"]]
+    lines = []
     if failed:
-        banner(f"{len(failed)} of {len(rows)} pages failed and count as wrong; the first: "
-               f"{failed[0]['error']}")
+        lines.append(f"{len(failed)} of {len(rows)} pages failed and count as wrong; the first: "
+                     f"{failed[0]['error']}")
+    if len(cut) > SAID * len(rows):
+        lines.append(f"{len(cut)} of {len(rows)} pages were cut short by the limit of {limit} "
+                     f"tokens (or the decoder's room), so their scores are too low unless they "
+                     f"loop: raise --max-new-tokens. The first: {cut[0]['id']}")
+    if len(rows) < figures["of"]:
+        lines.append(f"{figures['task']} was read in part: {pages_of(figures)} pages. Not a "
+                     "benchmark's number")
+    if lines:
+        banner("\n".join(lines))
 
 
-def main(argv=None):
-    args = parse_args(argv)
+# -----------------------------------------------------------------------------
+# The evaluation
 
-    # model
-    device = compute_init(args.device_type)
-    engine, meta = load_engine(args, device)
+
+def evaluate_task(evaluator, name, task, args, against):
+    """Reads a task and its controls, and prints what came of it. -> (figures, rows)."""
+    indices = sample(len(task), args.max_problems, args.seed)
+    limit = evaluator.token_limit(task, indices)
+    rows, counts = evaluator.evaluate(name, task, indices, limit)
+    print_reuse(name, counts, len(rows))
+
+    controls = {}
+    if args.controls:
+        # of the pages read, since their scores are paired
+        some = sample(len(task), min(args.controls, len(rows)), args.seed)
+        for kind, other in controls_of(task).items():
+            other_limit = evaluator.token_limit(other, some)
+            controls[kind], _ = evaluator.evaluate(f"{name}.{kind}", other, some, other_limit)
+
+    figures = figures_of(name, rows, controls, of=len(task))
+    figures["reused"] = counts["reused"]
+    figures["max_new_tokens"] = limit
+    if name in against:
+        figures["against"] = {"out": args.against, **compare(rows, against[name])}
+    print_figures(name, figures)
+    print_pages(rows, args.samples)
+    print_warnings(figures, rows, limit)
+    return figures, rows
+
+
+def run(args, engine, meta):
+    """Evaluates with a loaded engine. -> summary, with the figures of every task by name."""
     # Fox's script cuts Chinese into words with jieba.
     by_character = importlib.util.find_spec("jieba") is None
     if by_character:
@@ -291,26 +470,18 @@ def main(argv=None):
     # tasks; pages are drawn at the encoder's own size, so that they are the same in every mode
     tasks = tasks_of(args, meta["user_config"], engine.model.cfg.sam.image_size)
     out = args.out or default_out(args)
-    check_settings(settings_of(args, meta, by_character), out)
+    check_settings(settings_of(args, engine, meta, by_character), out)
+    against = rows_against(args, tasks)
 
     # reading and figures
+    evaluator = Evaluator(engine, out, args.batch_size, args.max_new_tokens, by_character)
     summary = {"checkpoint": args.checkpoint, "step": meta["step"],
                "mode": args.mode or meta["mode"], "seed": args.seed}
     sections = []
     for name, task in tasks:
-        pages = min(args.max_problems, len(task))
-        rows = evaluate(engine, name, task, pages, args, out, by_character)
-        controls = {}
-        if args.controls:
-            pages = min(args.controls, len(rows))
-            for kind, other in controls_of(task).items():
-                controls[kind] = evaluate(engine, f"{name}.{kind}", other, pages, args, out,
-                                          by_character)
-        figures = figures_of(name, rows, controls)
+        figures, rows = evaluate_task(evaluator, name, task, args, against)
         summary[name] = figures
         sections.append((name, task, rows))
-        print_figures(name, figures)
-        print_pages(rows, args.samples)
     if len(tasks) == 1:  # the figures of the only task also stand at the top level
         for key, value in figures.items():
             if not isinstance(value, dict):
@@ -319,8 +490,19 @@ def main(argv=None):
     # report
     if dist_info()[0] == 0:
         write_report(args, out, summary, sections)
+    return summary
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = compute_init(args.device_type)
+    engine, meta = load(args, device)
+    summary = run(args, engine, meta)
     json_line(summary)
     compute_cleanup()
+    for figures in summary.values():
+        if isinstance(figures, dict) and figures["failed"] == figures["samples"]:
+            sys.exit(1)  # the figures say how wrong it went, and so must the command
 
 
 if __name__ == "__main__":
