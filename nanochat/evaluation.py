@@ -12,32 +12,25 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 
-import numpy as np
 from PIL import ImageOps
 from tqdm import tqdm
 
 from nanochat.common import barrier, dist_info, gather
 from nanochat.image_modes import valid_tokens
-from nanochat.metrics import FAILED, relaxed_accuracy, score_page, summarize
-from nanochat.report import breakdown, step_of
-from nanochat.verdict import judge, mean
+from nanochat.metrics import FAILED, relaxed_accuracy, score_page
 
 WINDOW = 4  # batches' worth of pages that are loaded and sorted by length before they are batched
 
-# Figures that are printed, and kept for controls.
-FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official",
-           "repetition_rate", "relaxed_accuracy")
 # Keys that a page's conversation may have and that become attributes of its row.
 PAGE_KEYS = ("face", "size_px", "bucket", "columns")
-QUANTILES = {"min": 0, "p10": 10, "p25": 25, "median": 50, "p75": 75, "p90": 90, "max": 100}
 
 
 # -----------------------------------------------------------------------------
 # What a task says about itself
-# TODO: delete the fallbacks, and this section, once every task is a nanochat.conversation.Task
-# that has answer_metric, truth, image_name and attributes.
+# TODO: once every task is a nanochat.conversation.Task with answer_metric, truth, image_name and
+# attributes, delete this section but for full_truth.
 
 
 def answer_metric(name, task):
@@ -60,15 +53,20 @@ def attributes(task, i):
 
 
 def truth(task, i):
-    """The text of page i, or None where only its broken picture's sample would tell."""
-    try:
-        if hasattr(task, "truth"):
-            return task.truth(i)
-        if hasattr(task, "truths"):
-            return task.truths[i]
-        return truth_of(task[i])
-    except (OSError, ValueError):
-        return None
+    if hasattr(task, "truth"):
+        return task.truth(i)
+    return task.truths[i] if hasattr(task, "truths") else None
+
+
+def full_truth(task, i):
+    """The text of page i, from its sample where the task does not know it otherwise."""
+    text = truth(task, i)
+    if text is None:
+        try:
+            text = truth_of(task[i])
+        except (OSError, ValueError):  # a broken page; reading it will say so
+            text = ""
+    return readable(text)
 
 
 # -----------------------------------------------------------------------------
@@ -89,11 +87,12 @@ def prompt_of(conversation):
 
 
 def readable(text):
-    """Lone surrogates, which some JSON files hold and no file can be written with, as U+FFFD."""
+    """The text with U+FFFD for lone surrogates: JSON can hold them, but UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def text_hash(text):
+    # File names, and so ids, may hold surrogates too.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -102,7 +101,7 @@ def picture_hash(conversation):
     state = hashlib.sha256()
     for image in conversation["images"]:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode == "P":  # its bytes are indices of a palette
+        if upright.mode == "P":  # its bytes are indices into a palette, which may differ
             upright = upright.convert("RGBA")
         state.update(f"{upright.mode} {upright.size}".encode())
         state.update(upright.tobytes())
@@ -116,11 +115,11 @@ class Page:
 
     def __init__(self, task, i):
         self.index = i
-        self.conversation = None
-        self.picture = None     # hash of what the model sees
-        self.prediction = None  # a record of Predictions
-        self.reused = False     # whether the prediction is of an earlier run
-        self.error = None       # why there is no prediction
+        self.conversation = None  # stays None if the picture cannot be opened
+        self.picture = None       # hash of what the model sees
+        self.prediction = None    # a record of Predictions
+        self.reused = False       # whether the prediction is of an earlier run
+        self.error = None         # why there is no prediction
         try:
             self.conversation = task[i]
             self.picture = picture_hash(self.conversation)
@@ -133,22 +132,28 @@ class Page:
 
 
 def read_lines(path):
-    """Objects of a JSON-lines file, [] without one. A last line cut short by a kill is left out."""
+    """Objects of a JSON-lines file, [] without one."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as f:
+        # A kill while writing leaves a last line without its end: that page is read again.
         return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 def to_line(record):
-    # Readable Chinese instead of escapes. A lone surrogate, from a file name, has no UTF-8: with
-    # backslashreplace it becomes an escape, which JSON reads back.
+    # Chinese stays Chinese, for whoever opens the file.
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
+def open_lines(path, mode):
+    # UTF-8 has no lone surrogates, which a file name may hold. "backslashreplace" turns them into
+    # \udc80, which in JSON is an escape, so that reading gives the same text.
+    return open(path, mode, encoding="utf-8", errors="backslashreplace")
+
+
 def write_lines(path, records):
-    """A new file, then a rename: a kill in between loses nothing."""
-    with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:
+    # A new file, then a rename: a kill in between loses nothing.
+    with open_lines(path + ".tmp", "w") as f:
         for record in records:
             f.write(to_line(record))
     os.replace(path + ".tmp", path)
@@ -162,26 +167,30 @@ class Predictions:
     """
     What the model wrote so far, per task and picture, in <out>/predictions.jsonl. Each rank appends
     to a file of its own; `load` merges the files of all ranks, of this run and earlier ones.
+
+    Per task, because a control must be read for itself: that a picture has been read under another
+    name must not decide what a control shows.
     """
 
     def __init__(self, out):
         self.path = os.path.join(out, "predictions.jsonl")
         self.own_path = f"{self.path}.rank{dist_info()[0]}"
-        self.records = {}
+        self.records = {}  # (task, picture) -> record
 
     def load(self):
         barrier()  # all ranks have written
         if dist_info()[0] == 0:
             self.merge()
-        barrier()
+        barrier()  # and now all may read
         self.records = self.keyed(read_lines(self.path))
 
     def keyed(self, records):
         return {(record["task"], record["picture"]): record for record in records}
 
     def merge(self):
-        parts = sorted(glob.glob(glob.escape(self.path) + ".rank*"))
+        """Rank 0: one file out of all."""
         records = self.keyed(read_lines(self.path))
+        parts = sorted(glob.glob(glob.escape(self.path) + ".rank*"))
         for part in parts:
             records.update(self.keyed(read_lines(part)))
         write_lines(self.path, records.values())
@@ -196,7 +205,8 @@ class Predictions:
         return None
 
     def append(self, records):
-        with open(self.own_path, "a", encoding="utf-8", errors="backslashreplace") as f:
+        # Opened and closed for every batch, so that a kill loses no more than one.
+        with open_lines(self.own_path, "a") as f:
             for record in records:
                 f.write(to_line(record))
 
@@ -224,8 +234,7 @@ class Evaluator:
     Reads and scores tasks with one engine, into one folder.
 
     max_new_tokens  tokens a page may take; -1: half as many again as the task's longest truth, and
-                    32. Loops end there, and a sound page never gets near. The decoder's room is a
-                    limit in either case
+                    32. The room in the decoder is a limit in either case
     by_character    whether word figures of Chinese count characters (metrics.word_sets)
     """
 
@@ -243,14 +252,16 @@ class Evaluator:
             return self.max_new_tokens
         longest = 0
         for i in indices:
-            text = readable(truth(task, i) or "")
-            longest = max(longest, len(self.engine.tokenizer.encode(text)))
+            tokens = self.engine.tokenizer.encode(full_truth(task, i))
+            longest = max(longest, len(tokens))
+        # A loop ends here. A model that reads stays below, also where it is wordy or where its
+        # mistakes take more tokens than the words of the truth.
         return longest + longest // 2 + 32
 
     def evaluate(self, name, task, indices, limit):
         """
         Reads the pages `indices` of a task, each rank its share, and writes <out>/<name>.jsonl.
-        -> (rows in the order of `indices`, counts of what was reused, see `count_reuse`).
+        -> (rows in order, what was reused: see `count_reuse`), the same on all ranks.
         """
         rank, _, world = dist_info()
         self.predictions.load()
@@ -266,7 +277,7 @@ class Evaluator:
                     rows.append(self.row(name, task, page))
                     if page.reused:
                         reused.append(page.index)
-        self.predictions.load()
+        self.predictions.load()  # leaves one file
 
         rows = [row for of_rank in gather(rows) for row in of_rank]
         rows.sort(key=lambda row: row["index"])
@@ -306,11 +317,13 @@ class Evaluator:
                 progress.update(len(batch))
 
     def read_batch(self, name, batch, limit):
-        conversations = [page.conversation for page in batch]
+        """Reads the pages of one batch, and keeps what was read."""
         started = time.perf_counter()
+        conversations = [page.conversation for page in batch]
         results = self.engine.generate_each(conversations, limit)
         # Seconds of the evaluation as a whole per page: all ranks work at once.
-        seconds = (time.perf_counter() - started) / dist_info()[2] / len(batch)
+        _, _, world = dist_info()
+        seconds = (time.perf_counter() - started) / world / len(batch)
 
         records = []
         for page, result in zip(batch, results):
@@ -323,7 +336,7 @@ class Evaluator:
                 "confidence": result.confidence, "flags": result.flags, "limit": limit,
                 "seconds": seconds}
             records.append(page.prediction)
-        self.predictions.append(records)
+        self.predictions.append(records)  # not failures: the next run tries those again
 
     def row(self, name, task, page):
         """The row of a page: what it is, what was read, and how far that is from its truth."""
@@ -359,9 +372,9 @@ def describe_page(engine, name, i, conversation):
     row = {"index": i, "id": conversation["id"], "task": name,
            "truth": readable(truth_of(conversation)), "prompt": prompt_of(conversation)}
     plans = engine.plans(conversation)
-    row["vision_tokens"] = sum(plan.tokens for plan in plans)
-    row["positions"] = sum(plan.positions for plan in plans)
-    row["valid_tokens"] = 0  # vision tokens that are not of padding
+    row["vision_tokens"] = sum(plan.tokens for plan in plans)     # as the paper counts them
+    row["positions"] = sum(plan.positions for plan in plans)      # newlines and separators too
+    row["valid_tokens"] = 0                                       # less those of padding
     modes = {}  # a dict, since it keeps the order
     for plan, image in zip(plans, conversation["images"]):
         width, height = ImageOps.exif_transpose(image).size
@@ -380,6 +393,7 @@ def describe_missing(name, task, i):
     return {"index": i, "id": image_name(task, i) or f"{name}/{i}", "task": name,
             "truth": None if text is None else readable(text), "prompt": "",
             "vision_tokens": 0, "positions": 0, "valid_tokens": 0, "mode": "",
+            # so that it stays in the breakdowns, as wrong
             "attributes": dict(attributes(task, i))}
 
 
@@ -388,115 +402,12 @@ def count_reuse(earlier, rows, reused):
     {"reused": pages whose prediction is of an earlier run; "rescored": those of them whose truth
     has changed since; "renamed": those under another name now}. reused: their indices.
     """
-    before = {row["hash"]["picture"]: row["hash"] for row in earlier if "hash" in row}
-    counts = Counter(reused=len(reused), rescored=0, renamed=0)
+    before = {row["hash"]["picture"]: row["hash"] for row in earlier}
+    counts = {"reused": len(reused), "rescored": 0, "renamed": 0}
     for row in rows:
         old = before.get(row["hash"]["picture"])
-        if row["index"] in reused and old:
+        # A killed run left predictions, but no rows to compare with.
+        if row["index"] in reused and old is not None:
             counts["rescored"] += old["truth"] != row["hash"]["truth"]
             counts["renamed"] += old["page"] != row["hash"]["page"]
-    return dict(counts)
-
-
-# -----------------------------------------------------------------------------
-# Figures
-
-
-def label_lengths(rows):
-    """Adds the attribute text_tokens, a range such as "600-700", where the truth is known."""
-    width = step_of([row["text_tokens"] for row in rows])
-    for row in rows:
-        if row["truth"] is not None:
-            low = row["text_tokens"] // width * width
-            row["attributes"]["text_tokens"] = f"{low:g}-{low + width:g}"
-
-
-def breakdowns(rows):
-    """{"by_<attribute>": its breakdown}, where pages differ in it; of answers, their accuracy too."""
-    names = {}  # a dict, since it keeps the order
-    for row in rows:
-        names.update(row["attributes"])
-    answers = any("relaxed_accuracy" in row for row in rows)
-    found = {}
-    for name in names:
-        groups = breakdown(rows, name)
-        if not groups:
-            continue
-        found[f"by_{name}"] = groups
-        if answers:
-            found[f"relaxed_accuracy_by_{name}"] = breakdown(rows, name, "relaxed_accuracy")
-    return found
-
-
-def control_figures(controls):
-    """{control: its main figures} from {control: rows}."""
-    kept = ("samples", "failed", "ci95", *FIGURES)
-    figures = {}
-    for kind, rows in controls.items():
-        summary = summarize(rows)
-        figures[kind] = {key: value for key, value in summary.items() if key in kept}
-    return figures
-
-
-def size_figures(rows):
-    """How densely the pages are packed: means over the pages that could be opened."""
-    names = ("vision_tokens", "positions", "valid_tokens", "text_tokens", "truth_chars")
-    loaded = [row for row in rows if row["vision_tokens"]]
-    means = dict.fromkeys(names, 0.0)
-    if loaded:
-        means = {name: mean(loaded, name) for name in names}
-
-    vision_tokens = means["vision_tokens"]
-    per_token = 1 / max(vision_tokens, 1)
-    if vision_tokens == int(vision_tokens):
-        vision_tokens = int(vision_tokens)
-    return {"chars_per_vision_token": means["truth_chars"] * per_token,
-            "text_tokens_per_vision_token": means["text_tokens"] * per_token,
-            "vision_tokens": vision_tokens,
-            "positions": means["positions"],
-            "valid_tokens": means["valid_tokens"]}
-
-
-def distribution(rows):
-    """How the pages' scores are spread: quantiles, and counts in ten equal bins of 0 to 1."""
-    scores = [row["one_minus_ned"] for row in rows]
-    quantiles = {name: float(np.percentile(scores, q)) for name, q in QUANTILES.items()}
-    counts, _ = np.histogram(scores, bins=10, range=(0, 1))
-    return {"quantiles": quantiles, "histogram": counts.tolist()}
-
-
-def speed(rows):
-    """Pages and tokens per second of encoding and generation; 0 if nothing was read."""
-    seconds = sum(row["seconds"] for row in rows)
-    if seconds == 0:
-        return {"pages_per_sec": 0.0, "tokens_per_sec": 0.0}
-    read = [row for row in rows if not row["failed"]]
-    return {"pages_per_sec": len(read) / seconds,
-            "tokens_per_sec": sum(row["tokens"] for row in read) / seconds}
-
-
-def figures_of(name, rows, controls, of):
-    """
-    All that is said about one task, from its rows and {control: rows}. `of`: pages that the task
-    has, of which the rows are a sample when they are fewer.
-    """
-    finished = [row for row in rows if not row["failed"]]
-    label_lengths(rows)
-    verdict = judge(rows, controls)
-    summary = summarize(rows)
-    return {
-        "task": name,
-        "verdict": verdict.text,
-        "grade": verdict.grade,
-        "samples": summary.pop("samples"),
-        "of": of,
-        **summary,
-        **size_figures(rows),
-        "confidence": mean(finished, "confidence") if finished else None,
-        "unfinished": sum(not row["finished"] for row in finished),
-        **speed(rows),
-        "shares": {fault: len(found) / len(rows) for fault, found in verdict.faults.items()},
-        **distribution(rows),
-        "controls": control_figures(controls),
-        **breakdowns(rows),
-    }
+    return counts

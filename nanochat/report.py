@@ -1,18 +1,16 @@
 """
-What the rows of an evaluation show (dicts, one per page, as nanochat/evaluation.py makes them):
-breakdowns by attribute, the compression curve beside DeepSeek-OCR's, and one self-contained HTML
-page to look at.
+The figures of an evaluation (nanochat/figures.py) to look at: the compression curve beside
+DeepSeek-OCR's, and one self-contained HTML page, verdicts and pages in sight, tables folded.
 """
 import base64
 import html
 import io
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 
-import numpy as np
-
-from nanochat.metrics import MEANS, bootstrap_ci
-from nanochat.verdict import CONTROLS, mean
+from nanochat.figures import breakdowns_in, pages_of
+from nanochat.metrics import MEANS
+from nanochat.verdict import CONTROLS
 
 # DeepSeek-OCR on 100 English pages of Fox (paper, table 2): (text tokens per vision token,
 # precision), counted with their tokenizer.
@@ -27,115 +25,7 @@ PUBLISHED = {
 
 
 # -----------------------------------------------------------------------------
-# Breakdowns
-
-
-def natural_order(text):
-    """Sort key that puts "9" before "10": runs of digits compare as numbers."""
-    pieces = re.split(r"(\d+)", text)
-    return [int(piece) if piece.isdigit() else piece for piece in pieces]
-
-
-def breakdown(rows, key, score="one_minus_ned"):
-    """
-    {value of the attribute `key`: [mean score, pages, its 95 % interval]} over the pages that have
-    the attribute; {} if they all share one value. A page with several values counts in each.
-    """
-    groups = defaultdict(list)
-    for row in rows:
-        values = row["attributes"].get(key)
-        if values is None:
-            continue
-        if not isinstance(values, list):
-            values = [values]
-        for value in values:
-            groups[str(value)].append(row.get(score, 0.0))  # failed pages have no answer: wrong
-    if len(groups) < 2:
-        return {}
-
-    table = {}
-    for value in sorted(groups, key=natural_order):
-        scores = groups[value]
-        low, high = bootstrap_ci(scores)
-        table[value] = [round(float(np.mean(scores)), 3), len(scores),
-                        [round(low, 3), round(high, 3)]]
-    return table
-
-
-def step_of(values):
-    """Width of buckets, 1, 2 or 5 times a power of ten, of which `values` (>= 0) fill about 8."""
-    span = max(max(values) - min(values), max(values) / 8)
-    for exponent in range(-3, 9):
-        for factor in (1, 2, 5):
-            width = factor * 10 ** exponent
-            if span <= 8 * width:
-                return width
-    raise ValueError(f"values up to {max(values)} are too large for buckets")
-
-
-# -----------------------------------------------------------------------------
-# The compression curve
-
-CURVE_MEANS = ("text_tokens", "vision_tokens", "positions", "tokens_per_vision_token",
-               "tokens_per_position", "precision", "precision_official", "one_minus_ned")
-
-
-def usual_sizes(rows):
-    """{task: (mode, vision tokens, positions) of most of its pages}."""
-    seen = defaultdict(Counter)
-    for row in rows:
-        if row["vision_tokens"]:
-            size = (row["mode"], row["vision_tokens"], row["positions"])
-            seen[row["task"]][size] += 1
-    return {task: sizes.most_common(1)[0][0] for task, sizes in seen.items()}
-
-
-def with_ratios(rows):
-    """The rows of known length, with tokens_per_vision_token and tokens_per_position."""
-    usual = usual_sizes(rows)
-    known = []
-    for row in rows:
-        row = dict(row)
-        # Pages that could not be opened stay in the curve, as wrong, at the size of most others:
-        # left out, they would make a broken benchmark look better.
-        if not row["vision_tokens"] and row["task"] in usual:
-            row["mode"], row["vision_tokens"], row["positions"] = usual[row["task"]]
-        if row["vision_tokens"] and row["truth"] is not None:
-            row["tokens_per_vision_token"] = row["text_tokens"] / row["vision_tokens"]
-            row["tokens_per_position"] = row["text_tokens"] / row["positions"]
-            known.append(row)
-    return known
-
-
-def curve(rows, key="text_tokens"):
-    """
-    The paper's table, as a list of dicts: rows by task (all ranges of --chars of one task
-    together), mode and bucket of `key`, which is text_tokens or tokens_per_vision_token. Vision
-    tokens are counted as in the paper, and as positions in the decoder.
-    """
-    known = with_ratios(rows)
-    if not known:
-        return []
-
-    width = step_of([row[key] for row in known])
-    groups = defaultdict(list)
-    for row in known:
-        task = re.sub(r"_\d+-\d+$", "", row["task"])  # heldout_14-20 -> heldout
-        bucket = int(row[key] // width)
-        groups[task, row["mode"], bucket].append(row)
-    return [curve_point(key, width, group) for key, group in sorted(groups.items())]
-
-
-def curve_point(key, width, group):
-    """One line of `curve`: key is (task, mode, number of the bucket)."""
-    task, mode, bucket = key
-    low = bucket * width
-    line = {"task": task, "mode": mode, "bucket": f"{low:g}-{low + width:g}", "pages": len(group)}
-    for name in CURVE_MEANS:
-        line[name] = round(mean(group, name), 4)
-    low, high = bootstrap_ci([row["one_minus_ned"] for row in group])
-    line["ci95"] = [round(low, 4), round(high, 4)]
-    return line
+# The curve
 
 
 def plot_line(axis, group, figure):
@@ -144,13 +34,14 @@ def plot_line(axis, group, figure):
     y = [point[figure] for point in group]
     first = group[0]
     label = f"{first['task']}, {first['mode']}, {first['vision_tokens']:g} tokens"
-    line, = axis.plot(x, y, "o-", label=label)
+    [line] = axis.plot(x, y, "o-", label=label)
     if figure == "one_minus_ned":  # the figure that the intervals belong to
         low = [point["ci95"][0] for point in group]
         high = [point["ci95"][1] for point in group]
         axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
-    for point, px, py in zip(group, x, y):
-        axis.annotate(str(point["pages"]), (px, py), textcoords="offset points", xytext=(3, 4),
+    # A point of 3 pages must not look like one of 300.
+    for point, at in zip(group, zip(x, y)):
+        axis.annotate(str(point["pages"]), at, textcoords="offset points", xytext=(3, 4),
                       fontsize=7)
 
 
@@ -165,17 +56,18 @@ def plot_published(axis):
 
 def plot_curve(path, table, pages):
     """
-    Draws a table of `curve` as a PNG: precision beside the published one, and 1-NED. pages: a note
-    on which share of the pages was read.
+    Draws a table of figures.curve as a PNG: precision beside the published one, and 1-NED. pages:
+    a note on how many of the pages were read.
     """
     import matplotlib
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no window system is needed
     import matplotlib.pyplot as plt
 
-    lines = defaultdict(list)
+    lines = defaultdict(list)  # (task, mode) -> its points, which are in order of length
     for point in table:
         lines[point["task"], point["mode"]].append(point)
 
+    # Two panels: the paper's figure, and ours, which sees order and loops.
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     for axis, name in zip(axes, ("precision_official", "one_minus_ned")):
         for group in lines.values():
@@ -184,17 +76,58 @@ def plot_curve(path, table, pages):
             plot_published(axis)
         axis.set(xlabel="text tokens per vision token", title=name, ylim=(-0.02, 1.04))
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if axis.lines:  # matplotlib warns about an empty legend
             axis.legend(fontsize=7)
     figure.suptitle(f"{pages}. Small numbers: pages at a point. The paper does not define its "
                     "precision; Fox's script prints precision_official", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plt.close(figure)  # matplotlib keeps every figure otherwise
 
 
 # -----------------------------------------------------------------------------
-# HTML
+# Differences
+
+BY_CHARACTER = 300  # longest text, in characters, whose differences are marked by character
+
+# In longer texts they are marked by word: here one character of Chinese or Japanese, which have no
+# spaces, or up to 20 other characters with the space behind them.
+EAST_ASIAN = "\u3000-\u30ff\u3400-\u9fff\uff00-\uffef"
+WORD = re.compile(rf"[{EAST_ASIAN}]|[^\s{EAST_ASIAN}]{{1,20}}\s*|\s+")
+
+
+def marked(tag, text):
+    return f"<{tag}>{text}</{tag}>" if text else ""
+
+
+def coloured(truth, prediction):
+    """(truth, prediction) as HTML: what was missed as <del>, what stands in its place as <ins>."""
+    # Not difflib: it takes half a minute over a page that repeats itself.
+    from rapidfuzz.distance import Levenshtein
+    if max(len(truth), len(prediction)) <= BY_CHARACTER:
+        old_pieces = list(truth)
+        new_pieces = list(prediction)
+    else:  # by character, two long texts that differ look like confetti
+        old_pieces = WORD.findall(truth)
+        new_pieces = WORD.findall(prediction)
+
+    left = ""
+    right = ""
+    opcodes = Levenshtein.opcodes(old_pieces, new_pieces)
+    for kind, old_start, old_end, new_start, new_end in opcodes:
+        old = html.escape("".join(old_pieces[old_start:old_end]))
+        new = html.escape("".join(new_pieces[new_start:new_end]))
+        if kind == "equal":
+            left += old
+            right += new
+        else:
+            left += marked("del", old)
+            right += marked("ins", new)
+    return left, right
+
+
+# -----------------------------------------------------------------------------
+# Pieces of HTML
 
 STYLE = """
 body { font: 14px sans-serif; margin: 2em }
@@ -221,51 +154,25 @@ del, ins { text-decoration: none }
 .bins div { width: 36px; background: #69c }
 """
 
-BY_CHARACTER = 300  # longest text, in characters, whose differences are marked by character
-# Else by word: here a character of Chinese or Japanese, or up to 20 others with the space behind.
-WORD = re.compile("[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"
-                  r"|[^\s\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]{1,20}\s*|\s+")
 
-
-def coloured(truth, prediction):
-    """(truth, prediction) as HTML: what was missed as <del>, what stands in its place as <ins>."""
-    # rapidfuzz and not difflib, which takes minutes over a page that repeats itself
-    from rapidfuzz.distance import Levenshtein
-    if max(len(truth), len(prediction)) <= BY_CHARACTER:
-        old_pieces = list(truth)
-        new_pieces = list(prediction)
-    else:
-        old_pieces = WORD.findall(truth)
-        new_pieces = WORD.findall(prediction)
-
-    left = ""
-    right = ""
-    opcodes = Levenshtein.opcodes(old_pieces, new_pieces)
-    for kind, old_start, old_end, new_start, new_end in opcodes:
-        old = html.escape("".join(old_pieces[old_start:old_end]))
-        new = html.escape("".join(new_pieces[new_start:new_end]))
-        if kind != "equal":
-            old = f"<del>{old}</del>" if old else ""
-            new = f"<ins>{new}</ins>" if new else ""
-        left += old
-        right += new
-    return left, right
+def encoded(data):
+    return base64.b64encode(data).decode()
 
 
 def data_uri(image):
     """A PIL image, reduced to at most 900 px a side, as a data URI."""
     image = image.convert("RGB")
-    image.thumbnail((900, 900))
+    image.thumbnail((900, 900))  # enough to read a page; 256 scans would make a file of 1 GB
     kind = "PNG" if max(image.size) <= 200 else "JPEG"  # JPEG would blur the pixels of a tiny page
     data = io.BytesIO()
     image.save(data, kind, quality=75)
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{encoded}"
+    return f"data:image/{kind.lower()};base64,{encoded(data.getvalue())}"
 
 
 def cell(value):
-    """A value as text: three decimals, one from 100 on; an interval as low-high."""
+    """A value as text: three decimals, one from 100 on; an interval as "low to high"."""
     if isinstance(value, float):
+        # Lengths and rates are 100 and more, and their decimals mean nothing.
         return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
     if isinstance(value, (list, tuple)):
         return " to ".join(cell(part) for part in value)
@@ -273,51 +180,53 @@ def cell(value):
 
 
 def table_line(tag, values):
-    cells = [f"<{tag}>{html.escape(cell(value))}</{tag}>" for value in values]
-    return f"<tr>{''.join(cells)}</tr>"
+    cells = [marked(tag, html.escape(cell(value)) or " ") for value in values]
+    return marked("tr", "".join(cells))
 
 
 def html_table(rows):
     """Dicts -> <table>, its columns all their keys; nothing without rows."""
     if not rows:
         return ""
-    keys = {}  # a dict, since it keeps the order
+    keys = {}  # a dict, since it keeps the order; not every task has every figure
     for row in rows:
-        keys.update(dict.fromkeys(row))
+        keys.update(row)
     lines = [table_line("th", keys)]
     for row in rows:
         lines.append(table_line("td", [row.get(key, "") for key in keys]))
-    return f"<table>{''.join(lines)}</table>"
+    return marked("table", "".join(lines))
 
 
 def folded(title, content):
-    """A part that opens on a click, so that the first page is in sight above it all."""
-    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+    """A part that opens on a click: whatever is long must not push the first page out of sight."""
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
-def page_html(row, task):
-    """One page: its picture, the truth and what was read, with the differences marked."""
-    truth, prediction = coloured(row["truth"] or "", row["prediction"])
-    if row["failed"]:
-        picture = f'<p class="error">{html.escape(row["error"])}</p>'
-        confidence = ""
-    else:
-        image = task[row["index"]]["images"][0]
-        picture = f'<img alt="page" src="{data_uri(image)}">'
-        confidence = f", confidence {row['confidence']:.2f} nats/token"
-    flags = "".join(f'<span class="flag">{flag}</span>' for flag in row["flags"])
-    title = f"<b>{html.escape(row['id'])}</b>: 1-NED {row['one_minus_ned']:.3f}{confidence}{flags}"
-    return (f'<hr>{title}<div class="page">{picture}<pre>{truth}</pre>'
-            f"<pre>{prediction}</pre></div>")
+# -----------------------------------------------------------------------------
+# Parts of the report. tasks: {name: figures}
 
 
-def pages_of(figures):
-    """"256 of 981": how many of its pages a figure of a task is about."""
-    return f"{figures['samples']} of {figures['of']}"
+def against_line(against):
+    """The comparison with another evaluation (verdict.compare), as one line."""
+    low, high = against["ci95"]
+    return (f"against {against['out']}: 1-NED {against['difference']:+.3f} (95 % {low:+.3f} to "
+            f"{high:+.3f}), paired on {against['pages']} of {against['of']} pages; better on "
+            f"{against['better']}, worse on {against['worse']}")
+
+
+def verdict_html(name, figures):
+    """A task's verdict in the colour of its grade; below it the headline number."""
+    verdict = html.escape(f"{name}: {figures['verdict']}")
+    score = f"1-NED {figures['one_minus_ned']:.3f} ({cell(figures['ci95'])})"
+    parts = [f"<p class='verdict {figures['grade']}'>{verdict}</p>",
+             f"<p>{score} on {pages_of(figures)} pages</p>"]
+    if "against" in figures:
+        parts.append(marked("p", html.escape(against_line(figures["against"]))))
+    return "".join(parts)
 
 
 def figure_table(tasks):
-    """One line per task, from {name: figures}."""
+    """One line per task."""
     lines = []
     for name, figures in tasks.items():
         line = {"task": name, "pages": pages_of(figures), "failed": figures["failed"],
@@ -329,18 +238,24 @@ def figure_table(tasks):
     return html_table(lines)
 
 
+def histogram_html(counts):
+    """Ten bars, from pages that were not read at all to perfect ones."""
+    bars = ""
+    for i, count in enumerate(counts):
+        low = i / 10
+        label = f"1-NED {low:.1f} to {low + 0.1:.1f}: {count} pages"
+        height = round(100 * count / max(counts))  # %; there is at least one page
+        bars += f'<div title="{label}" style="height:{height}%"></div>'
+    return f'<div class="bins">{bars}</div>'
+
+
 def distribution_html(tasks):
-    """Quantiles of the page scores, a histogram of them and the shares of faults, per task."""
+    """Histogram and quantiles of the page scores, and the shares of faults."""
     parts = []
     for name, figures in tasks.items():
-        highest = max(figures["histogram"])
-        bars = ""
-        for i, count in enumerate(figures["histogram"]):
-            height = round(100 * count / highest)
-            label = f"1-NED {i / 10:.1f} to {(i + 1) / 10:.1f}: {count} pages"
-            bars += f'<div title="{label}" style="height:{height}%"></div>'
-        parts.append(f"<p>{html.escape(name)}, {pages_of(figures)} pages by 1-NED, 0 to 1 in steps "
-                     f'of 0.1</p><div class="bins">{bars}</div>')
+        title = f"{html.escape(name)}, {pages_of(figures)} pages by 1-NED, 0 to 1 in steps of 0.1"
+        parts.append(marked("p", title))
+        parts.append(histogram_html(figures["histogram"]))
         parts.append(html_table([{"quantile of 1-NED": "", **figures["quantiles"]}]))
         parts.append(html_table([{"share of pages": "", **figures["shares"]}]))
     return "".join(parts)
@@ -351,61 +266,52 @@ def control_table(tasks):
     lines = []
     for name, figures in tasks.items():
         for kind, control in figures["controls"].items():
-            lines.append({"task": name, "control": kind, "what": CONTROLS[kind],
-                          "pages": f"{control['samples']} of {figures['of']}", **control})
-    return html_table(lines)
+            pages = f"{control['samples']} of {figures['of']}"
+            lines.append({"task": name, "control": kind, "what": CONTROLS[kind], "pages": pages,
+                          **control})
+    return html_table(lines) or marked("p", "Not run (--controls).")
 
 
 def breakdown_tables(tasks):
-    """Every breakdown ("by_<attribute>", "relaxed_accuracy_by_<attribute>") of every task."""
+    """Every breakdown of every task."""
     text = ""
     for name, figures in tasks.items():
-        for key in figures:
-            score, by, attribute = key.partition("by_")
-            if not by or not isinstance(figures[key], dict):
-                continue
-            score = score.strip("_").replace("_", " ") or "1-NED"
+        for score, attribute, groups in breakdowns_in(figures):
             lines = []
-            for value, (mean_score, pages, ci95) in figures[key].items():
+            for value, (mean_score, pages, ci95) in groups.items():
                 lines.append({attribute: value, score: mean_score, "95 %": ci95, "pages": pages})
-            text += f"<p>{html.escape(name)}: {pages_of(figures)} pages</p>" + html_table(lines)
+            text += marked("p", f"{html.escape(name)}: {pages_of(figures)} pages")
+            text += html_table(lines)
     return text
 
 
-def against_html(figures):
-    """The line that compares a task with the same task of another evaluation, if there is one."""
-    if "against" not in figures:
-        return ""
-    return f"<p>{html.escape(against_line(figures['against']))}</p>"
-
-
-def against_line(against):
-    low, high = against["ci95"]
-    return (f"against {against['out']}: 1-NED {against['difference']:+.3f} (95 % {low:+.3f} to "
-            f"{high:+.3f}), paired on {against['pages']} of {against['of']} pages; better on "
-            f"{against['better']}, worse on {against['worse']}")
-
-
-def head_html(tasks, curves, png):
-    """Everything above the pages: verdicts in sight, figures folded."""
-    with open(png, "rb") as f:
-        plot = base64.b64encode(f.read()).decode()
+def curve_html(curves, png):
+    """The picture of the curve, and its tables."""
+    with open(png, "rb") as f:  # inside the page, so that it can be sent as one file
+        plot = encoded(f.read())
     picture = f"<img class='curve' alt='curve' src='data:image/png;base64,{plot}'>"
-    tables = "".join(html_table(table) for table in curves)
-    controls = control_table(tasks) or "<p>Not run (--controls).</p>"
+    return picture + "".join(html_table(table) for table in curves)
 
-    parts = []
-    for name, figures in tasks.items():
-        line = html.escape(f"{name}: {figures['verdict']}")
-        parts.append(f"<p class='verdict {figures['grade']}'>{line}</p>")
-        parts.append(f"<p>1-NED {figures['one_minus_ned']:.3f} ({cell(figures['ci95'])}) on "
-                     f"{pages_of(figures)} pages</p>{against_html(figures)}")
-    parts.append(folded("Figures", figure_table(tasks)))
-    parts.append(folded("How the pages' scores are spread", distribution_html(tasks)))
-    parts.append(folded("Controls", controls))
-    parts.append(folded("Compression", picture + tables))
-    parts.append(folded("By attribute", breakdown_tables(tasks)))
-    return "".join(parts)
+
+def page_html(row, task):
+    """One page: its picture, the truth and what was read, with the differences marked."""
+    truth, prediction = coloured(row["truth"] or "", row["prediction"])
+    if row["failed"]:  # often because the picture cannot be opened
+        picture = f'<p class="error">{html.escape(row["error"])}</p>'
+        confidence = ""
+    else:
+        image = task[row["index"]]["images"][0]
+        picture = f'<img alt="page" src="{data_uri(image)}">'
+        confidence = f", confidence {row['confidence']:.2f} nats/token"
+    name = marked("b", html.escape(row["id"]))
+    flags = "".join(f'<span class="flag">{flag}</span>' for flag in row["flags"])
+    title = f"{name}: 1-NED {row['one_minus_ned']:.3f}{confidence}{flags}"
+    return (f'<hr>{title}<div class="page">{picture}<pre>{truth}</pre>'
+            f"<pre>{prediction}</pre></div>")
+
+
+# -----------------------------------------------------------------------------
+# The report
 
 
 def write_html(path, title, summary, sections, curves, png, limit):
@@ -414,7 +320,7 @@ def write_html(path, title, summary, sections, curves, png, limit):
 
     summary   {task name: its figures, ...}
     sections  [(task name, task, rows)]
-    curves    tables of `curve`; png: path of its picture
+    curves    tables of figures.curve; png: path of its picture
     limit     pages shown per task, the worst
     """
     title = html.escape(title)
@@ -422,13 +328,22 @@ def write_html(path, title, summary, sections, curves, png, limit):
     with open(path, "w", encoding="utf-8", errors="replace") as f:  # ids may be any file names
         f.write(f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{title}</title>"
                 f"<style>{STYLE}</style></head><body><h1>{title}</h1>")
-        f.write(head_html(tasks, curves, png))
+        for name, figures in tasks.items():
+            f.write(verdict_html(name, figures))
+        # Numbers on request: the pages below tell more, and are to be seen at once.
+        f.write(folded("Figures", figure_table(tasks)))
+        f.write(folded("How the pages' scores are spread", distribution_html(tasks)))
+        f.write(folded("Controls", control_table(tasks)))
+        f.write(folded("Compression", curve_html(curves, png)))
+        f.write(folded("By attribute", breakdown_tables(tasks)))
+
         for name, task, rows in sections:
             worst_first = sorted(rows, key=lambda row: row["one_minus_ned"])
             shown = worst_first[:limit]
-            f.write(f"<h2>{html.escape(name)}</h2>")
+            f.write(marked("h2", html.escape(name)))
             f.write(f"<p>{len(shown)} of {len(rows)} pages, worst first: page, truth "
                     "(<del>missed</del>), reading (<ins>wrong</ins>)</p>")
+            # One at a time: the pictures of all pages together may not fit in memory.
             for row in shown:
                 f.write(page_html(row, task))
         f.write("</body></html>")

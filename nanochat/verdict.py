@@ -38,6 +38,8 @@ def nearest_other(rows):
     For each row the 1-NED of its prediction to the truth of another row: the best of the few that
     share most words with the prediction. Truths under 6 characters are left out.
     """
+    # An index of words, because to compare every prediction with every truth of a benchmark of a
+    # thousand pages takes ten minutes.
     pages_with = defaultdict(set)  # word -> indices of the rows whose truth contains it
     for i, row in enumerate(rows):
         if len(row["truth"]) >= MIN_TRUTH:
@@ -51,7 +53,7 @@ def nearest_other(rows):
             for i in pages_with[word]:
                 if rows[i]["truth"] != row["truth"]:
                     shared[i] += 1
-        best = 0.0
+        best = 0.0  # also where no word is shared
         for i, _ in shared.most_common(CANDIDATES):
             best = max(best, one_minus_ned(row["prediction"], rows[i]["truth"]))
         scores.append(best)
@@ -65,11 +67,12 @@ def repeated_texts(rows):
     """
     groups = defaultdict(list)
     for row in rows:
-        text = normalize_whitespace(row["prediction"])
+        text = normalize_whitespace(row["prediction"])  # two empty lines are one empty text
         if text and len(row["truth"]) >= MIN_TRUTH:
             groups[text].append(row)
     found = []
     for text, group in groups.items():
+        # Pages with the same truth may well be read alike.
         truths = {normalize_whitespace(row["truth"]) for row in group}
         if len(truths) > 1:
             found += [row for row in group if normalize_whitespace(row["truth"]) != text]
@@ -139,7 +142,7 @@ def paired_gain(rows, control_rows):
     The Gain over a control, or None without a pair. Pages that failed in either are left out: a
     failure says nothing about reading, and a 0 under the control would look like a gain.
     """
-    without = {}
+    without = {}  # page -> its score under the control
     for row in control_rows:
         if not row["failed"]:
             without[row["index"]] = row["one_minus_ned"]
@@ -160,6 +163,7 @@ def collapse(good, others):
     texts = Counter(normalize_whitespace(row["prediction"]) for row in good)
     text, same = texts.most_common(1)[0]
 
+    # Empty before equal: no text is the same text as well, but a name of its own says more.
     empty = empty_pages(good)
     if len(empty) > total / 2:
         return f"writes nothing: on {len(empty)} of {total} pages"
@@ -169,6 +173,7 @@ def collapse(good, others):
     if loops > total / 2:
         return f"loops: on {loops} of {total} pages"
 
+    # On average and not page by page: single pages may share their text with another, as forms do.
     own = mean(good, "one_minus_ned")
     other = float(np.mean(others))
     if other > own + OTHER_MARGIN:
@@ -200,12 +205,15 @@ def judge(rows, controls):
     if not good:
         return Verdict("bad", f"every page failed: {rows[0]['error']}", faults)
 
+    # What the model does on most pages comes first; faults that some pages have follow it.
     notes = fault_notes(faults, len(rows))
     tail = f"; {notes}" if notes else ""
     collapsed = collapse(good, others)
     if collapsed:
         return Verdict("bad", collapsed + tail, faults)
 
+    # Both controls. A model that recites may be distracted by another page's picture, which looks
+    # like a gain; then a blank page scores as high as the real one.
     another = paired_gain(rows, controls.get("another", []))
     blank = paired_gain(rows, controls.get("blank", []))
     if another is None:
@@ -234,6 +242,7 @@ def compare(rows, other_rows):
     name, picture and truth are the same; a page that failed counts as 0, as everywhere.
     ValueError when no page does.
     """
+    # By name and truth, not by index: pages may have been added, or another sample drawn.
     there = {}
     for row in other_rows:
         there[row["hash"]["page"], row["hash"]["truth"]] = row

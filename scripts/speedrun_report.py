@@ -24,7 +24,7 @@ def select(figures, names):
 def scores_of(summary):
     """{task: its main figures} from the summary.json of one evaluation."""
     scores = {}
-    for task, figures in summary.items():
+    for task, figures in summary.items():  # beside tasks a summary has single values and a curve
         if isinstance(figures, dict) and "one_minus_ned" in figures:
             scores[task] = select(figures, FIGURES)
     return scores
@@ -41,6 +41,7 @@ def main(argv=None):
                         help="folders below stage2 that scripts.vision_eval wrote, with commas")
     args = parser.parse_args(argv)
 
+    # A missing file is an error here: the run before it did not end as it should.
     stages = {}
     for stage in ("stage1", "stage2"):
         stages[stage] = read_json(os.path.join(args.checkpoints, stage, "summary.json"))

@@ -21,7 +21,6 @@ import importlib.util
 import os
 import random
 import sys
-from collections import Counter
 
 from PIL import Image
 
@@ -29,12 +28,13 @@ from nanochat import evaluation
 from nanochat.common import (banner, barrier, compute_cleanup, compute_init, dist_info, init_wandb,
                              json_line, print0, read_json, run_main, write_json)
 from nanochat.conversation import OCR_PROMPT
-from nanochat.evaluation import FIGURES, Evaluator, figures_of, read_lines
+from nanochat.evaluation import Evaluator, read_lines
+from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
+from nanochat.official import write_fox, write_markdown
 from nanochat.pretrained import fetch
 from nanochat.reader import add_arguments, load_engine
-from nanochat.report import against_line, curve, pages_of, plot_curve, write_html
+from nanochat.report import against_line, plot_curve, write_html
 from nanochat.verdict import CONTROLS, SAID, compare
-from tasks import registry
 from tasks.omnidocbench import QUIVR, OmniDocBench
 from tasks.registry import EVALUATED, open_set, parse_chars
 from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
@@ -49,7 +49,9 @@ def parse_args(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # Model
     add_arguments(parser)
-    parser.set_defaults(max_new_tokens=-1)  # -1: half as many again as the longest truth, and 32
+    # -1: as many tokens as the task needs (Evaluator.token_limit). A fixed number would cut the
+    # pages of one task short and let the loops of another run on.
+    parser.set_defaults(max_new_tokens=-1)
     # Pages
     parser.add_argument("--task", default="heldout,heldout_words,random_chars",
                         help=f"with commas: {', '.join(SPLITS + EVALUATED)}")
@@ -98,10 +100,10 @@ def check_args(args):
 
 
 def load(args, device):
-    """-> (engine, meta). -1 means nothing to load_engine, which wants a number of tokens."""
+    """-> (engine, meta) for the flags; --max-new-tokens=-1 is this script's own matter."""
     args = copy.copy(args)
     if args.max_new_tokens == -1:
-        args.max_new_tokens = 1
+        args.max_new_tokens = 1  # load_engine only checks its range
     return load_engine(args, device)
 
 
@@ -114,25 +116,16 @@ def tasks_of(args, user_config, image_size):
     generated = GENERATED if args.max_problems == -1 else args.max_problems
     tasks = []
     for name in args.task.split(","):
-        if name in SPLITS:
+        if name in SPLITS:  # of SynthDoc, shaped by more flags than the registry passes on
             tasks += split_tasks(name, generated, args, user_config, image_size)
         elif name == "omnidocbench":
             prompt = f"\n{args.prompt}" if args.prompt else OCR_PROMPT
             kinds = tuple(args.kinds.split(","))
             tasks.append((name, OmniDocBench(args.path or QUIVR, kinds, prompt)))
         else:
-            task = open_set(name, args.path, "all", data_args(args), image_size, generated)
+            task = open_set(name, args.path, "all", args, image_size, generated)
             tasks.append((name, task))
     return tasks
-
-
-def data_args(args):
-    """args, with the defaults of those flags of the task registry that this script lacks."""
-    if not hasattr(registry, "add_data_arguments"):  # TODO: delete when it is there
-        return args
-    parser = argparse.ArgumentParser()
-    registry.add_data_arguments(parser)
-    return parser.parse_args([], namespace=copy.copy(args))
 
 
 def split_tasks(name, size, args, user_config, image_size):
@@ -151,14 +144,12 @@ def split_tasks(name, size, args, user_config, image_size):
 
 
 def sample(pages, wanted, seed):
-    """
-    Indices of `wanted` of the pages, in order; -1 = all. Drawn, since the first pages of a
-    benchmark are of one source; and a larger sample holds every smaller one, so that asking for
-    more pages reads only the new ones.
-    """
-    if wanted == -1 or wanted >= pages:
-        return list(range(pages))
+    """Indices of `wanted` of the pages, in order; -1 = all."""
     order = list(range(pages))
+    if wanted == -1 or wanted >= pages:
+        return order
+    # Drawn, because the first pages of a benchmark are all of one source. The draw of fewer pages
+    # is part of the draw of more: whoever asks for more reads only the new ones.
     random.Random(f"sample/{seed}").shuffle(order)
     return sorted(order[:wanted])
 
@@ -170,12 +161,13 @@ class Control:
         self.task = task
         self.kind = kind
 
-    def truth(self, i):
+    def truth(self, i):  # what the model would have to say of the picture that it does not see
         return evaluation.truth(self.task, i)
 
     def __getitem__(self, i):
         conversation = self.task[i]
         if self.kind == "another":
+            # The next page, not a random one: every picture is used as often as before.
             images = self.task[(i + 1) % len(self.task)]["images"]
         else:
             images = [Image.new("RGB", image.size, "white") for image in conversation["images"]]
@@ -188,7 +180,7 @@ def other_words(words, kind, rng):
         return rng.sample(words, len(words))
     strings = []
     for word in words:
-        letters = "".join(random_string(rng) for _ in word)  # more than enough
+        letters = "".join(random_string(rng) for _ in word)  # 2 to 8 characters each: enough
         strings.append(letters[:len(word)])
     return strings
 
@@ -197,7 +189,8 @@ def reworded(task, kind):
     """A synthetic task whose pages keep their layout but show `other_words`, truth included."""
     def blocks(i):
         rng, freedom, own_blocks = task.blocks(i)
-        own_rng = random.Random(f"{kind}/{i}")  # the task's rng goes on to draw the layout
+        # Not the task's rng, which goes on to draw the layout: that must stay as it was.
+        own_rng = random.Random(f"{kind}/{i}")
         new_blocks = []
         for box, words, scale in own_blocks:
             new_blocks.append((box, other_words(words, kind, own_rng), scale))
@@ -235,7 +228,7 @@ def settings_of(args, engine, meta, by_character):
         "weights": weights,
         "by_character": by_character,
         "mode": args.mode or meta["mode"],
-        # not "auto", which is bf16 on one machine and fp32 on the next
+        # "auto" would say nothing: it is bf16 on one machine and fp32 on the next
         "dtype": str(engine.model.dtype).removeprefix("torch."),
     }
     for key in SETTINGS:
@@ -254,11 +247,11 @@ def check_settings(settings, out):
     if changes:
         raise ValueError(f"{out} holds an evaluation under other settings ({'; '.join(changes)}): "
                          "give another --out, or delete it")
-    barrier()  # all ranks have looked
+    barrier()  # no rank may find what rank 0 writes now
     if dist_info()[0] == 0:
         os.makedirs(out, exist_ok=True)
         write_json(path, settings)
-    barrier()
+    barrier()  # the folder is there
 
 
 def rows_against(args, tasks):
@@ -272,72 +265,37 @@ def rows_against(args, tasks):
             raise FileNotFoundError(f"--against={args.against} has no {name}.jsonl: evaluate the "
                                     f"other checkpoint on --task={args.task} first")
         found[name] = read_lines(path)
+        if not all("hash" in row for row in found[name]):
+            raise ValueError(f"{path} has rows without a hash of their page, from an earlier "
+                             "version: evaluate that checkpoint again")
     return found
 
 
-def markdown_names(image_names):
-    """
-    {image name: path of its Markdown file in md/}, where the official OmniDocBench evaluator looks:
-    in one folder, for the image name less its last four characters, then for the whole name.
-    """
-    short = {}
-    for name in image_names:
-        stem, extension = os.path.splitext(os.path.basename(name))
-        # .jpeg less four characters would leave the dot
-        short[name] = stem + ".md" if len(extension) == 4 else stem + extension + ".md"
-    taken = Counter(short.values())
-    whole = Counter(os.path.basename(name) + ".md" for name in image_names)
-    paths = {}
-    for name in image_names:
-        path = short[name]
-        if taken[path] > 1:  # p.png and p.jpg
-            path = os.path.basename(name) + ".md"
-        if whole[path] > 1:  # x/p.png and y/p.png; for the official evaluator they are one page
-            path = os.path.normpath("/" + name).lstrip("/") + ".md"  # ".." stays inside the folder
-        paths[name] = path
-    return paths
-
-
-def write_markdown(folder, rows):
-    """A Markdown file for every row of a real page, failed ones too: without one the official
-    evaluator leaves the page out of its mean."""
-    texts = {row["image_name"]: row["prediction"] for row in rows if "image_name" in row}
-    for name, path in markdown_names(list(texts)).items():
-        path = os.path.join(folder, path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="utf-8", errors="replace") as f:
-            f.write(texts[name])
-
-
-def write_fox(path, rows):
-    """
-    The file that Fox's own script (eval_tools/eval_ocr_test.py) scores. It crashes on an empty
-    answer; a word that no page holds, with the same score, stands in its place.
-    """
-    records = []
-    for row in rows:
-        records.append({"image": row["id"], "question": row["prompt"],
-                        "label": row["truth"], "answer": row["prediction"].strip() or "<empty>"})
-    write_json(path, records)
-
-
 def write_report(args, out, summary, sections):
-    """Everything but the rows, which are there already: report, curve, Markdown, summary."""
+    """Everything but the rows, which are there already: report, curve, official files, summary."""
     all_rows = []
-    for name, _, rows in sections:
+    for _, _, rows in sections:
         all_rows += rows
-        if name in ("fox", "fox-cn"):
-            write_fox(os.path.join(out, f"{name}_official.json"), rows)
+
+    # the curve, with a note on how many pages it stands on
     by_length = curve(all_rows, "text_tokens")
     by_ratio = curve(all_rows, "tokens_per_vision_token")
     summary["curve"] = by_length
     counts = [f"{name} {pages_of(summary[name])} pages" for name, _, _ in sections]
     png = os.path.join(out, "curve.png")
     plot_curve(png, by_length, ", ".join(counts))
+
+    # the page to look at
     title = f"{args.checkpoint}, step {summary['step']}, mode {summary['mode']}"
     html = os.path.join(out, "report.html")
     write_html(html, title, summary, sections, [by_length, by_ratio], png, args.report_pages)
+
+    # files for the benchmarks' own evaluators
     write_markdown(os.path.join(out, "md"), all_rows)
+    for name, _, rows in sections:
+        if name in ("fox", "fox-cn"):
+            write_fox(os.path.join(out, f"{name}_official.json"), rows)
+
     write_json(os.path.join(out, "summary.json"), summary)
     if args.run != "dummy":
         log_wandb(args, summary, sections, png)
@@ -377,22 +335,21 @@ def print_reuse(name, counts, pages):
 
 
 def print_figures(name, figures):
-    scores = [f"{key} {figures[key]:.4f}" for key in FIGURES if key in figures]
-    print0(f"{name}: {figures['verdict']}")
-    print0(f"  {pages_of(figures)} pages, {figures['chars_per_vision_token']:.2f} characters per "
-           f"vision token | {' | '.join(scores)} | {figures['pages_per_sec']:.1f} pages/s, "
-           f"{figures['tokens_per_sec']:.0f} tok/s")
-    print0("  (precision counts only what was written: misleading when the output is short)")
+    scores = [f"{key} {figures[key]:.4f}" for key in MAIN if key in figures]
+    density = f"{figures['chars_per_vision_token']:.2f} characters per vision token"
+    rates = f"{figures['pages_per_sec']:.1f} pages/s, {figures['tokens_per_sec']:.0f} tok/s"
     quantiles = [f"{key} {value:.3f}" for key, value in figures["quantiles"].items()]
+    print0(f"{name}: {figures['verdict']}")
+    print0(f"  {pages_of(figures)} pages, {density} | {' | '.join(scores)} | {rates}")
+    print0("  (precision counts only what was written: misleading when the output is short)")
     print0(f"  1-NED of pages: {', '.join(quantiles)}")
+
     for kind, control in figures["controls"].items():
+        pages = f"{control['samples']} of {figures['of']} pages"
         print0(f"  control {kind} ({CONTROLS[kind]}): 1-NED {control['one_minus_ned']:.4f} on "
-               f"{control['samples']} of {figures['of']} pages")
-    for key in figures:
-        score, by, attribute = key.partition("by_")
-        if by and isinstance(figures[key], dict):
-            score = score.strip("_").replace("_", " ") or "1-NED"
-            print_breakdown(f"{score} by {attribute}", figures[key])
+               f"{pages}")
+    for score, attribute, groups in breakdowns_in(figures):
+        print_breakdown(f"{score} by {attribute}", groups)
     if "against" in figures:
         print0(f"  {against_line(figures['against'])}")
 
@@ -436,19 +393,22 @@ def print_warnings(figures, rows, limit):
 
 def evaluate_task(evaluator, name, task, args, against):
     """Reads a task and its controls, and prints what came of it. -> (figures, rows)."""
+    # the task
     indices = sample(len(task), args.max_problems, args.seed)
     limit = evaluator.token_limit(task, indices)
     rows, counts = evaluator.evaluate(name, task, indices, limit)
     print_reuse(name, counts, len(rows))
 
+    # its controls, on some of the pages read: scores are compared page by page
     controls = {}
     if args.controls:
-        # of the pages read, since their scores are paired
         some = sample(len(task), min(args.controls, len(rows)), args.seed)
         for kind, other in controls_of(task).items():
+            # Random letters take more tokens than words, so the limit is the control's own.
             other_limit = evaluator.token_limit(other, some)
             controls[kind], _ = evaluator.evaluate(f"{name}.{kind}", other, some, other_limit)
 
+    # what came of it
     figures = figures_of(name, rows, controls, of=len(task))
     figures["reused"] = counts["reused"]
     figures["max_new_tokens"] = limit
@@ -462,12 +422,13 @@ def evaluate_task(evaluator, name, task, args, against):
 
 def run(args, engine, meta):
     """Evaluates with a loaded engine. -> summary, with the figures of every task by name."""
-    # Fox's script cuts Chinese into words with jieba.
+    # Fox's script cuts Chinese into words with jieba; without it the words are single characters.
     by_character = importlib.util.find_spec("jieba") is None
     if by_character:
         print0("jieba is not installed: f1 and precision of Chinese pages count characters")
 
-    # tasks; pages are drawn at the encoder's own size, so that they are the same in every mode
+    # tasks; pages are drawn at the encoder's own size, so that they are the same in every mode and
+    # two modes can be compared
     tasks = tasks_of(args, meta["user_config"], engine.model.cfg.sam.image_size)
     out = args.out or default_out(args)
     check_settings(settings_of(args, engine, meta, by_character), out)
@@ -482,7 +443,7 @@ def run(args, engine, meta):
         figures, rows = evaluate_task(evaluator, name, task, args, against)
         summary[name] = figures
         sections.append((name, task, rows))
-    if len(tasks) == 1:  # the figures of the only task also stand at the top level
+    if len(tasks) == 1:  # of the only task, also where a script that reads one number looks
         for key, value in figures.items():
             if not isinstance(value, dict):
                 summary[key] = value
@@ -500,9 +461,11 @@ def main(argv=None):
     summary = run(args, engine, meta)
     json_line(summary)
     compute_cleanup()
+
+    # A benchmark that is broken as a whole gives a number too: 0. A shell script must notice.
     for figures in summary.values():
         if isinstance(figures, dict) and figures["failed"] == figures["samples"]:
-            sys.exit(1)  # the figures say how wrong it went, and so must the command
+            sys.exit(1)
 
 
 if __name__ == "__main__":

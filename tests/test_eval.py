@@ -1,13 +1,16 @@
 """
-Proves that the verdict names models that read and models that do not; that every page counts exactly
-once, failed ones as wrong, also after a kill and when pages change; that a cut of a benchmark is
-said; and that tables, curve, controls and files for the official evaluators hold what they should.
+Proves that the verdict names models that read and models that do not; that every page counts
+exactly once, failed ones as wrong, also after a kill and when pages change; that a cut of a
+benchmark is said; and that tables, curve, controls and files for the official evaluators hold what
+they should.
 
 python -m pytest tests/test_eval.py
 """
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
@@ -17,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from nanochat import evaluation, report, verdict
+from nanochat import evaluation, figures, official, report, verdict
 from nanochat.conversation import Task, ocr_conversation
 from nanochat.engine import Engine, Result
 from nanochat.image_modes import MODES
@@ -590,10 +593,10 @@ def test_tables_when_asked_for(fake, tmp_path):
 def test_markdown_names():
     """As the official evaluator looks for them: <name less 4 characters>.md, then <name>.md."""
     names = ["a.pdf_1.jpg", "b.jpeg", "c.png", "c.jpg", "x/p.png", "y/p.png", "z/only.png"]
-    paths = vision_eval.markdown_names(names)
+    paths = official.markdown_names(names)
     assert list(paths.values()) == ["a.pdf_1.md", "b.jpeg.md", "c.png.md", "c.jpg.md",
                                     "x/p.png.md", "y/p.png.md", "only.md"]
-    outside = vision_eval.markdown_names(["../../p.png", "y/p.png"])
+    outside = official.markdown_names(["../../p.png", "y/p.png"])
     assert outside["../../p.png"] == "p.png.md"
 
 
@@ -610,6 +613,35 @@ def test_a_lone_surrogate_stops_nothing(fake, tmp_path):
     summary, _, out = fake(lambda c: "odd \ufffd text", "--task=omnidocbench", f"--path={folder}")
     assert summary["one_minus_ned"] == 1
     assert rows_of(out, "omnidocbench")[0]["truth"] == "odd \ufffd text"
+
+
+OFFICIAL = os.environ.get("OMNIDOCBENCH_OFFICIAL", "")  # a checkout of opendatalab/OmniDocBench
+
+
+@needs_demo
+@pytest.mark.skipif(not OFFICIAL, reason="needs OMNIDOCBENCH_OFFICIAL and its requirements")
+def test_the_official_evaluator_finds_the_truth_perfect(fake, tmp_path):
+    """Every page is found; text and order have distance 0, tables a TEDS of 1."""
+    _, _, out = fake(truth_of, "--task=omnidocbench", f"--path={DEMO}", "--kinds=text,table",
+                     "--report-pages=0")
+    metrics = {"text_block": {"metric": ["Edit_dist"]}, "table": {"metric": ["TEDS"]},
+               "reading_order": {"metric": ["Edit_dist"]}}
+    dataset = {"dataset_name": "end2end_dataset", "match_method": "quick_match",
+               "ground_truth": {"data_path": str(DEMO / "OmniDocBench.json")},
+               "prediction": {"data_path": str(out / "md")}}
+    config = {"end2end_eval": {"metrics": metrics, "dataset": dataset}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (tmp_path / "result").mkdir()  # the evaluator writes into it and does not make it
+
+    python = os.environ.get("OMNIDOCBENCH_PYTHON", sys.executable)
+    command = [python, Path(OFFICIAL) / "pdf_validation.py", "--config", tmp_path / "config.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "No prediction for" not in done.stdout
+    result = json.loads((tmp_path / "result/md_quick_match_metric_result.json").read_text())
+    assert result["text_block"]["all"]["Edit_dist"]["ALL_page_avg"] == 0
+    assert result["reading_order"]["all"]["Edit_dist"]["ALL_page_avg"] == 0
+    assert result["table"]["all"]["TEDS"]["all"] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -735,7 +767,7 @@ def sized(text_tokens, score, mode="tiny", vision=64, positions=73, truth="", **
 def test_curve_in_the_papers_form():
     rows = [sized(650, 1.0), sized(690, 0.5), sized(1250, 0.25),
             sized(1250, 0.75, "small", 100, 111), sized(0, 0.0, vision=0, truth=None)]
-    first, second, third = report.curve(rows)
+    first, second, third = figures.curve(rows)
     assert first["mode"] == "small" and first["bucket"] == "1200-1300"
     assert first["pages"] == 1 and first["precision"] == 0.75
     assert second["bucket"] == "600-700" and second["pages"] == 2
@@ -744,15 +776,15 @@ def test_curve_in_the_papers_form():
     assert second["tokens_per_position"] == pytest.approx(670 / 73, abs=1e-3)
     assert third["vision_tokens"] == 64 and third["positions"] == 73
 
-    by_ratio = report.curve(rows, "tokens_per_vision_token")
+    by_ratio = figures.curve(rows, "tokens_per_vision_token")
     assert sum(point["pages"] for point in by_ratio) == 4
     assert [point["bucket"] for point in by_ratio] == ["12-14", "10-12", "18-20"]
-    assert report.curve([sized(0, 0.0, vision=0, truth=None)]) == []
+    assert figures.curve([sized(0, 0.0, vision=0, truth=None)]) == []
 
 
 def test_a_page_that_did_not_open_is_in_the_curve_at_the_size_of_the_others():
     rows = [sized(650, 1.0), sized(650, 1.0), sized(650, 0.0, mode="", vision=0)]
-    [line] = report.curve(rows)
+    [line] = figures.curve(rows)
     assert line["pages"] == 3 and line["one_minus_ned"] == pytest.approx(2 / 3, abs=1e-4)
     assert line["vision_tokens"] == 64 and line["mode"] == "tiny"
 
@@ -760,11 +792,11 @@ def test_a_page_that_did_not_open_is_in_the_curve_at_the_size_of_the_others():
 def test_breakdown():
     rows = [sized(1, 1.0, size=10, tags=["a", "b"]), sized(1, 0.5, size=9, tags=["a"]),
             sized(1, 0.0, size=9)]
-    by_size = report.breakdown(rows, "size")
+    by_size = figures.breakdown(rows, "size")
     assert list(by_size.items()) == [("9", [0.25, 2, [0.0, 0.5]]), ("10", [1.0, 1, [1.0, 1.0]])]
-    by_tag = report.breakdown(rows, "tags")
+    by_tag = figures.breakdown(rows, "tags")
     assert by_tag == {"a": [0.75, 2, [0.5, 1.0]], "b": [1.0, 1, [1.0, 1.0]]}
-    assert report.breakdown(rows[1:], "size") == {}  # nothing to compare
+    assert figures.breakdown(rows[1:], "size") == {}  # nothing to compare
 
 
 def test_coloured_differences_are_escaped():
@@ -778,7 +810,7 @@ def test_coloured_differences_are_escaped():
 
 @pytest.mark.parametrize("unit", ["ab ", "the cat sat ", "\u5929\u5730", "a"])
 def test_colouring_a_long_loop_is_quick(unit):
-    """8,000 repetitive characters, 32 s with difflib. Processor time: a busy machine is no fault."""
+    """8,000 repetitive characters took difflib 32 s. In processor time: the machine may be busy."""
     truth = (unit * 8000)[:8000]
     start = time.process_time()
     left, _ = report.coloured(truth, truth[:3000] + "x" + truth[3001:7000])
