@@ -1,205 +1,274 @@
 """
-How far a page that was read is from the page's truth. Every metric is defined here once, with its source.
+How far the text that was read from a page is from the page's truth. Every metric is defined here
+once, with its source.
 
-The primary number is `one_minus_ned`: order, repetition and omission all cost. The word-set figures (f1, precision)
-are reported because the literature does, but they do not see order or loops: never quote them alone.
-All figures are shares between 0 and 1 unless their docstring says otherwise. Empty predictions and empty truths are
-defined everywhere, so a run over a benchmark cannot stop on one.
+The headline is `one_minus_ned`: mistakes in order, repetitions and omissions all lower it. The
+word-set figures (f1, precision) are reported because the literature reports them, but they see
+neither order nor loops: never quote them alone.
+
+All figures are shares between 0 and 1 unless their docstring says otherwise. Empty predictions and
+empty truths are defined everywhere, so that one empty page cannot stop the run over a benchmark.
 """
-
 import math
 import re
 
 import numpy as np
 
-CHINESE = re.compile("[\u4e00-\u9fa5]")  # Fox's range
-SHORT_LOOP = re.compile(r"(.{1,8}?)\1{3,}", re.DOTALL)  # a unit of 1 to 8 characters, 4 times or more back to back
+CHINESE = re.compile("[\u4e00-\u9fa5]")  # the range in Fox's script
 
 
 def normalize_whitespace(text):
-    """Each run of whitespace becomes one space, the ends are stripped; case, punctuation and markup stay."""
+    """Turns every run of whitespace into one space and strips the ends; nothing else changes."""
     return " ".join(text.split())
 
 
 # -----------------------------------------------------------------------------
-# edit distances
+# Edit distances
 
 
 def _levenshtein(a, b):
-    from rapidfuzz.distance import Levenshtein  # only scoring needs rapidfuzz, so training runs without it
+    # imported here so that training, which scores nothing, runs without rapidfuzz
+    from rapidfuzz.distance import Levenshtein
     return Levenshtein.distance(a, b)
 
 
 def _error_rate(pred, truth):
-    """Edits divided by the truth's length; an empty truth gives 0 for an empty prediction and 1 for any other."""
+    """Edits / length of the truth. For an empty truth 0 if the prediction is empty too, else 1."""
     if not truth:
         return float(bool(pred))
     return _levenshtein(pred, truth) / len(truth)
 
 
 def ned(pred, truth):
-    """Normalised edit distance, 0 (same) to 1: Levenshtein over characters / the longer length, on
-    whitespace-normalised text (Fox's edit_dist, there on raw text). Both empty: 0. This is a whole-page figure, not
-    OmniDocBench's official score, which matches blocks first and drops punctuation."""
-    pred, truth = normalize_whitespace(pred), normalize_whitespace(truth)
-    return _levenshtein(pred, truth) / max(len(pred), len(truth), 1)
+    """
+    Normalised edit distance, 0 (equal) to 1: Levenshtein distance in characters / length of the
+    longer text, on whitespace-normalised text (Fox's edit_dist does the same on raw text). Two
+    empty texts: 0. This scores the page as one string; OmniDocBench's official score matches
+    blocks first and drops punctuation, so the two must not be compared.
+    """
+    pred = normalize_whitespace(pred)
+    truth = normalize_whitespace(truth)
+    longer = max(len(pred), len(truth), 1)  # 1: no division by zero when both are empty
+    return _levenshtein(pred, truth) / longer
 
 
 def one_minus_ned(pred, truth):
-    """1 - NED: the primary number. 1 is a perfect page."""
+    """1 - NED, the headline number. 1 is a perfect page."""
     return 1.0 - ned(pred, truth)
 
 
 def cer(pred, truth):
-    """Character error rate: Levenshtein over characters / characters of the truth, whitespace-normalised.
-    A long prediction makes it exceed 1."""
+    """
+    Character error rate: Levenshtein distance in characters / characters of the truth, on
+    whitespace-normalised text. Exceeds 1 when the prediction is much too long.
+    """
     return _error_rate(normalize_whitespace(pred), normalize_whitespace(truth))
 
 
 def wer(pred, truth):
-    """Word error rate: Levenshtein over whitespace-separated words / words of the truth. May exceed 1."""
+    """Word error rate: the same in whitespace-separated words. May exceed 1 too."""
     return _error_rate(pred.split(), truth.split())
 
 
 # -----------------------------------------------------------------------------
-# word sets
+# Sets of words
 
 
 def _words(text, chinese, by_character):
+    """The set of words of a text; `chinese` and `by_character` as in word_sets."""
     if not chinese:
         return set(text.split())
     if by_character:
-        return set(text) - {c for c in text if c.isspace()}
+        return {character for character in text if not character.isspace()}
     try:
         import jieba
     except ImportError as error:
-        raise ImportError("word figures of a text with Chinese characters need jieba, as Fox's script does: "
-                          "`pip install jieba`, or cut by character with by_character=True") from error
-    jieba.setLogLevel("WARNING")  # it reports the loading of its dictionary otherwise
+        raise ImportError(
+            "the word figures of a text with Chinese characters need jieba, which Fox's script "
+            "uses: `pip install jieba`, or count characters with by_character=True") from error
+    jieba.setLogLevel("WARNING")  # otherwise it logs the loading of its dictionary
     return set(jieba.lcut(text))
 
 
 def word_sets(pred, truth, by_character=False):
     """
-    F1, precision and recall between the SETS of words P (prediction) and T (truth), as in Fox's eval_ocr_test.py:
-    split at whitespace, case and punctuation kept; when either side holds a Chinese character both are cut by jieba
-    (its whitespace pieces included, as there). by_character=True cuts those pages into single characters instead.
+    F1, precision and recall between the SETS of words P (prediction) and T (truth), as in Fox's
+    eval_ocr_test.py. Words are split at whitespace, with case and punctuation kept. If either text
+    holds a Chinese character, both are cut by jieba (whose pieces of whitespace count, as they do
+    there); by_character=True cuts those texts into single characters instead.
 
     - precision = |P & T| / |P|. Misleading when the output is short: "the" alone can score 1.
-    - recall = precision_official = |P & T| / |T|. Fox's script passes its two arguments swapped, so what it (and
-      GOT-OCR2.0 with it) prints as "precision" is the recall; the second name marks the figure comparable to theirs.
-    - both sets empty: all 1. One empty: all 0 (Fox's script crashes there).
+    - recall = precision_official = |P & T| / |T|. Fox's script passes its arguments in the wrong
+      order, so what it prints as "precision" (GOT-OCR2.0 as well) is the recall. Compare
+      precision_official with their numbers.
+    - both sets empty: all figures 1; one empty: all 0 (Fox's script crashes in both cases).
 
-    Sets see neither order nor repetition: shuffled words, or a correct page followed by a loop, score 1.
+    Sets see neither order nor repetition: shuffled words, or a correct page followed by a loop,
+    score 1.
     """
     chinese = bool(CHINESE.search(pred) or CHINESE.search(truth))
-    p, t = _words(pred, chinese, by_character), _words(truth, chinese, by_character)
-    if not p or not t:
-        precision = recall = f1 = float(not p and not t)
+    pred_words = _words(pred, chinese, by_character)
+    true_words = _words(truth, chinese, by_character)
+    if pred_words and true_words:
+        common = len(pred_words & true_words)
+        precision = common / len(pred_words)
+        recall = common / len(true_words)
+        f1 = 2 * common / (len(pred_words) + len(true_words))
     else:
-        common = len(p & t)
-        precision, recall, f1 = common / len(p), common / len(t), 2 * common / (len(p) + len(t))
+        both_empty = float(not pred_words and not true_words)
+        precision = recall = f1 = both_empty
     return {"f1": f1, "precision": precision, "precision_official": recall, "recall": recall}
 
 
 # -----------------------------------------------------------------------------
-# loops
+# Loops
+
+# A unit of 1 to 8 characters, at least 4 times back to back.
+SHORT_LOOP = re.compile(r"(.{1,8}?)\1{3,}", re.DOTALL)
+TAIL = 400  # characters at the end of a page that are also judged on their own
 
 
 def repeated_share(text, n=10):
-    """Share of the n-grams of characters that already occurred earlier in the text; 0 for texts of up to n
-    characters. Text pages stay under 0.2 (0.00 to 0.16 on OmniDocBench's demo pages), a loop tends to 1."""
+    """
+    Share of a text's n-grams of characters that occurred earlier in it; 0 for up to n characters.
+    Pages of text stay under 0.2 (0.00 to 0.16 on OmniDocBench's demo pages), a loop tends to 1.
+    """
     total = len(text) - n + 1
     if total < 2:
         return 0.0
-    return 1.0 - len({text[i:i + n] for i in range(total)}) / total
+    distinct = {text[start:start + n] for start in range(total)}
+    return 1.0 - len(distinct) / total
 
 
 def repetition(pred):
     """
-    True when the page loops, on whitespace-normalised text. Our own definition; either
-    - from 40 characters: over half of the 10-grams of the whole page, or of its last 400 characters, are repeats, or
-    - from 16 characters: one unit of 1 to 8 characters, 4 times or more back to back, fills at least half of the last
-      64 characters (of the whole text if shorter). A page of large print has too few 10-grams for the first rule.
-    A page that ends in a long ruled line or, read as HTML, in a table of empty cells counts as a loop too.
+    Whether a page loops, judged on whitespace-normalised text. The definition is our own:
+
+    - 40 characters or more: over half of the 10-grams of the whole page, or of its last 400
+      characters, are repeats; or
+    - 16 characters or more: a unit of 1 to 8 characters, 4 times or more back to back, fills at
+      least half of the last 64 characters (or of the text, if shorter). The rule above misses
+      these, since a page of large print has too few 10-grams.
+
+    A page that ends in a long ruled line, or in an HTML table of empty cells, counts as a loop.
     """
     text = normalize_whitespace(pred)
-    if len(text) >= 40 and max(repeated_share(text), repeated_share(text[-400:])) > 0.5:
-        return True
-    tail = text[-64:]
-    longest = max((len(match.group()) for match in SHORT_LOOP.finditer(tail)), default=0)
-    return len(tail) >= 16 and longest >= len(tail) / 2
+    if len(text) >= 40:
+        if repeated_share(text) > 0.5 or repeated_share(text[-TAIL:]) > 0.5:
+            return True
+
+    end = text[-64:]
+    longest = 0
+    for loop in SHORT_LOOP.finditer(end):
+        longest = max(longest, len(loop.group()))
+    return len(end) >= 16 and longest >= len(end) / 2
 
 
 # -----------------------------------------------------------------------------
-# short answers
+# Short answers
 
 
 def _number(text):
     """'0.14' and '14%' as a float; None for anything else ('1,000', 'yes', 'nan')."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:  # not a number is an answer here, not a failure
+    except ValueError:  # an answer need not be a number
         return None
     return value if math.isfinite(value) else None
 
 
 def relaxed_accuracy(pred, truth):
-    """ChartQA's relaxed accuracy as bool: numbers within 5 % of the truth, '14%' being 0.14; everything else, and any
-    prediction for a truth of 0, by exact match after stripping the ends and lower-casing. '1,000' is no number, so it
-    differs from '1000'. Source: Masry et al. 2022, in the form the public harnesses agree on."""
-    pred, truth = pred.strip().lower(), truth.strip().lower()
-    p, t = _number(pred), _number(truth)
-    if p is not None and t:
-        return abs(p - t) <= 0.05 * abs(t)
-    return pred == truth
+    """
+    ChartQA's relaxed accuracy, as a bool. Numbers must be within 5 % of the truth, with '14%' equal
+    to 0.14. Everything else, and any answer to a truth of 0, must match exactly after stripping the
+    ends and lower-casing. '1,000' is not a number, so it differs from '1000'.
+    Source: Masry et al. 2022, in the form that the public harnesses agree on.
+    """
+    pred = pred.strip().lower()
+    truth = truth.strip().lower()
+    pred_value = _number(pred)
+    true_value = _number(truth)
+    if pred_value is None or not true_value:  # no number, or 0: 5 % of 0 would allow nothing
+        return pred == truth
+    return abs(pred_value - true_value) <= 0.05 * abs(true_value)
 
 
 # -----------------------------------------------------------------------------
-# a page, and all pages
+# One page, and all pages
+
+# The figures of a page that are averaged over pages.
+MEANS = ("one_minus_ned", "ned", "cer", "wer", "f1", "precision", "precision_official", "recall",
+         "f1_by_character")
+
+# A page without an output scores like an empty answer: nothing is right and nothing loops.
+FAILED = dict.fromkeys(MEANS, 0.0)
+FAILED.update(ned=1.0, cer=1.0, wer=1.0, repetition=False)
 
 
 def bootstrap_ci(values, seed=0, n=1000):
-    """(low, high): 95 % percentile bootstrap interval of the mean (Efron 1979), from n resamples of the pages."""
+    """(low, high): 95 % percentile bootstrap interval of the mean (Efron 1979), n resamples."""
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0:
         raise ValueError("bootstrap_ci got 0 values, it needs at least 1: were any pages scored?")
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(values.size, size=values.size)].mean() for _ in range(n)]
+    means = []
+    for _ in range(n):
+        resample = values[rng.integers(values.size, size=values.size)]
+        means.append(resample.mean())
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def score_page(pred, truth, by_character=False):
-    """All figures of one page. f1_by_character equals f1 on pages without Chinese; by_character=True makes the other
-    word figures use that cut as well, for machines without jieba. A page whose truth itself counts as a loop (a ruled
-    line, a table of empty cells) is not one, so a perfect reader has a repetition rate of 0."""
+    """
+    All figures of one page. f1_by_character equals f1 on pages without Chinese; by_character=True
+    cuts Chinese into characters for the other word figures too, for machines without jieba.
+    """
     distance = ned(pred, truth)
-    return {"one_minus_ned": 1.0 - distance, "ned": distance, "cer": cer(pred, truth), "wer": wer(pred, truth),
-            **word_sets(pred, truth, by_character), "f1_by_character": word_sets(pred, truth, by_character=True)["f1"],
-            "repetition": repetition(pred) and not repetition(truth),
-            "pred_chars": len(pred), "truth_chars": len(truth)}
+    scores = {
+        "one_minus_ned": 1.0 - distance,
+        "ned": distance,
+        "cer": cer(pred, truth),
+        "wer": wer(pred, truth),
+        **word_sets(pred, truth, by_character),
+        "f1_by_character": word_sets(pred, truth, by_character=True)["f1"],
+        # A truth that itself counts as a loop (a ruled line, a table of empty cells) excuses the
+        # prediction, so a perfect reader always has a repetition rate of 0.
+        "repetition": repetition(pred) and not repetition(truth),
+        "pred_chars": len(pred),
+        "truth_chars": len(truth),
+    }
+    return scores
 
 
-MEANS = ("one_minus_ned", "ned", "cer", "wer", "f1", "precision", "precision_official", "recall", "f1_by_character")
-# a page without an output scores what an empty answer would: nothing right, nothing looping
-FAILED = {**dict.fromkeys(MEANS, 0.0), "ned": 1.0, "cer": 1.0, "wer": 1.0, "repetition": False}
+def _mean(rows, key):
+    return float(np.mean([row[key] for row in rows]))
 
 
 def summarize(rows):
     """
-    Means over pages (each page weighs the same) of rows as score_page gives them. A row with "failed": true needs no
-    figures and counts as wrong (1-NED 0, NED/CER/WER 1, words 0), never as absent. ci95 is [low, high] of
-    one_minus_ned. relaxed_accuracy is there when any row has it (short answers). Raises ValueError without rows: a mean
-    of nothing is no result.
+    Means over rows as score_page makes them, every page with the same weight.
+
+    A row with "failed": true needs no figures: it counts as wrong (1-NED 0, NED, CER and WER 1,
+    words 0), never as absent. ci95 is the [low, high] of one_minus_ned. relaxed_accuracy is present
+    if any row has it (tasks with short answers). ValueError without rows.
     """
     if not rows:
         raise ValueError("summarize got 0 rows, it needs at least 1: were any pages scored?")
-    scored = [{**row, **FAILED} if row.get("failed") else row for row in rows]
+    scored = []
+    for row in rows:
+        if row.get("failed"):
+            row = {**row, **FAILED}
+        scored.append(row)
+
     summary = {"samples": len(rows), "failed": sum(bool(row.get("failed")) for row in rows)}
-    summary |= {key: float(np.mean([row[key] for row in scored])) for key in MEANS}
-    summary["repetition_rate"] = float(np.mean([row["repetition"] for row in scored]))
+    for key in MEANS:
+        summary[key] = _mean(scored, key)
+    summary["repetition_rate"] = _mean(scored, "repetition")
+
     if any("relaxed_accuracy" in row for row in rows):
-        summary["relaxed_accuracy"] = float(np.mean([not row.get("failed") and row["relaxed_accuracy"] for row in rows]))
+        right = [not row.get("failed") and row["relaxed_accuracy"] for row in rows]
+        summary["relaxed_accuracy"] = float(np.mean(right))
+
     summary["ci95"] = list(bootstrap_ci([row["one_minus_ned"] for row in scored]))
     return summary

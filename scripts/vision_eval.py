@@ -1,279 +1,471 @@
 """
 Scores a checkpoint on pages it has never seen: greedy, cached, batched generation; 1-NED first.
 
-    python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --task=heldout,heldout_words,random_chars --controls
-    python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --task=heldout --chars=14-20,31-41,60-68   # a curve
-    torchrun --standalone --nproc_per_node=8 -m scripts.vision_eval --task=omnidocbench --path=DIR             # real pages
+    python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --controls
+    python -m scripts.vision_eval --task=heldout --chars=14-20,31-41,60-68      # a curve
+    python -m scripts.vision_eval --against=checkpoints/other/eval --out=DIR    # two models, paired
+    torchrun --standalone --nproc_per_node=8 -m scripts.vision_eval \
+        --task=omnidocbench --path=DIR --kinds=text,table                       # real pages
 
-Writes to <out>: report.html (look at this), curve.png, <task>.jsonl (a line a page), md/<image name>.md for the official
-OmniDocBench evaluator, and summary.json, which is also the last line printed. A stopped evaluation goes on where it was.
+Benchmarks are read whole; --max-problems=N asks for a seeded sample, and every figure then says
+"N of all". Writes to <out>: report.html (look at this first), curve.png, <task>.jsonl (one line per
+page), predictions.jsonl (what was read from each picture; a stopped evaluation, or the same command
+after a page was changed, reads only what is missing), md/ for the official OmniDocBench evaluator,
+<task>_official.json for Fox's script, and summary.json, which is also the last line printed. The
+exit status is 1 when every page of a task failed.
 """
 import argparse
 import copy
-import glob
 import hashlib
 import importlib.util
-import json
 import os
 import random
-import time
+import sys
 
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import Image
 
-from nanochat.common import barrier, read_json, write_json
-from nanochat.common import banner, compute_cleanup, compute_init, dist_info, init_wandb, json_line, print0, run_main
-from nanochat.reader import add_arguments, load_engine
-from nanochat.metrics import FAILED, relaxed_accuracy, score_page, summarize
-from nanochat.image_modes import valid_tokens
+from nanochat import evaluation
+from nanochat.common import (banner, barrier, compute_cleanup, compute_init, dist_info, init_wandb,
+                             json_line, print0, read_json, run_main, write_json)
+from nanochat.conversation import OCR_PROMPT
+from nanochat.evaluation import Evaluator, read_lines
+from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
+from nanochat.official import write_fox, write_markdown
 from nanochat.pretrained import fetch
-from nanochat.report import CONTROLS, breakdown, curve, mean, plot_curve, step_of, verdict, write_html
-from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
+from nanochat.reader import add_arguments, load_engine
+from nanochat.report import against_line, plot_curve, write_html
+from nanochat.verdict import CONTROLS, SAID, compare
+from tasks.omnidocbench import QUIVR, OmniDocBench
 from tasks.registry import EVALUATED, open_set, parse_chars
+from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
 
-FIGURES = ("one_minus_ned", "ned", "cer", "f1", "precision", "precision_official", "repetition_rate", "relaxed_accuracy")
-ANSWERS = ("chartqa-test", "synthchart")  # tasks of questions with a short answer, scored by relaxed accuracy too
-SETTINGS = ("dtype", "max_new_tokens", "no_repeat", "path", "chars", "seed")  # flags that change a prediction
-WINDOW = 4  # batches' worth of pages are loaded and sorted by length before they are cut into batches
+# Flags that change a prediction or a page: results under others must not be mixed.
+SETTINGS = ("max_new_tokens", "no_repeat", "path", "chars", "seed", "kinds", "prompt")
+GENERATED = 256  # pages of a task that makes as many as it is asked for
 
 
-def tasks_of(args, user_config, image_size):
-    """-> [(name, task)] for --task, synthetic splits once for each range of --chars."""
-    chars = parse_chars(args.chars or user_config["chars"])
-    common = dict(image_size=image_size, faces=user_config["faces"].split(","), min_px=user_config.get("min_px", MIN_PX), seed=args.seed)
-    found = []
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # Model
+    add_arguments(parser)
+    # -1: as many tokens as the task needs (Evaluator.token_limit). A fixed number would cut the
+    # pages of one task short and let the loops of another run on.
+    parser.set_defaults(max_new_tokens=-1)
+    # Pages
+    parser.add_argument("--task", default="heldout,heldout_words,random_chars",
+                        help=f"with commas: {', '.join(SPLITS + EVALUATED)}")
+    parser.add_argument("--path", default="",
+                        help="where the pages of fox, omnidocbench, chartqa-test or folder are; "
+                             "empty = on the hub")
+    parser.add_argument("--chars", default="",
+                        help="synthetic pages: LO-HI characters, or several ranges, each a set of "
+                             "its own; empty = as trained")
+    parser.add_argument("--kinds", default="text",
+                        help="what the truth of OmniDocBench's pages holds: text, table, equation")
+    parser.add_argument("--prompt", default="",
+                        help="what is asked about OmniDocBench's pages; empty = Free OCR.")
+    parser.add_argument("--max-problems", type=int, default=-1,
+                        help=f"pages per task, a seeded sample; -1 = all of a benchmark, "
+                             f"{GENERATED} where they are made on the fly")
+    parser.add_argument("--controls", type=int, nargs="?", const=64, default=0,
+                        help="pages per control: blank, another page, other words")
+    parser.add_argument("--seed", type=int, default=2,
+                        help="seed of the synthetic pages (0 trains, 1 validates) and of samples")
+    parser.add_argument("--batch-size", type=int, default=64, help="pages generated together")
+    # Output
+    parser.add_argument("--against", default="",
+                        help="--out of another evaluation, to compare with page by page")
+    parser.add_argument("--run", default="dummy", help="W&B run name; dummy = no W&B")
+    parser.add_argument("--samples", type=int, default=3,
+                        help="pages printed per task, truth and prediction")
+    parser.add_argument("--report-pages", type=int, default=256,
+                        help="pages per task in report.html, the worst ones")
+    parser.add_argument("--out", default="",
+                        help="folder for the results; empty = eval_<task> beside the checkpoint")
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size={args.batch_size}: must be at least 1")
+    if args.max_problems != -1 and args.max_problems < 1:
+        raise ValueError(f"--max-problems={args.max_problems}: must be at least 1, or -1 for all")
     for name in args.task.split(","):
         if name not in SPLITS + EVALUATED or (name == "folder" and not args.path):
-            raise ValueError(f"--task={name}: must be of {', '.join(SPLITS + EVALUATED)}; folder needs --path")
-        if name not in SPLITS:
-            found.append((name, open_set(name, args.path, "all", args, image_size, args.max_problems)))
-        elif not args.chars or len(chars) == 1:  # without --chars as in training: the mixture in one set
-            found.append((name, SynthDoc(name, args.max_problems, chars=chars, **common)))
-        else:
-            found += [(f"{name}_{low}-{high}", SynthDoc(name, args.max_problems, chars=(low, high), **common)) for low, high, _ in chars]
-    return found
+            raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}; "
+                             "folder needs --path")
 
 
-class Control:
-    """A task with the picture of every conversation replaced, by a blank one or by the next page's."""
-    def __init__(self, task, kind):
-        self.task, self.kind = task, kind
-
-    def __getitem__(self, i):
-        c = self.task[i]
-        if self.kind == "another":
-            return {**c, "images": self.task[(i + 1) % len(self.task)]["images"]}
-        return {**c, "images": [Image.new("RGB", image.size, "white") for image in c["images"]]}
-
-
-def reworded(task, kind):
-    """A synthetic task, layouts included, with its words replaced by random strings of their length or shuffled, truth too."""
-    def blocks(i):
-        rng, freedom, blocks = task.blocks(i)
-        own = random.Random(f"{kind}/{i}")
-        def other(words):
-            letters = ("".join(random_string(own) for _ in word)[:len(word)] for word in words)
-            return own.sample(words, len(words)) if kind == "shuffled" else list(letters)
-        return rng, freedom, [(box, other(words), scale) for box, words, scale in blocks]
-    task_with_others = copy.copy(task)
-    task_with_others.blocks = blocks
-    return task_with_others
-
-
-def controls_of(task):
-    """{control: task}; a single page has no other, and words can be changed only where pages are drawn from them."""
-    pictures = [Control(task, kind) for kind in ("blank", "another")[:len(task)]]
-    return {control.kind: control for control in pictures} | \
-        ({kind: reworded(task, kind) for kind in ("random_chars", "shuffled")} if hasattr(task, "blocks") else {})
+def load(args, device):
+    """-> (engine, meta) for the flags; --max-new-tokens=-1 is this script's own matter."""
+    args = copy.copy(args)
+    if args.max_new_tokens == -1:
+        args.max_new_tokens = 1  # load_engine only checks its range
+    return load_engine(args, device)
 
 
 # -----------------------------------------------------------------------------
-# Reading
+# Tasks and controls
 
 
-def gather(path):
-    """Rows so far, by index: rank 0 merges what any number of processes, of this run and earlier ones, wrote beside `path`."""
-    barrier()
-    if dist_info()[0] == 0:
-        rows, parts = {}, sorted(glob.glob(glob.escape(path) + ".rank*"))
-        for part in [path] * os.path.exists(path) + parts:
-            with open(part, encoding="utf-8") as f:
-                rows.update((row["index"], row) for row in (json.loads(line) for line in f if line.endswith("\n")))  # a kill cuts the last
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
-        os.replace(path + ".tmp", path)
-        for part in parts:
-            os.remove(part)
-    barrier()
-    with open(path, encoding="utf-8") as f:
-        return {row["index"]: row for row in map(json.loads, f)}
+def tasks_of(args, user_config, image_size):
+    """[(name, task), ...] for --task; a synthetic split appears once per range of --chars."""
+    generated = GENERATED if args.max_problems == -1 else args.max_problems
+    tasks = []
+    for name in args.task.split(","):
+        if name in SPLITS:  # of SynthDoc, shaped by more flags than the registry passes on
+            tasks += split_tasks(name, generated, args, user_config, image_size)
+        elif name == "omnidocbench":
+            prompt = f"\n{args.prompt}" if args.prompt else OCR_PROMPT
+            kinds = tuple(args.kinds.split(","))
+            tasks.append((name, OmniDocBench(args.path or QUIVR, kinds, prompt)))
+        else:
+            task = open_set(name, args.path, "all", args, image_size, generated)
+            tasks.append((name, task))
+    return tasks
 
 
-def page_row(engine, name, task, i, c, result, by_character):
-    """The row of page i: conversation c, None if it could not be loaded; `result`, or the error by which the page failed and is wrong."""
-    failed, plans = isinstance(result, Exception), engine.plans(c) if c else []
-    truth = c["messages"][-1]["content"] if c else task.truths[i] if hasattr(task, "truths") else None
-    row = {"index": i, "id": c["id"] if c else f"{name}/{i}", "task": name, "failed": failed, "truth": truth,
-           "prediction": "" if failed else result.text, "text_tokens": len(engine.tokenizer.encode(truth or "")),
-           "vision_tokens": sum(p.tokens for p in plans), "positions": sum(p.positions for p in plans),
-           "valid_tokens": sum(valid_tokens(p, *ImageOps.exif_transpose(image).size) for p, image in zip(plans, c["images"])) if c else 0,
-           "mode": "+".join(dict.fromkeys(p.mode.name for p in plans))}
-    row["attributes"] = {**{k: c[k] for k in ("face", "size_px", "bucket", "columns") if k in c}, **c.get("attributes", {}), "mode": row["mode"]} if c else {}
-    if hasattr(task, "image_names"):
-        row["image_name"] = task.image_names[i]
-    if failed:
-        return {**row, **FAILED, "error": str(result), "flags": ["failed"], "tokens": 0, "truth_chars": len(truth or "")}
-    row |= {"finished": result.finished, "confidence": result.confidence, "flags": result.flags, "tokens": result.tokens}
-    if name in ANSWERS:
-        row["relaxed_accuracy"] = relaxed_accuracy(result.text, truth)
-    return {**row, **score_page(result.text, truth, by_character=by_character)}
+def split_tasks(name, size, args, user_config, image_size):
+    """[(name, task), ...] of one split of SynthDoc, with faces and print as in training."""
+    chars = parse_chars(args.chars or user_config["chars"])
+    common = {"image_size": image_size, "faces": user_config["faces"].split(","),
+              "min_px": user_config.get("min_px", MIN_PX), "seed": args.seed}
+    # Without --chars the pages are those of training: all its ranges mixed in one set.
+    if not args.chars or len(chars) == 1:
+        return [(name, SynthDoc(name, size, chars=chars, **common))]
+    tasks = []
+    for low, high, _ in chars:
+        task = SynthDoc(name, size, chars=(low, high), **common)
+        tasks.append((f"{name}_{low}-{high}", task))
+    return tasks
 
 
-def evaluate(engine, name, task, pages, args, out, by_character):
-    """Rows of pages 0..pages-1 in order. Each rank reads its share of those not yet in <out>/<name>.jsonl, and appends row by row."""
-    (rank, _, world), size, path = dist_info(), args.batch_size, os.path.join(out, f"{name}.jsonl")
-    done = gather(path)
-    todo = [i for i in range(pages) if i not in done][rank::world]
-    with open(f"{path}.rank{rank}", "a", encoding="utf-8") as f, tqdm(total=len(todo), unit="page", desc=name, disable=rank != 0) as bar:
-        start = time.perf_counter()
-        for first in range(0, len(todo), WINDOW * size):
-            loaded, read = [], []
-            for i in todo[first:first + WINDOW * size]:
-                try:
-                    loaded.append((i, task[i]))
-                except (OSError, ValueError) as error:
-                    read.append((i, None, error))
-            loaded.sort(key=lambda page: len(page[1]["messages"][-1]["content"]))  # rows of a batch then end at about the same time
-            for k in range(0, max(len(loaded), 1), size):
-                indices, conversations = [i for i, _ in loaded[k:k + size]], [c for _, c in loaded[k:k + size]]
-                read += zip(indices, conversations, engine.generate_each(conversations, args.max_new_tokens))
-                seconds, start = (time.perf_counter() - start) / world / len(read), time.perf_counter()
-                rows = (page_row(engine, name, task, *page, by_character) for page in read)
-                f.writelines(json.dumps({**row, "seconds": seconds}, ensure_ascii=False) + "\n" for row in rows)
-                f.flush()
-                bar.update(len(read))
-                read = []
-    rows = gather(path)
-    return [rows[i] for i in range(pages)]
+def sample(pages, wanted, seed):
+    """Indices of `wanted` of the pages, in order; -1 = all."""
+    order = list(range(pages))
+    if wanted == -1 or wanted >= pages:
+        return order
+    # Drawn, because the first pages of a benchmark are all of one source. The draw of fewer pages
+    # is part of the draw of more: whoever asks for more reads only the new ones.
+    random.Random(f"sample/{seed}").shuffle(order)
+    return sorted(order[:wanted])
 
 
-def figures_of(name, rows, controls):
-    """Everything that is said of one task, from its rows and {control: rows}."""
-    loaded, finished = [r for r in rows if r["vision_tokens"]], [r for r in rows if not r["failed"]]
-    tokens, positions, text, characters = (mean(loaded, key) if loaded else 0.0
-                                           for key in ("vision_tokens", "positions", "text_tokens", "truth_chars"))
-    width, seconds = step_of([r["text_tokens"] for r in rows]), sum(r["seconds"] for r in rows)
-    for r in loaded:
-        r["attributes"]["text_tokens"] = f"{(low := r['text_tokens'] // width * width):g}-{low + width:g}"
-    return {"task": name, "verdict": verdict(rows, controls), **summarize(rows),
-            "chars_per_vision_token": characters / max(tokens, 1), "text_tokens_per_vision_token": text / max(tokens, 1),
-            "vision_tokens": int(tokens) if tokens == int(tokens) else tokens, "positions": positions,
-            "valid_tokens": mean(loaded, "valid_tokens") if loaded else 0.0,
-            "confidence": mean(finished, "confidence") if finished else None, "unfinished": sum(not r["finished"] for r in finished),
-            "pages_per_sec": len(rows) / seconds, "tokens_per_sec": sum(r["tokens"] for r in rows) / seconds,
-            "controls": {kind: {k: v for k, v in summarize(r).items() if k in ("samples", "failed", "ci95", *FIGURES)}
-                         for kind, r in controls.items()},
-            **{f"by_{key}": groups for key in dict.fromkeys(k for r in rows for k in r["attributes"]) if (groups := breakdown(rows, key))}}
+class Control:
+    """A task whose pictures are replaced: by blank ones, or by the next page's ("another")."""
+
+    def __init__(self, task, kind):
+        self.task = task
+        self.kind = kind
+
+    def truth(self, i):  # what the model would have to say of the picture that it does not see
+        return evaluation.truth(self.task, i)
+
+    def __getitem__(self, i):
+        conversation = self.task[i]
+        if self.kind == "another":
+            # The next page, not a random one: every picture is used as often as before.
+            images = self.task[(i + 1) % len(self.task)]["images"]
+        else:
+            images = [Image.new("RGB", image.size, "white") for image in conversation["images"]]
+        return {**conversation, "images": images}
 
 
-def check_settings(args, out, meta, by_character):
-    """Rows of different settings must not mix: ValueError if <out> was begun under others. Batch size and number of pages may change."""
-    path = os.path.join(out, "settings.json")
+def other_words(words, kind, rng):
+    """The words in another order ("shuffled"), or random strings as long as they are."""
+    if kind == "shuffled":
+        return rng.sample(words, len(words))
+    strings = []
+    for word in words:
+        letters = "".join(random_string(rng) for _ in word)  # 2 to 8 characters each: enough
+        strings.append(letters[:len(word)])
+    return strings
+
+
+def reworded(task, kind):
+    """A synthetic task whose pages keep their layout but show `other_words`, truth included."""
+    def blocks(i):
+        rng, freedom, own_blocks = task.blocks(i)
+        # Not the task's rng, which goes on to draw the layout: that must stay as it was.
+        own_rng = random.Random(f"{kind}/{i}")
+        new_blocks = []
+        for box, words, scale in own_blocks:
+            new_blocks.append((box, other_words(words, kind, own_rng), scale))
+        return rng, freedom, new_blocks
+    changed = copy.copy(task)
+    changed.blocks = blocks
+    return changed
+
+
+def controls_of(task):
+    """{control: task}, as many as the task allows; what each shows is in verdict.CONTROLS."""
+    controls = {"blank": Control(task, "blank")}
+    if len(task) > 1:
+        controls["another"] = Control(task, "another")
+    if hasattr(task, "blocks"):  # pages that are drawn from words can be drawn from others
+        controls["random_chars"] = reworded(task, "random_chars")
+        controls["shuffled"] = reworded(task, "shuffled")
+    return controls
+
+
+# -----------------------------------------------------------------------------
+# The output folder
+
+
+def default_out(args):
+    parent = args.checkpoint if os.path.isdir(args.checkpoint) else "."
+    return os.path.join(parent, "eval_" + args.task.replace(",", "_"))
+
+
+def settings_of(args, engine, meta, by_character):
+    """What the predictions and scores depend on, besides the pages and their number."""
     with open(os.path.join(fetch(args.checkpoint), "model.safetensors"), "rb") as f:
-        ours = {"weights": hashlib.file_digest(f, "sha256").hexdigest(), "by_character": by_character, "mode": args.mode or meta["mode"],
-                **{key: getattr(args, key) for key in SETTINGS}}
-    theirs = read_json(path) if os.path.exists(path) else ours
-    if theirs != ours:
-        changed = "; ".join(f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key])
-        raise ValueError(f"{out} holds an evaluation under other settings ({changed}): give another --out, or delete it")
-    barrier()
+        weights = hashlib.file_digest(f, "sha256").hexdigest()
+    settings = {
+        "weights": weights,
+        "by_character": by_character,
+        "mode": args.mode or meta["mode"],
+        # "auto" would say nothing: it is bf16 on one machine and fp32 on the next
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+    }
+    for key in SETTINGS:
+        settings[key] = getattr(args, key)
+    return settings
+
+
+def check_settings(settings, out):
+    """Writes <out>/settings.json; ValueError if <out> was begun under other settings."""
+    path = os.path.join(out, "settings.json")
+    earlier = read_json(path) if os.path.exists(path) else settings
+    changes = []
+    for key in settings:
+        if earlier.get(key) != settings[key]:
+            changes.append(f"{key} was {earlier.get(key)!r}, now {settings[key]!r}")
+    if changes:
+        raise ValueError(f"{out} holds an evaluation under other settings ({'; '.join(changes)}): "
+                         "give another --out, or delete it")
+    barrier()  # no rank may find what rank 0 writes now
     if dist_info()[0] == 0:
         os.makedirs(out, exist_ok=True)
-        write_json(path, ours)
+        write_json(path, settings)
+    barrier()  # the folder is there
+
+
+def rows_against(args, tasks):
+    """{task: rows of the other evaluation}; fails before a page is read if it lacks one."""
+    if not args.against:
+        return {}
+    found = {}
+    for name, _ in tasks:
+        path = os.path.join(args.against, f"{name}.jsonl")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"--against={args.against} has no {name}.jsonl: evaluate the "
+                                    f"other checkpoint on --task={args.task} first")
+        found[name] = read_lines(path)
+        if not all("hash" in row for row in found[name]):
+            raise ValueError(f"{path} has rows without a hash of their page, from an earlier "
+                             "version: evaluate that checkpoint again")
+    return found
+
+
+def write_report(args, out, summary, sections):
+    """Everything but the rows, which are there already: report, curve, official files, summary."""
+    all_rows = []
+    for _, _, rows in sections:
+        all_rows += rows
+
+    # the curve, with a note on how many pages it stands on
+    by_length = curve(all_rows, "text_tokens")
+    by_ratio = curve(all_rows, "tokens_per_vision_token")
+    summary["curve"] = by_length
+    counts = [f"{name} {pages_of(summary[name])} pages" for name, _, _ in sections]
+    png = os.path.join(out, "curve.png")
+    plot_curve(png, by_length, ", ".join(counts))
+
+    # the page to look at
+    title = f"{args.checkpoint}, step {summary['step']}, mode {summary['mode']}"
+    html = os.path.join(out, "report.html")
+    write_html(html, title, summary, sections, [by_length, by_ratio], png, args.report_pages)
+
+    # files for the benchmarks' own evaluators
+    write_markdown(os.path.join(out, "md"), all_rows)
+    for name, _, rows in sections:
+        if name in ("fox", "fox-cn"):
+            write_fox(os.path.join(out, f"{name}_official.json"), rows)
+
+    write_json(os.path.join(out, "summary.json"), summary)
+    if args.run != "dummy":
+        log_wandb(args, summary, sections, png)
+    print0(f"report: {html}")
 
 
 def log_wandb(args, summary, sections, png):
     """Every figure, the table of pictures and the curve."""
     import wandb
-    run, table = init_wandb(args.run, vars(args)), wandb.Table(columns=["task", "page", "truth", "prediction", "1-NED", "flags"])
+    run = init_wandb(args.run, vars(args))
+    table = wandb.Table(columns=["task", "page", "truth", "prediction", "1-NED", "flags"])
     for name, task, rows in sections:
-        run.log({f"{name}/{k}": v for k, v in summary[name].items() if isinstance(v, (int, float))})
-        for r in sorted(rows, key=lambda r: r["one_minus_ned"])[:args.report_pages]:
-            picture = None if r["failed"] else wandb.Image(task[r["index"]]["images"][0])
-            table.add_data(name, picture, r["truth"], r["prediction"], r["one_minus_ned"], ", ".join(r["flags"]))
+        for key, value in summary[name].items():
+            if isinstance(value, (int, float)):
+                run.log({f"{name}/{key}": value})
+        worst_first = sorted(rows, key=lambda row: row["one_minus_ned"])
+        for row in worst_first[:args.report_pages]:
+            picture = None
+            if not row["failed"]:
+                picture = wandb.Image(task[row["index"]]["images"][0])
+            table.add_data(name, picture, row["truth"], row["prediction"], row["one_minus_ned"],
+                           ", ".join(row["flags"]))
     run.log({"pages": table, "curve": wandb.Image(png)})
     run.finish()
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--task", default="heldout,heldout_words,random_chars", help=f"with commas: {', '.join(SPLITS + EVALUATED)}")
-    parser.add_argument("--path", default="", help="where the pages of fox, omnidocbench, chartqa-test or folder lie; empty = on the hub")
-    parser.add_argument("--chars", default="", help="synthetic pages: LO-HI characters, or several, each its own set; empty = as trained")
-    parser.add_argument("--max-problems", type=int, default=256, help="pages per task")
-    parser.add_argument("--controls", type=int, nargs="?", const=64, default=0, help="pages per control: blank, another page, other words")
-    parser.add_argument("--seed", type=int, default=2, help="seed of the synthetic pages (0 trains, 1 validates)")
-    parser.add_argument("--batch-size", type=int, default=64, help="pages generated together")
-    parser.add_argument("--run", default="dummy", help="W&B run name; dummy = no W&B")
-    parser.add_argument("--samples", type=int, default=3, help="pages printed per task, truth and prediction")
-    parser.add_argument("--report-pages", type=int, default=256, help="pages per task in report.html, the worst ones")
-    parser.add_argument("--out", default="", help="folder for the results; empty = eval_<task> beside the checkpoint")
-    args = parser.parse_args(argv)
-    if min(args.max_problems, args.batch_size) < 1:
-        raise ValueError("--max-problems and --batch-size must be at least 1")
+# -----------------------------------------------------------------------------
+# Printing
 
-    device = compute_init(args.device_type)
-    engine, meta = load_engine(args, device)
-    by_character = importlib.util.find_spec("jieba") is None  # it cuts Chinese into words in Fox's script
+
+def print_reuse(name, counts, pages):
+    """How much of a task is of an earlier run, if any."""
+    if counts["reused"]:
+        print0(f"{name}: {counts['reused']} of {pages} predictions are of an earlier run "
+               f"({counts['rescored']} scored anew as their truth changed, "
+               f"{counts['renamed']} renamed), {pages - counts['reused']} read now")
+
+
+def print_figures(name, figures):
+    scores = [f"{key} {figures[key]:.4f}" for key in MAIN if key in figures]
+    density = f"{figures['chars_per_vision_token']:.2f} characters per vision token"
+    rates = f"{figures['pages_per_sec']:.1f} pages/s, {figures['tokens_per_sec']:.0f} tok/s"
+    quantiles = [f"{key} {value:.3f}" for key, value in figures["quantiles"].items()]
+    print0(f"{name}: {figures['verdict']}")
+    print0(f"  {pages_of(figures)} pages, {density} | {' | '.join(scores)} | {rates}")
+    print0("  (precision counts only what was written: misleading when the output is short)")
+    print0(f"  1-NED of pages: {', '.join(quantiles)}")
+
+    for kind, control in figures["controls"].items():
+        pages = f"{control['samples']} of {figures['of']} pages"
+        print0(f"  control {kind} ({CONTROLS[kind]}): 1-NED {control['one_minus_ned']:.4f} on "
+               f"{pages}")
+    for score, attribute, groups in breakdowns_in(figures):
+        print_breakdown(f"{score} by {attribute}", groups)
+    if "against" in figures:
+        print0(f"  {against_line(figures['against'])}")
+
+
+def print_breakdown(title, groups):
+    parts = []
+    for value, (score, pages, (low, high)) in groups.items():
+        parts.append(f"{value} {score:.3f} ({low:.3f}-{high:.3f}, {pages})")
+    print0(f"  {title}: {', '.join(parts)}")
+
+
+def print_pages(rows, number):
+    """The first pages, truth above prediction."""
+    for row in rows[:number]:
+        print0(f"  {row['one_minus_ned']:.2f}  truth {(row['truth'] or '')[:200]!r}")
+        print0(f"        reads {row['prediction'][:200]!r}")
+
+
+def print_warnings(figures, rows, limit):
+    """What must not be overlooked: pages that failed, were cut short or were not read at all."""
+    failed = [row for row in rows if row["failed"]]
+    cut = [row for row in rows if not row["failed"] and not row["finished"]]
+    lines = []
+    if failed:
+        lines.append(f"{len(failed)} of {len(rows)} pages failed and count as wrong; the first: "
+                     f"{failed[0]['error']}")
+    if len(cut) > SAID * len(rows):
+        lines.append(f"{len(cut)} of {len(rows)} pages were cut short by the limit of {limit} "
+                     f"tokens (or the decoder's room), so their scores are too low unless they "
+                     f"loop: raise --max-new-tokens. The first: {cut[0]['id']}")
+    if len(rows) < figures["of"]:
+        lines.append(f"{figures['task']} was read in part: {pages_of(figures)} pages. Not a "
+                     "benchmark's number")
+    if lines:
+        banner("\n".join(lines))
+
+
+# -----------------------------------------------------------------------------
+# The evaluation
+
+
+def evaluate_task(evaluator, name, task, args, against):
+    """Reads a task and its controls, and prints what came of it. -> (figures, rows)."""
+    # the task
+    indices = sample(len(task), args.max_problems, args.seed)
+    limit = evaluator.token_limit(task, indices)
+    rows, counts = evaluator.evaluate(name, task, indices, limit)
+    print_reuse(name, counts, len(rows))
+
+    # its controls, on some of the pages read: scores are compared page by page
+    controls = {}
+    if args.controls:
+        some = sample(len(task), min(args.controls, len(rows)), args.seed)
+        for kind, other in controls_of(task).items():
+            # Random letters take more tokens than words, so the limit is the control's own.
+            other_limit = evaluator.token_limit(other, some)
+            controls[kind], _ = evaluator.evaluate(f"{name}.{kind}", other, some, other_limit)
+
+    # what came of it
+    figures = figures_of(name, rows, controls, of=len(task))
+    figures["reused"] = counts["reused"]
+    figures["max_new_tokens"] = limit
+    if name in against:
+        figures["against"] = {"out": args.against, **compare(rows, against[name])}
+    print_figures(name, figures)
+    print_pages(rows, args.samples)
+    print_warnings(figures, rows, limit)
+    return figures, rows
+
+
+def run(args, engine, meta):
+    """Evaluates with a loaded engine. -> summary, with the figures of every task by name."""
+    # Fox's script cuts Chinese into words with jieba; without it the words are single characters.
+    by_character = importlib.util.find_spec("jieba") is None
     if by_character:
-        print0("jieba is not installed: Chinese pages are scored by character in f1 and precision")
-    tasks = tasks_of(args, meta["user_config"], engine.model.cfg.sam.image_size)  # the same pages in every mode
-    out = args.out or os.path.join(args.checkpoint if os.path.isdir(args.checkpoint) else ".", "eval_" + args.task.replace(",", "_"))
-    check_settings(args, out, meta, by_character)
+        print0("jieba is not installed: f1 and precision of Chinese pages count characters")
 
-    summary = {"checkpoint": args.checkpoint, "step": meta["step"], "mode": args.mode or meta["mode"], "seed": args.seed}
+    # tasks; pages are drawn at the encoder's own size, so that they are the same in every mode and
+    # two modes can be compared
+    tasks = tasks_of(args, meta["user_config"], engine.model.cfg.sam.image_size)
+    out = args.out or default_out(args)
+    check_settings(settings_of(args, engine, meta, by_character), out)
+    against = rows_against(args, tasks)
+
+    # reading and figures
+    evaluator = Evaluator(engine, out, args.batch_size, args.max_new_tokens, by_character)
+    summary = {"checkpoint": args.checkpoint, "step": meta["step"],
+               "mode": args.mode or meta["mode"], "seed": args.seed}
     sections = []
     for name, task in tasks:
-        rows = evaluate(engine, name, task, min(args.max_problems, len(task)), args, out, by_character)
-        controls = {kind: evaluate(engine, f"{name}.{kind}", other, min(args.controls, len(rows)), args, out, by_character)
-                    for kind, other in controls_of(task).items() if args.controls}
-        figures = summary[name] = figures_of(name, rows, controls)
+        figures, rows = evaluate_task(evaluator, name, task, args, against)
+        summary[name] = figures
         sections.append((name, task, rows))
-        print0(f"{name}: {figures['verdict']}\n  {figures['samples']} pages, {figures['chars_per_vision_token']:.2f} characters per vision "
-               "token | " + " | ".join(f"{k} {figures[k]:.4f}" for k in FIGURES if k in figures) +
-               f" | {figures['pages_per_sec']:.1f} pages/s, {figures['tokens_per_sec']:.0f} tok/s")
-        print0("  (precision counts only what was written: misleading when the output is short)")
-        for kind, of_control in figures["controls"].items():
-            print0(f"  control {kind} ({CONTROLS[kind]}): 1-NED {of_control['one_minus_ned']:.4f} on {of_control['samples']} pages")
-        for key in (key for key in figures if key.startswith("by_")):
-            print0(f"  1-NED by {key[3:]}: " + ", ".join(f"{value} {score:.3f} ({low:.3f}-{high:.3f}, {n})"
-                                                        for value, (score, n, (low, high)) in figures[key].items()))
-        for r in rows[:args.samples]:
-            print0(f"  {r['one_minus_ned']:.2f}  truth {(r['truth'] or '')[:200]!r}\n        reads {r['prediction'][:200]!r}")
-        if figures["failed"]:
-            first = next(r["error"] for r in rows if r["failed"])
-            banner(f"{figures['failed']} of {len(rows)} pages failed and count as wrong; the first: {first}")
-    if len(tasks) == 1:
-        summary |= {k: v for k, v in figures.items() if not isinstance(v, dict)}
+    if len(tasks) == 1:  # of the only task, also where a script that reads one number looks
+        for key, value in figures.items():
+            if not isinstance(value, dict):
+                summary[key] = value
 
+    # report
     if dist_info()[0] == 0:
-        all_rows, png = [row for _, _, rows in sections for row in rows], os.path.join(out, "curve.png")
-        curves = [curve(all_rows, key) for key in ("text_tokens", "tokens_per_vision_token")]
-        summary["curve"] = curves[0]
-        plot_curve(png, curves[0])
-        title = f"{args.checkpoint}, step {meta['step']}, mode {summary['mode']}"
-        write_html(os.path.join(out, "report.html"), title, summary, sections, curves, png, args.report_pages)
-        os.makedirs(os.path.join(out, "md"), exist_ok=True)
-        for row in (row for row in all_rows if "image_name" in row):  # failed ones too: the official evaluator skips pages without a file
-            name = os.path.splitext(os.path.basename(row["image_name"]))[0]
-            with open(os.path.join(out, "md", name + ".md"), "w", encoding="utf-8") as f:
-                f.write(row["prediction"])
-        write_json(os.path.join(out, "summary.json"), summary)
-        if args.run != "dummy":
-            log_wandb(args, summary, sections, png)
+        write_report(args, out, summary, sections)
+    return summary
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = compute_init(args.device_type)
+    engine, meta = load(args, device)
+    summary = run(args, engine, meta)
     json_line(summary)
     compute_cleanup()
+
+    # A benchmark that is broken as a whole gives a number too: 0. A shell script must notice.
+    for figures in summary.values():
+        if isinstance(figures, dict) and figures["failed"] == figures["samples"]:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

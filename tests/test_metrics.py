@@ -1,6 +1,6 @@
 """
-Proves that every metric gives the value worked out by hand, that empty sides are defined, that loops are told from
-text, and that failed pages count as wrong.
+Proves that every metric gives the value worked out by hand, that empty texts are defined, that
+loops are told from text, and that failed pages count as wrong.
 
 python -m pytest tests/test_metrics.py
 """
@@ -10,11 +10,13 @@ import json
 import pytest
 
 from nanochat import metrics
-from nanochat.metrics import (bootstrap_ci, cer, ned, normalize_whitespace, one_minus_ned, relaxed_accuracy,
-                              repeated_share, repetition, score_page, summarize, wer, word_sets)
+from nanochat.metrics import (bootstrap_ci, cer, ned, normalize_whitespace, one_minus_ned,
+                              relaxed_accuracy, repeated_share, repetition, score_page, summarize,
+                              wer, word_sets)
 
-PROSE = ("The quick brown fox jumps over the lazy dog while seven wizards mix strong potions by the old stone "
-         "bridge, and nobody in the village asks why the river has turned a faint shade of green this morning.")
+PROSE = ("The quick brown fox jumps over the lazy dog while seven wizards mix strong potions by "
+         "the old stone bridge, and nobody in the village asks why the river has turned a faint "
+         "shade of green this morning.")
 
 
 def test_whitespace_and_nothing_else():
@@ -37,7 +39,8 @@ def test_ned(pred, truth, expected):
 def test_error_rates():
     assert cer("kitten", "sitting") == pytest.approx(3 / 7)
     assert cer("abcdef", "ab") == 2.0  # four insertions on two characters: may exceed 1
-    assert wer("the cat sat", "the dog sat down") == pytest.approx(2 / 4)  # one substitution, one deletion
+    # one substitution and one deletion on four words
+    assert wer("the cat sat", "the dog sat down") == pytest.approx(2 / 4)
     assert wer("a b c", "a") == 2.0
     for rate in (cer, wer):
         assert (rate("", ""), rate("x", ""), rate("", "x y")) == (0.0, 1.0, 1.0)
@@ -45,7 +48,8 @@ def test_error_rates():
 
 def test_five_of_ten_words():
     figures = word_sets("a b c d e", "a b c d e f g h i j")
-    assert figures == {"f1": pytest.approx(2 / 3), "precision": 1.0, "precision_official": 0.5, "recall": 0.5}
+    assert figures == {"f1": pytest.approx(2 / 3), "precision": 1.0,
+                       "precision_official": 0.5, "recall": 0.5}
 
 
 def test_word_sets_edges():
@@ -69,9 +73,10 @@ def test_sets_do_not_see_order_or_loops_but_ned_does():
 def test_chinese_by_character():
     # P = {天,地,人}, T = {天,地,日,月}: 2 common. The space is no character.
     figures = word_sets("天地 人", "天地日月", by_character=True)
-    assert figures == {"f1": pytest.approx(4 / 7), "precision": pytest.approx(2 / 3), "precision_official": 0.5,
-                       "recall": 0.5}
-    assert word_sets("two words", "two more", by_character=True)["f1"] == 0.5  # no Chinese: still words
+    assert figures == {"f1": pytest.approx(4 / 7), "precision": pytest.approx(2 / 3),
+                       "precision_official": 0.5, "recall": 0.5}
+    # without Chinese they are words all the same
+    assert word_sets("two words", "two more", by_character=True)["f1"] == 0.5
 
 
 def test_chinese_by_jieba():
@@ -120,10 +125,12 @@ def test_repeated_share():
 
 
 @pytest.mark.parametrize("pred, truth, expected", [
-    ("105", "100", True), ("95", "100", True), ("105.1", "100", False), ("-95", "-100", True), ("-100", "100", False),
+    ("105", "100", True), ("95", "100", True), ("105.1", "100", False),
+    ("-95", "-100", True), ("-100", "100", False),
     ("14%", "0.14", True), ("0.14", "14%", True), ("14", "14%", False),
     ("0", "0", True), ("0.0", "0", False), ("0.001", "0", False),  # 5 % of 0 is 0: exact text
-    ("Yes", "yes ", True), ("yes.", "yes", False), ("1,000", "1000", False), ("1,000", "1,000", True),
+    ("Yes", "yes ", True), ("yes.", "yes", False),
+    ("1,000", "1000", False), ("1,000", "1,000", True),
     ("", "", True), ("", "5", False), ("%", "%", True), ("nan", "nan", True), ("inf", "5", False),
 ])
 def test_relaxed_accuracy(pred, truth, expected):
@@ -159,6 +166,7 @@ def test_summarize():
 
 
 def test_a_failed_page_is_wrong_even_with_figures_and_equals_an_empty_answer():
-    failed, empty = summarize([{**score_page(PROSE, PROSE), "failed": True}]), summarize([score_page("", PROSE)])
+    failed = summarize([{**score_page(PROSE, PROSE), "failed": True}])
+    empty = summarize([score_page("", PROSE)])
     assert {**failed, "failed": 0} == empty
     assert set(metrics.MEANS) | {"repetition_rate", "ci95", "samples", "failed"} == set(failed)
