@@ -90,13 +90,19 @@ class Sampler:
                 raise
             # One write for the whole line: print() makes two, and several workers write at once.
             sys.stderr.write(f"skipped {bad}\n")
-            return Sample([], counts={**drawn, "bad": 1})
+            return self.unusable({**drawn, "bad": 1})
 
         # Outside of the try: a sample that is too long is sound, so --bad-data must not skip it.
         id = conversation.get("id", "?")
         sample, cut = self.fit(sample, f"{where}: conversation {id}")
+        if sample is None:
+            return self.unusable({**drawn, **cut})
         characters = self.supervised_characters(sample)  # after the cut
         return sample._replace(characters=characters, counts={**drawn, **cut})
+
+    def unusable(self, counts):
+        # The kinds are there also where a whole batch is skipped: ranks need equal names of losses.
+        return Sample([], counts=counts, label_kinds=self.labels)
 
     def mode_of(self, i):
         """
@@ -161,7 +167,7 @@ class Sampler:
     # Fitting
 
     def fit(self, sample, name):
-        """-> (the Sample, clipped or without ids if it is too long, what that counts as)."""
+        """-> (the Sample, clipped if it is too long, or None; {what that counts as: 1})."""
         end = self.max_tokens + 1  # the last token is only a target
         too_many_images = len(sample.images) > self.max_images
         if len(sample.ids) <= end and not too_many_images:
@@ -177,7 +183,7 @@ class Sampler:
         leaves_an_answer = any(sample.mask[1:end])
         can_be_clipped = not too_many_images and not cuts_an_image and leaves_an_answer
         if self.too_long == "drop" or not can_be_clipped:
-            return Sample([]), {"dropped": 1}
+            return None, {"dropped": 1}
         clipped = sample._replace(ids=sample.ids[:end], mask=sample.mask[:end])
         return clipped, {"clipped": 1}
 

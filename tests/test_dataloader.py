@@ -539,6 +539,10 @@ def test_labels_are_carried_only_where_wanted(make_sampler):
     text_only = collate([make_sampler(conversations, labels=("glyphs", "words"))[2]])
     assert text_only.labels == [] and text_only.label_points("words") == {}
     assert text_only.loss_counts() == {"text": text_only.supervised(), "glyphs": 0, "words": 0}
+    dropping = make_sampler(conversations, max_tokens=1, too_long="drop", labels=("glyphs",))
+    nothing = collate(all_of(dropping))
+    assert nothing.counts["dropped"] == len(conversations)
+    assert nothing.loss_counts() == {"text": 0, "glyphs": 0}
 
 
 def test_a_clipped_sample_keeps_its_labels(make_sampler):
