@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import barrier, dist_info, read_json, write_json
+from nanochat import common
+from nanochat.common import barrier, dist_info, write_json
 from nanochat.config import GPTConfig, ModelConfig, SAMConfig
 from nanochat.model import DeepseekOCR
 from nanochat.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -278,20 +279,11 @@ def verify(folder, names=None):
 
 
 def read_record(folder, name, keys=()):
-    """The object in a JSON file. ValueError that names file and key unless it has all of `keys`."""
-    path = os.path.join(folder, name)
+    """As common.read_record; the error also says what to do about the checkpoint."""
     try:
-        record = read_json(path)
-    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, nested without end
-        raise ValueError(f"{path} is not valid JSON ({e}); {way_out(folder)}") from e
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} has a {type(record).__name__} where an object is expected; "
-                         f"{way_out(folder)}")
-    for key in keys:
-        if key not in record:
-            raise ValueError(f"{path} lacks the key {key!r}, it has {sorted(record)[:10]}; "
-                             f"{way_out(folder)}")
-    return record
+        return common.read_record(os.path.join(folder, name), keys)
+    except ValueError as e:
+        raise ValueError(f"{e}; {way_out(folder)}") from e
 
 
 def read_tensors(folder, name):

@@ -229,8 +229,52 @@ def write_json(path, value):
 
 
 def read_json(path):
-    with open(path) as f:
-        return json.load(f)
+    """The content of a JSON file. ValueError that names the file if it is empty or damaged."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+
+
+def read_record(path, keys=()):
+    """
+    The object in a JSON file. ValueError that names file and key unless it has all of `keys`;
+    where `keys` is a dict {key: type}, their values must be of these types.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} has a {type(record).__name__} where an object is expected")
+    for key in keys:
+        if key not in record:
+            raise ValueError(f"{path} lacks the key {key!r}, it has {sorted(record)[:10]}")
+        wanted = keys[key] if isinstance(keys, dict) else object
+        if not isinstance(record[key], wanted):
+            raise ValueError(f"{path}: {key} is {str(record[key])[:100]!r}, "
+                             f"need a {wanted.__name__}")
+    return record
+
+
+def read_json_lines(path):
+    """
+    -> (objects of a JSON-lines file, number of damaged lines). A last line without its end is what
+    a kill leaves; it is left out and does not count.
+    """
+    records = []
+    damaged = 0
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                damaged += 1
+    return records, damaged
 
 
 def replace_file(path, text):

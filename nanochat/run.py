@@ -12,8 +12,8 @@ import torch
 
 from nanochat import checkpoint as ckpt
 from nanochat.common import (
-    barrier, dist_info, git_commit, init_wandb, is_master, print0, read_json, replace_file,
-    write_json)
+    barrier, dist_info, git_commit, init_wandb, is_master, print0, read_json_lines, read_record,
+    replace_file, write_json)
 
 # Flags that change nothing in the result, so they may differ when a run is resumed.
 NOT_PART_OF_THE_RUN = {"resume", "run", "workers", "checkpoints", "device_type"}
@@ -70,7 +70,11 @@ class Run:
     def check_same_config(self):
         if not os.path.exists(self.config_path):
             return
-        before = read_json(self.config_path)
+        try:
+            before = read_record(self.config_path)
+        except ValueError as error:
+            raise ValueError(f"{error}: delete it to resume without comparing the flags with those "
+                             f"of the run, which each checkpoint's meta.json has too") from error
         changed = []
         for key in sorted({*before, *self.config}):
             old = before.get(key)
@@ -92,7 +96,12 @@ class Run:
             raise ValueError(f"cannot resume {self.folder}: it was trained with another tokenizer "
                              f"than the one at --tokenizer now; ids mean nothing to another one")
         ckpt.load_training_state(self.folder, self.start, model, optimizer)
-        self.state = LoopState(**meta.pop("loop_state"))
+        try:
+            self.state = LoopState(**meta.pop("loop_state"))
+        except TypeError as error:  # another version's, or none at all
+            path = os.path.join(checkpoint, ckpt.META)
+            raise ValueError(f"{path}: loop_state has other keys than this version's "
+                             f"({error}); {ckpt.way_out(checkpoint)}") from error
         if with_encoder and self.start not in ckpt.steps_of(self.folder, "deepencoder"):
             ckpt.save_encoder(self.folder, self.start, model, meta)
         print0(f"resuming {self.folder} at step {self.start}")
@@ -143,9 +152,13 @@ class Run:
         replace_file(self.metrics_path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def metrics(self):
-        """All records of metrics.jsonl. A killed run may have left half a line at its end."""
-        with open(self.metrics_path) as f:
-            return [json.loads(line) for line in f if line.endswith("\n")]
+        """All records of metrics.jsonl; damaged lines are left out, and counted aloud."""
+        records, damaged = read_json_lines(self.metrics_path)
+        sound = [record for record in records if isinstance(record.get("step"), int)]
+        damaged += len(records) - len(sound)
+        if damaged:
+            print0(f"NOTE: {damaged} damaged lines of {self.metrics_path} are left out")
+        return sound
 
     def progress(self, step):
         """Share of the horizon that is done, in steps or in minutes, whichever is further."""
