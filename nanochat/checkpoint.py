@@ -360,6 +360,16 @@ def check_tokenizer_fits(tokenizer, cfg, where):
             f"has {cfg.gpt.vocab_size} and {cfg.image_token_id}: they are not of the same model")
 
 
+def check_fingerprint(tokenizer, meta, path):
+    """ValueError unless the weights in `path` were trained with this tokenizer."""
+    # One of the same size would fit, load, and turn every answer into other words. Models built by
+    # hand, and checkpoints of early versions, have no fingerprint.
+    if "tokenizer" in meta and meta["tokenizer"] != tokenizer.fingerprint():
+        raise ValueError(f"{os.path.join(path, TOKENIZER)} is not the tokenizer that this model was "
+                         f"trained with (its fingerprint is not the one in {META}); "
+                         f"{way_out(path)}")
+
+
 def check_values(t, dtype, what):
     """ValueError unless the tensor `t` has numbers that stay finite in `dtype`. what: names it."""
     if t.dtype not in FLOATS:
@@ -430,15 +440,19 @@ def load_weights(module, tensors, where):
     module.load_state_dict(tensors)
 
 
-def load_model(path, device, kind=DeepseekOCR):
-    """-> (model of class `kind` in eval mode, tokenizer, meta) from a checkpoint or run folder."""
+def load_model(path, device, kind=DeepseekOCR, needed=()):
+    """
+    -> (model of class `kind` in eval mode, tokenizer, meta) from a checkpoint or run folder.
+    needed: keys of meta that the caller uses, as for read_record.
+    """
     path = resolve(path)
     verify(path, [WEIGHTS, CONFIG, TOKENIZER, META])  # not the optimizer
     cfg = read_config(path)
-    meta = read_record(path, META)
+    meta = read_record(path, META, needed)
     tokenizer = Tokenizer.load(path)
     check_tokenizer(tokenizer, path)
     check_tokenizer_fits(tokenizer, cfg, path)
+    check_fingerprint(tokenizer, meta, path)
     tensors = read_tensors(path, WEIGHTS)
     check_outline(cfg, kind, tensors, path)
 

@@ -250,7 +250,7 @@ def read_record(path, keys=()):
             raise ValueError(f"{path} lacks the key {key!r}, it has {sorted(record)[:10]}")
         wanted = keys[key] if isinstance(keys, dict) else object
         if not isinstance(record[key], wanted):
-            raise ValueError(f"{path}: {key} is {str(record[key])[:100]!r}, "
+            raise ValueError(f"{path}: {key} is {repr(record[key])[:100]}, "
                              f"need a {wanted.__name__}")
     return record
 

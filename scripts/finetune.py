@@ -24,6 +24,8 @@ from nanochat.loop import (
     row_multiple, samples_per_step, save, train_step, wrap_model)
 from nanochat.metrics import score_page, summarize
 from nanochat.optim import Optimizer, schedule
+from nanochat.pretrained import find
+from nanochat.reader import NEEDED
 from nanochat.run import Run
 from tasks.registry import add_data_arguments, training_sets
 
@@ -77,7 +79,7 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Model and tokenizer; the settings of the checkpoint's run are this run's defaults
-    model, tokenizer, meta = load_model(args.checkpoint, device)
+    model, tokenizer, meta = load_model(find(args.checkpoint), device, needed=NEEDED)
     theirs = {k: v for k, v in meta["user_config"].items() if k in INHERITED}
     parser.set_defaults(**{**theirs, "mode": meta["mode"]})
     args = parser.parse_args(argv)

@@ -82,9 +82,9 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # What stage 1 was, and what of it holds here
-    encoder_dir = pretrained.fetch(args.encoder, "deepencoder")
+    encoder_dir = pretrained.find(args.encoder, "deepencoder")
     cfg = read_config(encoder_dir)
-    stage1 = read_record(encoder_dir, "meta.json", keys=["user_config", "tokenizer"])
+    stage1 = read_record(encoder_dir, "meta.json", keys={"user_config": dict, "tokenizer": str})
     print0(f"encoder: {encoder_dir}")
     args = inherit(parser, argv, stage1["user_config"])
     run = Run(args, "stage 2")
