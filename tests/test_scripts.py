@@ -351,7 +351,7 @@ def test_before_anything_is_trained(main, flag, tmp_path, monkeypatch, capsys):
 
 
 def test_no_encoder(tmp_path, capsys):
-    assert "no deepencoder_<step> checkpoint" in error_of(capsys, vis_mid_train.main, *stage2_flags(tmp_path, tmp_path))
+    assert "no such folder" in error_of(capsys, vis_mid_train.main, *stage2_flags(tmp_path, tmp_path))
 
 
 def test_exit_status_of_the_command(runs):
