@@ -213,10 +213,9 @@ def run_main(main):
               file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; a training run or evaluation goes on from where it last saved: "
-              "training with --resume, vision_eval with the same command",
-              file=sys.stderr, flush=True)
-        sys.exit(130)
+        print("\ninterrupted; what was saved is kept: training goes on with --resume, vision_eval "
+              "with the same command", file=sys.stderr, flush=True)
+        sys.exit(130)  # 128 + SIGINT, as shells have it
 
 
 # -----------------------------------------------------------------------------

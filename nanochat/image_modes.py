@@ -54,10 +54,10 @@ for alias, name in ALIASES.items():
     MODES[alias] = MODES[name]
 
 
-def get_mode(name, supported=None):
+def get_mode(name):
     """
-    The mode of that name or alias. A model reads in any mode whose sizes fit its token stride
-    (`plan` checks that), so `supported` is ignored; it is accepted for callers that pass it.
+    The mode of that name or alias. A model reads in any mode whose sizes fit its token stride, not
+    only in those it was trained in; `plan` checks that they fit.
     """
     if name not in MODES:
         names = ", ".join(mode.name for mode in REGISTERED)

@@ -41,7 +41,6 @@ def add_training_arguments(parser, **defaults):
     parser.add_argument("--recompute", action="store_true",
                         help="activation checkpointing: a third more compute, far less memory")
     # From conversations to rows of tokens
-    flag("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
     flag("--mode", default="", help="image mode; several with commas are taken in turn, and "
          "validation uses the first; empty = the preset's first")
     flag("--max-seq-len", int, 256, help="decoder positions per sample, image included")

@@ -106,7 +106,7 @@ def choose_mode(name, supported):
     """The Mode of a name; for "auto" a function (width, height) -> Mode of `supported`, names."""
     if name == "auto":
         return partial(image_modes.auto_mode, supported)
-    return get_mode(name, supported)
+    return get_mode(name)
 
 
 def add_arguments(parser):

@@ -43,6 +43,8 @@ def make_parser():
                         help="deepencoder_<step> folder, stage-1 run folder or hub name")
     parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, "
                         "hub name or folder; empty = random weights")
+    parser.add_argument("--tokenizer", default="checkpoints/tokenizer",
+                        help="folder of scripts.tok_train; default: stage 1's")
     # Data
     parser.add_argument("--text-share", type=int, default=10,
                         help="built-in text-only chat, in a hundred samples, beside --data")
