@@ -3,6 +3,7 @@ Process set-up, devices, printing and small files: the same few lines in every s
 """
 import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -321,6 +322,15 @@ class DummyWandb:
         pass
 
 
+def check_wandb(run):
+    """ValueError if a W&B run is asked for and wandb is not installed. For before the work."""
+    if run == "dummy" or "wandb" in sys.modules:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--run={run} logs to Weights & Biases, which is not installed: "
+                         f"pip install wandb, or leave --run out")
+
+
 def init_wandb(run, config):
     """
     The W&B run of that name in project nano-deepseek-ocr. The key is wandb's own business
@@ -328,9 +338,10 @@ def init_wandb(run, config):
     """
     if run == "dummy" or not is_master():
         return DummyWandb()
+    check_wandb(run)
+    import wandb
     try:
-        import wandb
-    except ImportError:
-        raise ValueError(f"--run={run} logs to Weights & Biases, which is not installed: "
-                         f"pip install wandb, or leave --run out") from None
-    return wandb.init(project="nano-deepseek-ocr", name=run, config=config)
+        return wandb.init(project="nano-deepseek-ocr", name=run, config=config)
+    except wandb.Error as error:
+        raise ValueError(f"--run={run}: wandb: {error}; leave --run out to log to files alone, or "
+                         f"set WANDB_MODE=offline") from error

@@ -68,6 +68,13 @@ class Task:
         """File name of sample i's picture, or None where the pictures are not files."""
         return None
 
+    def fingerprint(self):
+        """
+        What tells whether the samples are those of another time, as a short text; None for samples
+        that depend on the task's arguments alone.
+        """
+        return None
+
     def check_index(self, i):
         """IndexError unless 0 <= i < len(self): this is what ends a plain for loop over a task."""
         if not 0 <= i < len(self):

@@ -97,21 +97,6 @@ def parse_part_lrs(text):
     return rates
 
 
-def samples_per_step(args):
-    """Samples per optimizer step, over all ranks."""
-    world_size = dist_info()[2]
-    per_pass = args.device_batch_size * world_size
-    total = per_pass if args.total_batch_size == -1 else args.total_batch_size
-    if min(total, args.device_batch_size, args.num_iterations) < 1:
-        raise ValueError(f"--device-batch-size={args.device_batch_size}, --total-batch-size="
-                         f"{args.total_batch_size} and --num-iterations={args.num_iterations} "
-                         f"must be at least 1")
-    if total % per_pass:
-        raise ValueError(f"--total-batch-size={total} is not a multiple of one pass: "
-                         f"{args.device_batch_size} x {world_size} ranks = {per_pass}")
-    return total
-
-
 def due(step, every):
     """Whether something that happens every so many steps happens now; every=-1: never."""
     return every > 0 and step % every == 0

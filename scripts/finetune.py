@@ -21,12 +21,13 @@ from nanochat.evaluator import Evaluator, read_pages
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, samples_per_step, save, train_step, wrap_model)
+    row_multiple, save, train_step, wrap_model)
 from nanochat.metrics import score_page, summarize
+from nanochat.mixture import fingerprints
 from nanochat.optim import Optimizer, schedule
 from nanochat.pretrained import find
 from nanochat.reader import NEEDED
-from nanochat.run import Run
+from nanochat.run import Run, samples_per_step
 from tasks.registry import add_data_arguments, training_sets
 
 # Settings of the checkpoint's run that hold here too unless they are given on the command line.
@@ -96,6 +97,7 @@ def main(argv=None):
     n_samples = args.num_iterations * batch_size
     task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, n_samples,
                                                     args.ramp)
+    run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)

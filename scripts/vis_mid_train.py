@@ -22,11 +22,11 @@ from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, samples_per_step, save, train_step, wrap_model)
-from nanochat.mixture import Mixture
+    row_multiple, save, train_step, wrap_model)
+from nanochat.mixture import Mixture, fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
-from nanochat.run import Run
+from nanochat.run import Run, samples_per_step
 from tasks.registry import add_data_arguments, training_sets
 from tasks.synthchat import SynthChat
 
@@ -117,6 +117,7 @@ def main(argv=None):
     if args.text_share:
         chat = SynthChat("train", n_samples, seed=args.seed)
         task = Mixture([(task, 100 - args.text_share), (chat, args.text_share)])
+    run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)

@@ -25,8 +25,8 @@ import sys
 from PIL import Image
 
 from nanochat import evaluation
-from nanochat.common import (banner, barrier, compute_cleanup, compute_init, dist_info, init_wandb,
-                             json_line, print0, read_json, run_main, write_json)
+from nanochat.common import (banner, barrier, check_wandb, compute_cleanup, compute_init, dist_info,
+                             init_wandb, json_line, print0, read_json, run_main, write_json)
 from nanochat.conversation import OCR_PROMPT
 from nanochat.evaluation import Evaluator, read_lines
 from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
@@ -89,6 +89,7 @@ def parse_args(argv):
 
 
 def check_args(args):
+    check_wandb(args.run)  # now, and not after the evaluation
     if args.batch_size < 1:
         raise ValueError(f"--batch-size={args.batch_size}: must be at least 1")
     if args.max_problems != -1 and args.max_problems < 1:

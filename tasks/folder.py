@@ -7,13 +7,16 @@ Pages of your own, in one of two forms:
 
 All texts are UTF-8.
 """
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import stable_hash
 from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, open_image
 
+END_OF_PICTURE = 4096  # bytes that count in the fingerprint
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 
@@ -63,6 +66,20 @@ class Folder(Task):
 
     def image_name(self, i):
         return self.pages[i].picture
+
+    def fingerprint(self):
+        """Of names, texts, and size and end of each picture. A copy of the folder has the same."""
+        # Not of times, which a copy or a checkout changes, nor of whole pictures, which would take
+        # minutes. Pictures that are not compressed all have the same size, hence the end as well.
+        state = hashlib.sha256()
+        for page in self.pages:
+            with open(self.folder / page.picture, "rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(max(0, size - END_OF_PICTURE))
+                end = f.read()
+            state.update(repr((*page, size)).encode("utf-8", "backslashreplace"))
+            state.update(end)
+        return f"{len(self.pages)} pages, {state.hexdigest()[:16]}"
 
     def __getitem__(self, i):
         self.check_index(i)

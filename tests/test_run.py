@@ -5,11 +5,20 @@ and batch; and that damaged records are named, skipped and counted.
     python -m pytest tests/test_run.py
 """
 import argparse
+import importlib.util
+import json
+import os
+import shutil
 
 import pytest
+from PIL import Image
 
-from nanochat.run import Run
-from scripts import vis_tok_train
+from nanochat.dataloader import micro_batches
+from nanochat.mixture import Mixture, Shuffled, fingerprints
+from nanochat.run import Run, samples_per_step
+from scripts import vis_tok_train, vision_eval
+from tasks.folder import Folder
+from tasks.synthchat import SynthChat
 
 
 def make_args(folder, *flags):
@@ -35,6 +44,105 @@ def begin(folder, tokenizer, *flags):
 
 def resume(folder, *flags):
     return Run(make_args(folder, "--resume", *flags), "stage 1")
+
+
+# -----------------------------------------------------------------------------
+# Before anything is written
+
+def test_wandb_is_asked_for_before_there_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # wandb is not installed
+    with pytest.raises(ValueError, match="--run=mine logs to Weights & Biases.*pip install wandb"):
+        Run(make_args(tmp_path, "--run=mine"), "stage 1")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="pip install wandb"):
+        vision_eval.parse_args(["--run=mine"])
+
+
+# -----------------------------------------------------------------------------
+# What a resumed run may change
+
+def test_less_memory_may_be_asked_for(begun, capsys):
+    """The advice for a run that is out of memory, followed on --resume: the steps are the same."""
+    run = resume(begun.parent, "--device-batch-size=16", "--recompute")
+    assert run.config["total_batch_size"] == samples_per_step(run.args) == 32
+    out = capsys.readouterr().out
+    assert "--device-batch-size was 32, now 16" in out and "same 32 samples" in out
+    assert "--recompute was False, now True: the same numbers up to rounding" in out
+    resume(begun.parent, "--device-batch-size=16", "--total-batch-size=32")
+    with pytest.raises(ValueError, match="--total-batch-size was 32, now 16"):
+        resume(begun.parent, "--device-batch-size=16", "--total-batch-size=16")
+    with pytest.raises(ValueError, match="=32 is not a multiple of one pass: 10 x 1"):
+        resume(begun.parent, "--device-batch-size=10")
+
+
+def test_a_run_json_of_an_earlier_version(begun):
+    config = json.loads((begun / "run.json").read_text())
+    config["total_batch_size"] = -1
+    (begun / "run.json").write_text(json.dumps(config))
+    assert resume(begun.parent, "--device-batch-size=8").config["total_batch_size"] == 32
+
+
+def test_a_stream_keeps_its_micro_batch(tmp_path, tokenizer):
+    begin(tmp_path, tokenizer, "--stream")
+    with pytest.raises(ValueError, match="was 32, now 16, and a stream .* use --recompute"):
+        resume(tmp_path, "--stream", "--device-batch-size=16")
+
+
+def test_micro_batches_of_another_size_have_the_same_samples_in_a_step():
+    step = 7
+    for size in (32, 16, 4):
+        accumulate = 32 // size
+        batches = micro_batches(step * accumulate, (step + 1) * accumulate, size, 0, 1)
+        assert sorted(i for batch in batches for i in batch) == list(range(7 * 32, 8 * 32))
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+@pytest.fixture
+def pages_folder(tmp_path):
+    folder = tmp_path / "pages"
+    (folder / "more").mkdir(parents=True)
+    for i in range(8):
+        path = folder / ("more" if i % 2 else "") / f"{i}.png"
+        Image.new("L", (40 + i, 30)).save(path)
+        path.with_suffix(".txt").write_text(f"text {i}")
+    return folder
+
+
+def mark(folder):
+    task = Mixture([(Shuffled(Folder(folder), 100, 0), 3), (SynthChat("train", 9), 1)])
+    return fingerprints(task, SynthChat("train", 9))
+
+
+def test_what_the_fingerprint_of_a_folder_tells(pages_folder, tmp_path):
+    before = mark(pages_folder)
+    assert list(before) == ["Folder"] and before["Folder"].startswith("8 pages, ")
+    copy = tmp_path / "copy"
+    shutil.copytree(pages_folder, copy)
+    os.utime(copy / "0.png", (1, 1))
+    (copy / "Thumbs.db").write_text("not a page")
+    assert mark(copy) == before
+    for name, content in {"0.txt": "text 9", "more/1.png": (copy / "0.png").read_bytes()}.items():
+        old = (copy / name).read_bytes()
+        (copy / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        assert mark(copy) != before, name
+        (copy / name).write_bytes(old)
+    (copy / "0.png").rename(copy / "8.png")
+    (copy / "0.txt").rename(copy / "8.txt")
+    assert mark(copy) != before
+
+
+def test_data_that_changed_are_refused_on_resume(begun):
+    (begun / "model_000003").mkdir()  # a checkpoint by its name
+    config = json.loads((begun / "run.json").read_text())
+    config["data_fingerprints"] = {"Folder": "8 pages, ab"}
+    (begun / "run.json").write_text(json.dumps(config))
+    resume(begun.parent).check_data({"Folder": "8 pages, ab"})
+    with pytest.raises(ValueError, match="Folder was 8 pages, ab, now 9 pages, cd.*put them back"):
+        resume(begun.parent).check_data({"Folder": "9 pages, cd"})
+    with pytest.raises(ValueError, match="Folder was 8 pages, ab, now None"):
+        resume(begun.parent).check_data({})
 
 
 # -----------------------------------------------------------------------------
