@@ -213,6 +213,15 @@ def run_main(main):
         print(f"error: {error}\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
               file=sys.stderr, flush=True)
         sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        if os.environ.get("NANOCHAT_TRACEBACK"):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: out of memory ({reason}): halve the batch (--device-batch-size, or "
+              f"--batch-size), or train with --recompute; training goes on with --resume, its steps "
+              f"have the same samples\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved is kept: training goes on with --resume, vision_eval "
               "with the same command", file=sys.stderr, flush=True)

@@ -40,9 +40,12 @@ class LoopState:
 
 
 def earlier_config(args):
-    """run.json of the run that --resume goes on with, {} if there is none."""
-    path = os.path.join(args.checkpoints, args.model_tag, "run.json")
-    if not args.resume or not os.path.exists(path):
+    """run.json of the run that --resume goes on with; {} for one that starts at the beginning."""
+    folder = os.path.join(args.checkpoints, args.model_tag)
+    path = os.path.join(folder, "run.json")
+    # Without a checkpoint nothing is gone on with: a run that failed at once must not hold on to
+    # the flags, or the data, that made it fail.
+    if not args.resume or not ckpt.steps_of(folder) or not os.path.exists(path):
         return {}
     try:
         return read_record(path)
@@ -152,8 +155,6 @@ class Run:
         """
         before = self.earlier.get("data_fingerprints", fingerprints)  # earlier versions had none
         self.config["data_fingerprints"] = fingerprints
-        if self.start is None:
-            return
         changed = []
         for name in sorted({*before, *fingerprints}):
             old = before.get(name)

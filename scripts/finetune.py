@@ -50,13 +50,12 @@ def make_parser():
     return parser
 
 
-def read_held_out(model, tokenizer, mode, task):
-    """{samples, one_minus_ned, ci95, cer} of the held-out pages, read greedily."""
+def read_held_out(model, tokenizer, mode, task, indices):
+    """{samples, one_minus_ned, ci95, cer} of the held-out pages `indices`, read greedily."""
     engine = Engine(model.eval(), tokenizer, mode)
-    n_pages = min(len(task), READ_PAGES)
     scores = []
-    for first in range(0, n_pages, READ_BATCH):
-        batch = [task[i] for i in range(first, min(first + READ_BATCH, n_pages))]
+    for first in range(0, len(indices), READ_BATCH):
+        batch = [task[i] for i in indices[first:first + READ_BATCH]]
         for conversation, text, _ in read_pages(engine, batch):
             truth = conversation["messages"][-1]["content"]
             # how Chinese is cut into words does not matter to these figures
@@ -84,6 +83,10 @@ def main(argv=None):
     theirs = {k: v for k, v in meta["user_config"].items() if k in INHERITED}
     parser.set_defaults(**{**theirs, "mode": meta["mode"]})
     args = parser.parse_args(argv)
+    positions = model.cfg.gpt.sequence_len
+    if args.max_seq_len > positions:
+        raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder of {args.checkpoint} has "
+                         f"{positions} positions")
     run = Run(args, "fine-tuning")
     if args.freeze_sam:
         model.encoder.freeze_sam()
@@ -118,7 +121,9 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Start: read the held-out pages as they are read now, then resume or begin
-    before = read_held_out(model, tokenizer, modes[0], val_task)
+    held_out, _ = evaluator.usable(val_task, READ_PAGES, modes[0])
+    print0(f"reading {len(held_out)} held-out pages, as the model is now")
+    before = read_held_out(model, tokenizer, modes[0], val_task, held_out)
     print0(f"before: {before}")
     if run.start is not None:
         run.load(model, optimizer, tokenizer)
@@ -161,7 +166,8 @@ def main(argv=None):
     # What it gained
     summary = run.finish(step, model, peak_flops)
     summary["before"] = before
-    summary["after"] = read_held_out(model, tokenizer, modes[0], val_task)
+    print0(f"reading the same {len(held_out)} pages again")
+    summary["after"] = read_held_out(model, tokenizer, modes[0], val_task, held_out)
     if is_master():
         write_json(os.path.join(run.folder, "summary.json"), summary)
     json_line(summary)

@@ -39,6 +39,7 @@ def begin(folder, tokenizer, *flags):
     run = Run(make_args(folder, *flags), "stage 1")
     run.begin(tokenizer, argparse.Namespace(name="64px"))
     run.lock_file.close()
+    (folder / "run/model_000003").mkdir()  # a checkpoint, by its name
     return run
 
 
@@ -80,6 +81,16 @@ def test_a_run_json_of_an_earlier_version(begun):
     config["total_batch_size"] = -1
     (begun / "run.json").write_text(json.dumps(config))
     assert resume(begun.parent, "--device-batch-size=8").config["total_batch_size"] == 32
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_holds_on_to_nothing(begun, capsys):
+    (begun / "model_000003").rmdir()
+    with pytest.raises(FileExistsError, match="--resume continues it"):
+        Run(make_args(begun.parent, "--lr=0.1"), "stage 1")
+    run = resume(begun.parent, "--lr=0.1", "--device-batch-size=4")
+    assert run.start is None and run.config["total_batch_size"] == 4
+    run.check_data({"Folder": "9 pages, cd"})
+    assert "no whole checkpoint: starting from the beginning" in capsys.readouterr().out
 
 
 def test_a_stream_keeps_its_micro_batch(tmp_path, tokenizer):
@@ -134,7 +145,6 @@ def test_what_the_fingerprint_of_a_folder_tells(pages_folder, tmp_path):
 
 
 def test_data_that_changed_are_refused_on_resume(begun):
-    (begun / "model_000003").mkdir()  # a checkpoint by its name
     config = json.loads((begun / "run.json").read_text())
     config["data_fingerprints"] = {"Folder": "8 pages, ab"}
     (begun / "run.json").write_text(json.dumps(config))
