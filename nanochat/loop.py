@@ -17,6 +17,8 @@ from nanochat.common import all_reduce, banner, dist_info, gather, print0
 from nanochat.model import forward_flops
 
 BLIND_GAP = 0.05  # nats per character: with a smaller gap the page is as good as ignored
+LOST = 1.2  # a loss of so many times log(vocabulary) is worse than knowing nothing at all
+LOST_STEPS = 50  # in a row, before it is said; a bad start or a spike is shorter
 
 # -----------------------------------------------------------------------------
 # Flags that every training script has
@@ -323,6 +325,7 @@ def save(run, step, model, tokenizer, optimizer, streams, with_encoder=False):
 def account(run, result):
     """Adds one step to the run's totals. Time spent compiling does not count as training."""
     state = run.state
+    watch_divergence(run, result.losses["text"])
     flops = result.flops * dist_info()[2]
     state.flops += flops
     if not result.compiling:
@@ -333,6 +336,18 @@ def account(run, result):
     for name, n in result.counts.items():
         if name not in ("slots", "images", "positions"):  # those are of a step, not of the run
             state.data[name] = state.data.get(name, 0) + int(n)
+
+
+def watch_divergence(run, loss):
+    """Says when a run has diverged for good. Its loss is finite, so that nothing else stops it."""
+    state = run.state
+    lost = loss > LOST * run.log_vocab
+    state.lost_steps = state.lost_steps + 1 if lost else 0
+    if state.lost_steps and state.lost_steps % LOST_STEPS == 0:
+        banner(f"The loss is {loss:.2f} nats and has been above {LOST * run.log_vocab:.2f} for "
+               f"{state.lost_steps} steps: a model that knows\nnothing has "
+               f"{run.log_vocab:.2f}, the log of the vocabulary. The run has diverged: start again "
+               f"with a lower\n--lr and --matrix-lr.")
 
 
 def figures_of_step(run, result, lr, peak_flops):

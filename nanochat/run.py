@@ -36,6 +36,7 @@ class LoopState:
     best_saved_step: int = None
     last_eval: dict = None        # figures of the last evaluation
     data: dict = field(default_factory=dict)  # samples counted so far: bad, clipped, drawn/<task>
+    lost_steps: int = 0           # in a row, with a loss as of a run that has diverged
     streams: list = None          # for each rank {worker: where its stream goes on}
 
 
@@ -194,6 +195,7 @@ class Run:
     def begin(self, tokenizer, mode):
         """Creates the folder and opens the logs: from here on the run exists."""
         self.wandb = DummyWandb()
+        self.log_vocab = math.log(tokenizer.get_vocab_size())  # loss of knowing nothing, in nats
         self.meta = {
             "stage": self.stage,
             "user_config": vars(self.args),

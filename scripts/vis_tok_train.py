@@ -54,6 +54,25 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def check_frozen(parts, args):
+    """ValueError if a part would stay as it was drawn at random: nothing could learn through it."""
+    loaded = {
+        "sam": args.sam or args.encoder,
+        "sam-core": args.sam or args.encoder,
+        "compressor": args.encoder,
+        "clip": args.clip or args.encoder,
+        "projector": args.encoder,
+        "gpt": args.gpt,
+        "embedding": args.gpt,
+        "head": args.gpt,
+    }
+    random_parts = [part for part in parts if not loaded.get(part, True)]
+    if random_parts:
+        raise ValueError(f"--freeze={args.freeze}: {', '.join(random_parts)} would keep random "
+                         f"weights, through which nothing can learn to read: load published ones "
+                         f"with --sam, --clip, --encoder or --gpt, or do not freeze them")
+
+
 def main(argv=None):
     args = parse_args(argv)
 
@@ -83,7 +102,9 @@ def main(argv=None):
             pretrained.load_deepseek(model, args.encoder)
         if args.gpt:
             pretrained.load_nanochat(model.gpt, args.gpt)
-    model.freeze(args.freeze.split(",") if args.freeze else [])
+    frozen = args.freeze.split(",") if args.freeze else []
+    check_frozen(frozen, args)
+    model.freeze(frozen)
     model.recompute(args.recompute)
     model.to(device)
     model.dtype = dtype

@@ -327,8 +327,8 @@ def stage1(tmp_path_factory, tokenizer_dir):
 
 
 def test_finetune_does_not_outgrow_the_decoder(folder, stage1, tmp_path):
-    with pytest.raises(ValueError, match="--max-seq-len=513: the decoder .* has 512 positions"):
-        finetune.main([f"--checkpoint={stage1}", f"--data=folder:{folder}", "--max-seq-len=513",
+    with pytest.raises(ValueError, match="--max-seq-len=257: the decoder .* has 256 positions"):
+        finetune.main([f"--checkpoint={stage1}", f"--data=folder:{folder}", "--max-seq-len=257",
                        f"--checkpoints={tmp_path}", "--device-type=cpu"])
     assert not list(tmp_path.glob("finetune"))
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from nanochat.dataloader import micro_batches
+from nanochat.loop import watch_divergence
 from nanochat.mixture import Mixture, Shuffled, fingerprints
 from nanochat.run import Run, samples_per_step
 from scripts import vis_tok_train, vision_eval
@@ -173,3 +174,35 @@ def test_a_damaged_run_json_is_named(begun, text):
     (begun / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="run/run.json .*delete it to resume without comparing"):
         resume(begun.parent)
+
+
+# -----------------------------------------------------------------------------
+# Runs that cannot succeed
+
+def test_a_run_that_has_diverged_says_so(tmp_path, tokenizer, capsys):
+    """Finite, and far above log(300) = 5.7 nats: nothing else would stop it."""
+    run = begin(tmp_path, tokenizer)
+    capsys.readouterr()
+    for _ in range(49):
+        watch_divergence(run, 17.8)
+    watch_divergence(run, 5.7)  # as a fresh model
+    for _ in range(49):
+        watch_divergence(run, 17.8)
+    assert capsys.readouterr().out == ""
+    watch_divergence(run, 17.8)
+    out = capsys.readouterr().out
+    assert out.startswith("!!!!") and "has been above 6.84 for 50 steps" in out
+    assert "lower\n--lr and --matrix-lr" in out
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--freeze=sam,clip,gpt"], "sam, clip, gpt"),
+    (["--freeze=gpt,sam", "--sam=x"], "gpt"),
+    (["--freeze=clip,gpt,compressor", "--gpt=x", "--clip=x"], "compressor"),
+])
+def test_random_parts_are_not_frozen(tmp_path, tokenizer_dir, flags, parts):
+    args = make_args(tmp_path, f"--tokenizer={tokenizer_dir}", *flags)
+    with pytest.raises(ValueError, match=f": {parts} would keep random weights"):
+        vis_tok_train.check_frozen(args.freeze.split(","), args)
+    loaded = make_args(tmp_path, "--freeze=sam,clip,gpt", "--encoder=x", "--gpt=x")
+    vis_tok_train.check_frozen(loaded.freeze.split(","), loaded)
