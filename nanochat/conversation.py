@@ -100,6 +100,16 @@ def column(row, name, where, kind=object):
     return row[name]
 
 
+def check_inside(name, where, allow_outside=False):
+    """BadSample if the name of a file, in somebody's JSON, leads out of the data set's folder."""
+    # As written, without following links: whoever puts a link into the folder means it.
+    path = os.path.normpath(name)
+    leads_out = os.path.isabs(path) or path == ".." or path.startswith(".." + os.sep)
+    if leads_out and not allow_outside:
+        raise BadSample(f"{where}: {name} is outside of the data set's folder; if you trust this "
+                        f"data set to name files on your machine, give --allow-outside")
+
+
 def open_image(source, where):
     """
     A fully decoded PIL image (the first frame, if there are several).

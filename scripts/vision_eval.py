@@ -58,6 +58,8 @@ def parse_args(argv):
     parser.add_argument("--path", default="",
                         help="where the pages of fox, omnidocbench, chartqa-test or folder are; "
                              "empty = on the hub")
+    parser.add_argument("--allow-outside", action="store_true",
+                        help="let the JSON lines of a folder name pictures outside of it")
     parser.add_argument("--chars", default="",
                         help="synthetic pages: LO-HI characters, or several ranges, each a set of "
                              "its own; empty = as trained")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import stable_hash
-from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, open_image
+from nanochat.conversation import (
+    OCR_PROMPT, Task, check_inside, column, ocr_conversation, open_image)
 
 END_OF_PICTURE = 4096  # bytes that count in the fingerprint
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -33,10 +34,12 @@ class Folder(Task):
     """
     split: "train" or "val", of which val holds val_share of the pages, or "all" for both.
 
+    allow_outside: whether a line may name a picture outside of the file's folder.
+
     Errors name the file (and line) that is missing, broken or not UTF-8. Texts are read at once,
     pictures when they are used.
     """
-    def __init__(self, path, split="all", val_share=0.1, prompt=OCR_PROMPT):
+    def __init__(self, path, split="all", val_share=0.1, prompt=OCR_PROMPT, allow_outside=False):
         path = Path(path)
         # A name that is mistyped must not look like an empty folder.
         if not path.exists():
@@ -47,7 +50,7 @@ class Folder(Task):
             pages = pages_of_folder(path, prompt)
         else:
             self.folder = path.parent
-            pages = pages_of_json_lines(path, prompt)
+            pages = pages_of_json_lines(path, prompt, allow_outside)
 
         self.pages = []
         for page in pages:
@@ -117,7 +120,7 @@ def pages_of_folder(folder, prompt):
     return pages
 
 
-def pages_of_json_lines(path, prompt):
+def pages_of_json_lines(path, prompt, allow_outside):
     """list of OwnPage in the order of the lines."""
     pages = []
     # Not splitlines(): that would also cut at U+2028 and the like, which JSON allows in a string.
@@ -133,6 +136,7 @@ def pages_of_json_lines(path, prompt):
             text=column(row, "text", where, str),
             prompt=column(row, "prompt", where, str),
         )
+        check_inside(page.picture, where, allow_outside)
         # Now, with the line's number, and not in the middle of a run.
         if not (path.parent / page.picture).is_file():
             raise FileNotFoundError(f"{where}: no picture {path.parent / page.picture}")

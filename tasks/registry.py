@@ -69,6 +69,8 @@ def add_page_arguments(parser, **defaults):
     """The part of these flags that shapes the pages of a set, whatever they are used for."""
     flag = parser.add_argument
     flag("--val-share", type=float, default=0.1, help="share of a folder's pages that is held out")
+    flag("--allow-outside", action="store_true",
+         help="let the JSON lines of a folder set name pictures outside of their folder")
     # Rendered pages
     flag("--chars", default="31-41",
          help="characters per page, 10 or more: LO-HI or LO-HIxWEIGHT, several with commas")
@@ -183,7 +185,7 @@ def open_training_set(name, arg, split, args, image_size, size, ramp):
 
     # Your own
     if name == "folder":
-        return Folder(arg, split, args.val_share)
+        return Folder(arg, split, args.val_share, allow_outside=args.allow_outside)
 
     # From the hub. FineVision has no validation split: its rows are held out by hash.
     if name == "chartqa":

@@ -110,6 +110,20 @@ def test_json_lines(folder):
     assert second["images"][0].size == (62, 80)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_json_lines_may_not_lead_out_of_the_folder(folder, absolute):
+    outside = folder.parent / "outside.png"
+    Image.new("L", (9, 9)).save(outside)
+    name = str(outside) if absolute else "more/../../outside.png"
+    lines = write_lines(folder / "pages.jsonl", {"image": name, "text": "x"})
+    with pytest.raises(ValueError, match=f"line 1: {name} is outside .* --allow-outside"):
+        Folder(lines)
+    assert len(Folder(lines, allow_outside=True)) == 1
+    # A link is in the folder because somebody put it there.
+    (folder / "link.png").symlink_to(outside)
+    Folder(write_lines(folder / "pages.jsonl", {"image": "link.png", "text": "x"}))[0]
+
+
 @pytest.mark.parametrize("line, error", [
     ({"image": "page 0.jpg"}, "line 2 has no str 'text'"),
     ({"image": "page 0.jpg", "text": None}, "line 2 has no str 'text'"),
