@@ -11,7 +11,7 @@ import torch
 
 from nanochat import image_modes
 from nanochat.checkpoint import load_model
-from nanochat.common import choose_dtype, set_cuda_defaults
+from nanochat.common import choose_dtype, positive_int, set_cuda_defaults
 from nanochat.conversation import OCR_PROMPT, ocr_conversation, open_image
 from nanochat.engine import Engine, NoRepeat
 from nanochat.image_modes import get_mode
@@ -109,8 +109,8 @@ def choose_mode(name, supported):
     return get_mode(name)
 
 
-def add_arguments(parser):
-    """The flags that load_engine reads."""
+def add_arguments(parser, token_limit=positive_int):
+    """The flags that load_engine reads. token_limit: argparse type of --max-new-tokens."""
     # Model
     parser.add_argument("--checkpoint", default="checkpoints/stage2",
                         help="model_<step> folder, run folder (its last checkpoint), or hub name")
@@ -121,7 +121,7 @@ def add_arguments(parser):
                         help="cuda, mps or cpu; empty = the best there is")
     parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
     # Generation
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens a page may take")
+    parser.add_argument("--max-new-tokens", type=token_limit, default=200, help="tokens a page may take")
     parser.add_argument("--no-repeat", default="",
                         help="N,WINDOW: no N tokens twice in a row within WINDOW, e.g. 30,90; "
                              "empty = off")

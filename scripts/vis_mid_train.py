@@ -10,13 +10,13 @@ Stage 2: the encoder of stage 1 meets a fresh decoder, on pages and text-only ch
 SAM and compressor are frozen; the second stage of the encoder (CLIP), the projector and the
 decoder learn. Sizes come from the encoder's checkpoint. Writes checkpoints/<model-tag>/.
 """
-import argparse
+import os
 
 from nanochat import pretrained
 from nanochat.checkpoint import load_encoder, read_config, read_record, resuming
 from nanochat.common import (
-    choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, json_line, matmul_rate,
-    print0, run_main)
+    ArgumentParser, choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, integer, json_line,
+    matmul_rate, print0, run_main)
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
@@ -36,37 +36,22 @@ INHERITED = ("tokenizer", "mode", "chars", "faces", "min_px", "random_share", "m
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     # Model
     parser.add_argument("--encoder", default="checkpoints/stage1",
                         help="deepencoder_<step> folder, stage-1 run folder or hub name")
     parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, "
                         "hub name or folder; empty = random weights")
     parser.add_argument("--tokenizer", default="checkpoints/tokenizer",
-                        help="folder of scripts.tok_train; default: stage 1's")
+                        help="folder of scripts.tok_train")
     # Data
-    parser.add_argument("--text-share", type=int, default=10,
+    parser.add_argument("--text-share", type=integer(0, 99), default=10,
                         help="built-in text-only chat, in a hundred samples, beside --data")
     add_data_arguments(parser, ramp=4800)
     add_training_arguments(parser, model_tag="stage2", num_iterations=950, eval_every=150,
                            save_every=150)
+    parser.inherits(INHERITED, "stage 1")
     return parser
-
-
-def inherit(parser, argv, stage1_config):
-    """Parses the command line with stage 1's settings as the defaults of INHERITED."""
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(INHERITED)))
-    for name in INHERITED:
-        flag = f"--{name.replace('_', '-')}"
-        theirs = stage1_config.get(name, parser.get_default(name))
-        ours = getattr(given, name)
-        if ours is None:
-            setattr(given, name, theirs)
-            print0(f"inherited {flag}={theirs}")
-        elif ours != theirs:
-            print0(f"NOTE: {flag}={ours} overrides stage 1's {theirs}")
-    return given
 
 
 def main(argv=None):
@@ -88,7 +73,8 @@ def main(argv=None):
     cfg = read_config(encoder_dir)
     stage1 = read_record(encoder_dir, "meta.json", keys={"user_config": dict, "tokenizer": str})
     print0(f"encoder: {encoder_dir}")
-    args = inherit(parser, argv, stage1["user_config"])
+    theirs = {k: v for k, v in stage1["user_config"].items() if k in INHERITED}
+    args = parser.inherit(argv, theirs, os.path.join(encoder_dir, "meta.json"))
     run = Run(args, "stage 2")
 
     # -------------------------------------------------------------------------
@@ -108,8 +94,6 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Data: pages and chat mixed, and how they become rows of tokens and pixels
-    if not 0 <= args.text_share < 100:
-        raise ValueError(f"--text-share={args.text_share}: percent of the samples, 0 to 99")
     mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
     modes = [get_mode(name) for name in mode_names]
     n_samples = args.num_iterations * batch_size + 100  # whole cycles of the mixture need a few more

@@ -9,12 +9,10 @@ Stage 1: DeepEncoder, projector and a decoder learn to read together, by next-to
 Writes checkpoints/<model-tag>/model_<step>/, and beside each deepencoder_<step>/, the encoder
 alone, which stage 2 starts from.
 """
-import argparse
-
 from nanochat import pretrained
 from nanochat.checkpoint import resuming
 from nanochat.common import (
-    choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, json_line, matmul_rate,
+    ArgumentParser, choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, json_line, matmul_rate,
     print0, run_main)
 from nanochat.config import PRESETS
 from nanochat.dataloader import Sampler, ahead, loader
@@ -31,8 +29,7 @@ from tasks.registry import add_data_arguments, training_sets
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     # Model
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS),
                         help="sizes of the model (nanochat/config.py)")

@@ -62,12 +62,15 @@ class Events:
         self.n = 0
 
     def install(self):
+        self.pid = os.getpid()
         for name in ("rename", "replace", "fsync", "rmdir", "unlink", "mkdir"):
             setattr(os, name, self.counted(getattr(os, name)))
         Run.record = self.torn(Run.record)
 
     def counted(self, call):
         def counting(*args, **kwargs):
+            if os.getpid() != self.pid:  # a worker of the loader, which is a fork
+                return call(*args, **kwargs)
             now = self.n == self.kill_at
             self.n += 1
             if now and not self.after:
@@ -136,7 +139,8 @@ def finish(pid, kill_after=None, kill_signal=None):
 
 
 class Campaign:
-    def __init__(self, folder, seed):
+    def __init__(self, folder, seed, variants):
+        self.variants = variants
         self.folder = Path(folder)
         self.rng = random.Random(seed)
         self.kills = {"random": 0, "aimed": 0}
@@ -169,7 +173,7 @@ class Campaign:
 
     def chain(self, number, kills):
         """One run that is killed so many times, then goes on to its end, and is compared."""
-        variant = self.rng.choice(list(VARIANTS))
+        variant = self.rng.choice(self.variants)
         unbroken, seconds, events = self.run_unbroken(variant)
         name = f"chain-{number}"
         main, flags = self.command(variant, name)
@@ -255,11 +259,12 @@ def main(argv=None):
     parser.add_argument("--kills", type=int, default=int(os.environ.get("KILLS", 6)),
                         help="kills in all; default: KILLS of the environment, or 6")
     parser.add_argument("--seed", type=int, default=0, help="which kills")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="kinds of runs, with commas")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
 
     folder = tempfile.mkdtemp(prefix="kills-")
-    campaign = Campaign(folder, args.seed)
+    campaign = Campaign(folder, args.seed, args.variants.split(","))
     number = 0
     planned = 0
     begin = time.monotonic()
