@@ -89,6 +89,25 @@ def add_training_arguments(parser, **defaults):
                         help="go on from the run folder's last checkpoint")
 
 
+# {flag: (the one with which it has no effect, its value or None for any)}
+WITHOUT_EFFECT = {
+    "matrix_lr": ("optimizer", "adamw"),  # Muon's
+    "tokenizer": ("gpt", None),           # a published decoder brings its own
+    "sam": ("encoder", None),             # has a SAM and a CLIP
+    "clip": ("encoder", None),
+}
+
+
+def refuse_without_effect(given, args):
+    """ValueError if a flag of `given`, names of those on the command line, is overruled."""
+    for flag, (other, value) in WITHOUT_EFFECT.items():
+        if flag not in given or other not in given:
+            continue
+        if value is None or getattr(args, other) == value:
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect beside "
+                             f"--{other}={getattr(args, other)}: leave one of them out")
+
+
 def parse_part_lrs(text):
     """"sam=5e-5,compressor=1e-3" -> {"sam": 5e-5, "compressor": 1e-3}"""
     rates = {}

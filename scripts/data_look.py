@@ -20,7 +20,7 @@ from nanochat.config import PRESETS
 from nanochat.dataloader import Sampler
 from nanochat.image_modes import get_mode
 from nanochat.tokenizer import Tokenizer
-from tasks.registry import add_page_arguments, open_set, parse_data
+from tasks.registry import add_page_arguments, open_set, parse_data, refuse_ignored
 from tasks.fonts import font
 from tasks.synthpage import write_folder
 
@@ -148,7 +148,9 @@ def parse_arguments(argv):
     flag("--out", default="data_look.png", help=f"the sheet, of the first {SHOWN}")
     flag("--write-folder", default="",
          help=f"new folder for the pages of {', '.join(WRITABLE)}: OmniDocBench.json and images/")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_ignored(parser.given(argv), args.task)
+    return args
 
 
 def main(argv=None):

@@ -20,14 +20,14 @@ from nanochat.evaluator import Evaluator, read_pages
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, save, train_step, wrap_model)
+    refuse_without_effect, row_multiple, save, train_step, wrap_model)
 from nanochat.metrics import score_page, summarize
 from nanochat.mixture import fingerprints
 from nanochat.optim import Optimizer, schedule
 from nanochat.pretrained import find
 from nanochat.reader import NEEDED
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, training_sets
+from tasks.registry import add_data_arguments, refuse_ignored, training_sets
 
 # Settings of the checkpoint's run that hold here too unless they are given on the command line.
 INHERITED = ("mode", "chars", "faces", "min_px", "random_share", "max_seq_len", "damage",
@@ -66,6 +66,9 @@ def read_held_out(model, tokenizer, mode, task, indices):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
+    given = parser.given(argv)
+    refuse_without_effect(given, args)
+    refuse_ignored(given, args.data)
 
     # -------------------------------------------------------------------------
     # Compute init

@@ -396,6 +396,8 @@ def parse_arguments(argv):
     if args.files and args.chat:
         raise ValueError("--chat talks without pictures: leave the files out, or ask about them "
                          "with --prompt")
+    if args.jsonl and not args.files:
+        raise ValueError("--jsonl is for files: leave it out, or name some")
     if args.stream and args.jsonl:
         raise ValueError("--stream prints text as it comes, --jsonl whole pages: give only one")
     return args

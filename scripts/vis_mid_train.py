@@ -22,12 +22,12 @@ from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, save, train_step, wrap_model)
+    refuse_without_effect, row_multiple, save, train_step, wrap_model)
 from nanochat.mixture import Mixture, fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, training_sets
+from tasks.registry import add_data_arguments, refuse_ignored, training_sets
 from tasks.synthchat import SynthChat
 
 # Settings of stage 1 that hold here too unless they are given on the command line.
@@ -57,6 +57,9 @@ def make_parser():
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
+    given = parser.given(argv)
+    refuse_without_effect(given - {"encoder"}, args)
+    refuse_ignored(given, args.data)
 
     # -------------------------------------------------------------------------
     # Compute init

@@ -20,12 +20,12 @@ from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, save, train_step, wrap_model)
+    refuse_without_effect, row_multiple, save, train_step, wrap_model)
 from nanochat.mixture import fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, training_sets
+from tasks.registry import add_data_arguments, refuse_ignored, training_sets
 
 
 def parse_args(argv):
@@ -48,7 +48,11 @@ def parse_args(argv):
     add_data_arguments(parser, chars="31-41x4,16-30x1", ramp=12800)
     add_training_arguments(parser, model_tag="stage1", num_iterations=1000, eval_every=150,
                            save_every=150)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = parser.given(argv)
+    refuse_without_effect(given, args)
+    refuse_ignored(given, args.data)
+    return args
 
 
 def check_frozen(parts, args):

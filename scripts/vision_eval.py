@@ -42,6 +42,14 @@ from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
 
 # Flags that change a prediction or a page: results under others must not be mixed.
 SETTINGS = ("max_new_tokens", "no_repeat", "path", "chars", "seed", "kinds", "prompt")
+# The tasks that a flag has to do with. Elsewhere it would be ignored, which nobody expects.
+USED_BY = {
+    "path": ("fox", "fox-cn", "omnidocbench", "chartqa-test", "folder"),
+    "allow_outside": ("folder",),
+    "chars": SPLITS,
+    "kinds": ("omnidocbench",),
+    "prompt": ("omnidocbench",),
+}
 GENERATED = 256  # pages of a task that makes as many as it is asked for
 
 
@@ -86,16 +94,20 @@ def parse_args(argv):
     parser.add_argument("--out", default="",
                         help="folder for the results; empty = eval_<task> beside the checkpoint")
     args = parser.parse_args(argv)
-    check_args(args)
+    check_args(args, parser.given(argv))
     return args
 
 
-def check_args(args):
+def check_args(args, given):
     check_wandb(args.run)  # now, and not after the evaluation
     for name in args.task.split(","):
         if name not in SPLITS + EVALUATED or (name == "folder" and not args.path):
             raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}; "
                              "folder needs --path")
+    for flag, tasks in USED_BY.items():
+        if flag in given and not set(args.task.split(",")) & set(tasks):
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect on --task={args.task}: it "
+                             f"is for {', '.join(tasks)}; leave it out")
 
 
 def load(args, device):

@@ -146,6 +146,31 @@ def parse_parts(text):
     return odds
 
 
+# The sets that a flag has to do with. Elsewhere it would be ignored, which nobody expects.
+USED_BY = {
+    "stream": ("finevision", "chartqa", "smoltalk"),
+    "ramp": ("synthdoc",),
+    "val_share": ("folder",),
+    "allow_outside": ("folder",),
+    "chars": ("synthdoc", "synthpage"),
+    "faces": ("synthdoc",),
+    "min_px": ("synthdoc",),
+    "random_share": ("synthdoc",),
+    "damage": ("synthdoc", "synthpage", "fox_like", "omnidocbench_like"),
+    "text_files": ("synthpage",),
+    "page_parts": ("synthpage",),
+}
+
+
+def refuse_ignored(given, data):
+    """ValueError if a flag of `given`, names of those on the command line, concerns no set."""
+    names = {name for name, _, _ in parse_data(data)}
+    for flag, sets in USED_BY.items():
+        if flag in given and not names & set(sets):
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect on {', '.join(sorted(names))}"
+                             f": it is for {', '.join(sets)}; leave it out")
+
+
 # -----------------------------------------------------------------------------
 # One set by its name
 

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,26 @@ BAD = {
 }
 
 
+WITHOUT_EFFECT = {
+    "vis_tok_train": ("--matrix-lr=1 --optimizer=adamw", "--sam=a/b --encoder=c/d",
+                      "--tokenizer=x --gpt=a/b", "--data=folder:x --ramp=5", "--stream",
+                      "--val-share=0.2", "--data=synthpage --faces=sans", "--page-parts=table=1",
+                      "--data=folder:x --chars=10-20", "--data=synthchart --damage=0.1"),
+    "vis_mid_train": ("--tokenizer=x --gpt=a/b", "--data=folder:x --ramp=5", "--allow-outside"),
+    "finetune": ("--data=folder:x --chars=10-20", "--optimizer=adamw --matrix-lr=1"),
+    "data_look": ("--damage=0.1", "--chars=10-20"),
+    "vision_eval": ("--path=x", "--kinds=text", "--prompt=Read", "--task=synthchart --chars=9-12"),
+}
+
+
+@pytest.mark.parametrize("script", sorted(WITHOUT_EFFECT))
+def test_flags_without_effect(script, here, capsys):
+    for flags in WITHOUT_EFFECT[script]:
+        task = ["synthchat"] if script == "data_look" else []
+        line = error_line(capsys, script, [*task, *flags.split()])
+        assert "has no effect" in line and "leave" in line
+
+
 @pytest.fixture
 def run_folder(here, make_model, tokenizer, tokenizer_dir, make_batch, pages):
     """A folder with a run of stage 1 (run/, with its encoder) and a tokenizer."""
@@ -302,6 +323,23 @@ def test_damaged_pages(run_folder, capsys):
         Path("pages", name).write_bytes(sound[Path("pages", name)])
     os.unlink("pages/3.txt")
     assert "3.png has 0 texts" in error_line(capsys, "finetune", flags)
+
+
+@pytest.mark.parametrize("format", ["nano", "encoder"])
+def test_export_to_a_full_disk(format, run_folder, capsys):
+    """It leaves nothing, and the same command works once there is room."""
+    flags = [*sound_flags("export"), f"--format={format}"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 1000, 100_000):  # bytes of a file; writing beyond fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            line = error_line(capsys, "export", flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "exported" in line and "make room" in line
+        assert not list(Path(".").glob("exported*"))
+    main_of("export")(flags)
+    assert Path("exported/model.safetensors").exists()
 
 
 # -----------------------------------------------------------------------------

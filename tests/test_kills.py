@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_few_kills():
     """In a process of its own, since it forks."""
-    command = [sys.executable, "-m", "tests.kill_campaign", "--kills=4", "--variants=stage1"]
+    command = [sys.executable, "-m", "tests.kill_campaign", "--kills=3", "--variants=stage1"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     record = json.loads(process.stdout.splitlines()[-1])
-    assert record["differences"] == 0 and sum(record["kills"].values()) >= 2
+    assert record["differences"] == 0 and sum(record["kills"].values()) >= 1
 
 
 def test_what_the_campaign_would_find(tmp_path):
