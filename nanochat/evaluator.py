@@ -34,6 +34,8 @@ class Evaluator:
         self.mode = modes[0]
         self.stride = stride
         self.sampler_settings = sampler_settings
+        print0(f"preparing {val_pages} pages for validation and {statistics_pages} for the "
+               f"encoder's statistics, in {len(modes)} mode(s)")
         self.val_batches, usable = self.batches(val_task, val_pages, self.mode)
         self.statistics_batches = []  # for each mode
         for mode in modes:

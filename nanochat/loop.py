@@ -143,6 +143,7 @@ def row_multiple(longest, compiled):
 def wrap_model(model, compiled):
     """The model as the step calls it: blocks compiled if asked for, DDP over several ranks."""
     if compiled:
+        print0("torch.compile: the first steps take from seconds to minutes")
         model.compile_blocks()
     if dist_info()[2] == 1:
         return model

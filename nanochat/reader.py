@@ -11,7 +11,7 @@ import torch
 
 from nanochat import image_modes
 from nanochat.checkpoint import load_model
-from nanochat.common import choose_dtype, positive_int, set_cuda_defaults
+from nanochat.common import choose_dtype, positive_int, print0, set_cuda_defaults
 from nanochat.conversation import OCR_PROMPT, ocr_conversation, open_image
 from nanochat.engine import Engine, NoRepeat
 from nanochat.image_modes import get_mode
@@ -129,6 +129,7 @@ def add_arguments(parser, token_limit=positive_int):
 
 def load_engine(args, device):
     """-> (Engine, meta) for the flags of `add_arguments`."""
+    print0(f"loading {args.checkpoint}")
     model, tokenizer, meta = load_to_read(args.checkpoint, device, args.dtype, needed=NEEDED)
     limit = model.cfg.gpt.sequence_len - 1  # at least one position is the prompt's
     if not 1 <= args.max_new_tokens <= limit:

@@ -37,6 +37,7 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Model, and what was measured of it
+    print0(f"loading {args.checkpoint}")
     model = NanoDeepseekOCR.from_pretrained(args.checkpoint)
     results = None
     results_path = args.results or os.path.join(args.checkpoint, "eval", "summary.json")
@@ -58,6 +59,7 @@ def main(argv=None):
     else:
         model.save_pretrained(args.out, results)
     if args.push:
+        print0(f"uploading {args.out} to {args.push}")
         pretrained.push(args.out, args.push)
     json_line({"exported": args.out, "format": args.format, "files": sorted(os.listdir(args.out)),
                "pushed": args.push or None})

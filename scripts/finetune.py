@@ -81,6 +81,7 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Model and tokenizer; the settings of the checkpoint's run are this run's defaults
+    print0(f"loading {args.checkpoint}")
     model, tokenizer, meta = load_model(find(args.checkpoint), device, needed=NEEDED)
     theirs = {k: v for k, v in meta["user_config"].items() if k in INHERITED}
     theirs["mode"] = meta["mode"]  # the one validated in, where it was trained in several

@@ -75,6 +75,7 @@ def main(argv=None):
 
     # Train
     t0 = time.time()
+    print(f"training on {args.max_chars:,} characters")
     tokenizer = Tokenizer.train(training_text(args.max_chars, args.seed), args.vocab_size)
     vocab_size = tokenizer.get_vocab_size()
     if vocab_size < args.vocab_size:

@@ -461,6 +461,7 @@ def run(args, engine, meta):
 
     # report
     if dist_info()[0] == 0:
+        print0("writing the report")
         write_report(args, out, summary, sections)
     return summary
 
