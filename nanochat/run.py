@@ -210,6 +210,7 @@ class Run:
             self.lock()
             self.wandb = init_wandb(self.args.run, vars(self.args))  # may fail: no key, no network
             ckpt.clear_leftovers(self.folder)
+            self.prune()  # which a kill may have cut short, at the last step for good
             replace_file(self.config_path, json.dumps(self.config, indent=1))
             self.forget_lost_steps()
         barrier()
@@ -274,9 +275,13 @@ class Run:
             ckpt.save_encoder(self.folder, step, model, self.meta)
         ckpt.save_checkpoint(self.folder, step, model, tokenizer, optimizer, meta)
         if is_master():
-            keep = {*ckpt.steps_of(self.folder)[-2:], state.best_saved_step}
-            ckpt.prune(self.folder, keep)
-            ckpt.prune(self.folder, keep, "deepencoder")
+            self.prune()
+
+    def prune(self):
+        """Deletes all checkpoints but the last two and the best."""
+        keep = {*ckpt.steps_of(self.folder)[-2:], self.state.best_saved_step}
+        ckpt.prune(self.folder, keep)
+        ckpt.prune(self.folder, keep, "deepencoder")
 
     def finish(self, step, model, peak_flops):
         """Curves and summary.json. -> summary, the script's last line."""

@@ -14,6 +14,7 @@ import signal
 import pytest
 from PIL import Image
 
+from nanochat import checkpoint as ckpt
 from nanochat.dataloader import micro_batches
 from nanochat.loop import watch_divergence
 from nanochat.mixture import Mixture, Shuffled, fingerprints
@@ -113,9 +114,9 @@ def test_a_run_that_failed_before_its_first_checkpoint_holds_on_to_nothing(begun
 
 
 def test_a_stream_keeps_its_micro_batch(tmp_path, tokenizer):
-    begin(tmp_path, tokenizer, "--stream")
+    begin(tmp_path, tokenizer, "--stream", "--data=chartqa")
     with pytest.raises(ValueError, match="was 32, now 16, and a stream .* use --recompute"):
-        resume(tmp_path, "--stream", "--device-batch-size=16")
+        resume(tmp_path, "--stream", "--data=chartqa", "--device-batch-size=16")
 
 
 def test_micro_batches_of_another_size_have_the_same_samples_in_a_step():
@@ -124,6 +125,18 @@ def test_micro_batches_of_another_size_have_the_same_samples_in_a_step():
         accumulate = 32 // size
         batches = micro_batches(step * accumulate, (step + 1) * accumulate, size, 0, 1)
         assert sorted(i for batch in batches for i in batch) == list(range(7 * 32, 8 * 32))
+
+
+def test_what_a_kill_kept_from_being_pruned(begun, tokenizer):
+    """A run that was killed between its last save and the pruning saves nothing more."""
+    for step in (1, 2, 3):
+        (begun / f"model_{step:06d}").mkdir(exist_ok=True)
+        (begun / f"deepencoder_{step:06d}").mkdir()
+    (begun / "model_000001").rmdir()
+    run = resume(begun.parent)
+    run.state.best_saved_step = 3  # as run.load would find it
+    run.begin(tokenizer, argparse.Namespace(name="64px"))
+    assert ckpt.steps_of(begun) == ckpt.steps_of(begun, "deepencoder") == [2, 3]
 
 
 # -----------------------------------------------------------------------------
@@ -218,8 +231,8 @@ def test_a_run_that_has_diverged_says_so(tmp_path, tokenizer, capsys):
     (["--freeze=gpt,sam", "--sam=x"], "gpt"),
     (["--freeze=clip,gpt,compressor", "--gpt=x", "--clip=x"], "compressor"),
 ])
-def test_random_parts_are_not_frozen(tmp_path, tokenizer_dir, flags, parts):
-    args = make_args(tmp_path, f"--tokenizer={tokenizer_dir}", *flags)
+def test_random_parts_are_not_frozen(tmp_path, flags, parts):
+    args = make_args(tmp_path, *flags)
     with pytest.raises(ValueError, match=f": {parts} would keep random weights"):
         vis_tok_train.check_frozen(args.freeze.split(","), args)
     loaded = make_args(tmp_path, "--freeze=sam,clip,gpt", "--encoder=x", "--gpt=x")
