@@ -9,10 +9,10 @@ from functools import partial
 
 from nanochat.clip import CLIP, CLIPConfig
 
-# The second stage of the encoder: {kind: its class}. nanochat/clip.py says what such a class must
-# have.
+# The second stage of the encoder: {kind: its class}. How to write another: see nanochat/clip.py.
 SECOND_STAGES = {"clip": CLIP}
 
+# DeepSeek-OCR's (paper, table 1). Other modes work too, if their sizes fit the token stride.
 PUBLISHED_MODES = (
     "tiny", "small", "base", "large", "gundam", "gundam-m", "gundam-9", "gundam-m-9")
 
@@ -117,6 +117,7 @@ class ModelConfig:
         return TokenLayout(self.token_stride, partial(stage.tokens, self.second_stage))
 
     def to_dict(self):
+        """Plain dicts and tuples, for config.json."""
         return asdict(self)
 
     @classmethod
@@ -130,6 +131,7 @@ class ModelConfig:
             raise ValueError(f"second stage of the encoder {kind!r}: must be one of "
                              f"{sorted(SECOND_STAGES)}")
 
+        # A missing part is left to the last `build`, which names it.
         parts = {
             "sam": SAMConfig,
             "second_stage": SECOND_STAGES[kind].config_class,
