@@ -37,18 +37,18 @@ class Sampler:
                one shape each, so there should be few shapes
     labels     kinds of labels to carry along, e.g. ("glyphs",), of those in conversation["labels"]
     """
-    def __init__(self, task, tokenizer, mode, stride, max_tokens, bad_data="raise",
+    def __init__(self, task, tokenizer, mode, layout, max_tokens, bad_data="raise",
                  too_long="raise", max_images=16, pack=0, multiple=1, labels=()):
         if pack and pack < max_tokens:
             raise ValueError(f"--pack={pack}: a packed row must hold the longest sample, "
                              f"--max-seq-len={max_tokens} positions")
         self.modes = mode if isinstance(mode, list) else [mode]
         for mode in self.modes:
-            # A stride that does not fit raises here; later it would pass for bad data.
-            plan(mode, 1, 1, stride)
+            # A layout that does not fit raises here; later it would pass for bad data.
+            plan(mode, 1, 1, layout)
         self.task = task
         self.tokenizer = tokenizer
-        self.stride = stride
+        self.layout = layout
         self.max_tokens = max_tokens
         self.bad_data = bad_data
         self.too_long = too_long
@@ -133,7 +133,7 @@ class Sampler:
         sizes = []
         for source in conversation["images"]:
             image = open_image(source, where)
-            images.append(preprocess(image, mode, self.stride))
+            images.append(preprocess(image, mode, self.layout))
             if self.labels:
                 sizes.append(upright_size(image))
 

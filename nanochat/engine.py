@@ -332,14 +332,14 @@ class Engine:
         for image in conversation["images"]:
             width, height = ImageOps.exif_transpose(image).size
             image_mode = mode(width, height) if callable(mode) else mode
-            plans.append(plan(image_mode, width, height, self.model.cfg.token_stride))
+            plans.append(plan(image_mode, width, height, self.model.cfg.layout))
         return plans
 
     def prompt_sample(self, conversation):
         """The prompt of one conversation, ready for `collate`."""
         images = []
         for image, p in zip(conversation["images"], self.plans(conversation)):
-            images.append(preprocess(image, p.mode, self.model.cfg.token_stride))
+            images.append(preprocess(image, p.mode, self.model.cfg.layout))
         positions = [p.positions for p, _, _ in images]
         ids = self.tokenizer.render_for_completion(conversation, positions)
         # collate makes pairs of a token and the next one, so a last id, never seen by the model, is

@@ -28,11 +28,11 @@ class Evaluator:
     sampler_settings  keyword arguments of Sampler: limits and what happens to bad samples
     val_task          held-out pages; statistics_task: pages like those trained on
     """
-    def __init__(self, tokenizer, modes, stride, sampler_settings, val_task, statistics_task,
+    def __init__(self, tokenizer, modes, layout, sampler_settings, val_task, statistics_task,
                  val_pages=64, statistics_pages=256):
         self.tokenizer = tokenizer
         self.mode = modes[0]
-        self.stride = stride
+        self.layout = layout
         self.sampler_settings = sampler_settings
         self.val_batches, usable = self.batches(val_task, val_pages, self.mode)
         self.statistics_batches = []  # for each mode
@@ -44,7 +44,7 @@ class Evaluator:
 
     def batches(self, task, n, mode):
         """-> (batches of the first n usable samples of a task, their indices)."""
-        sampler = Sampler(task, self.tokenizer, mode, self.stride, **self.sampler_settings)
+        sampler = Sampler(task, self.tokenizer, mode, self.layout, **self.sampler_settings)
         numbered = ((i, sampler[i]) for i in range(len(task)))
         usable = list(islice((pair for pair in numbered if pair[1].ids), n))
         if len(usable) < 2:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from nanochat.layers import Linear, Packing, attention, run_blocks
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
-SOFTCAP = 15.0
+SOFTCAP = 15.0  # logits stay within +-15
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+    channels = (x.size(-1),)
+    return F.rms_norm(x, channels, eps=EPS)  # nanochat's norms have no weights
 
 
 def rotary_tables(length, head_dim, base=10000.0):
@@ -30,7 +31,7 @@ def rotary_tables(length, head_dim, base=10000.0):
 
 def rotate(x, cos, sin):
     """(B, T, H, D) turned by its position, in fp32. cos, sin: (B or 1, T, 1, D / 2) fp32."""
-    a, b = x.float().chunk(2, -1)
+    a, b = x.float().chunk(2, -1)  # halves, not neighbours, are pairs: (B, T, H, D / 2)
     turned_a = a * cos + b * sin
     turned_b = b * cos - a * sin
     return torch.cat([turned_a, turned_b], -1)
@@ -49,8 +50,8 @@ class KVCache:
         if length > cfg.sequence_len:
             raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; "
                              f"shorten prompt or max_new_tokens")
-        self.length = length
-        self.room = room
+        self.length = length  # no row gets longer than this
+        self.room = room  # positions reserved at a time
         shape = (cfg.n_layer, rows, cfg.n_kv_head, 0, cfg.n_embd // cfg.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
@@ -142,7 +143,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        x = F.relu(self.c_fc(x)).square()
+        x = F.relu(self.c_fc(x)).square()  # (B, T, 4 * C)
         return self.c_proj(x)
 
 
@@ -179,6 +180,7 @@ class GPT(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 fan_out, fan_in = m.weight.shape
+                # Spectral norms that do not depend on the width (arXiv 2310.17813)
                 aspect = min(1.0, (fan_out / fan_in) ** 0.5)
                 nn.init.normal_(m.weight, std=fan_in ** -0.5 * aspect)
         # A fresh model gives every token the same probability, and its blocks are the identity.
@@ -222,5 +224,5 @@ class GPT(nn.Module):
             x = self.lm_head(x)
         else:
             x = F.linear(x, head_weight)
-        x = x.float()
+        x = x.float()  # cap and softmax are in fp32, whatever the compute dtype
         return SOFTCAP * torch.tanh(x / SOFTCAP)

@@ -71,7 +71,7 @@ class DeepseekOCR(nn.Module):
         layer = self.projector.layers
         nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
         nn.init.zeros_(layer.bias)
-        for vector in (self.image_newline, self.view_seperator):
+        for vector in (self.image_newline, self.view_seperator):  # as published
             nn.init.normal_(vector, std=vector.numel() ** -0.5)
         self.gpt.init_weights()
         return self
@@ -113,9 +113,11 @@ class DeepseekOCR(nn.Module):
         if self.encoder.layout == "sequence":
             return tokens.flatten(0, 1)
         _, h, w, C = tokens.shape
-        page = tokens.view(rows, cols, h, w, C).transpose(1, 2).reshape(rows * h, cols * w, C)
+        page = tokens.view(rows, cols, h, w, C).transpose(1, 2)  # (rows, h, cols, w, C)
+        page = page.reshape(rows * h, cols * w, C)
         newlines = self.image_newline.to(page.dtype).expand(rows * h, 1, C)
-        return torch.cat([page, newlines], 1).flatten(0, 1)  # (rows * h * (cols * w + 1), C)
+        page = torch.cat([page, newlines], 1)  # (rows * h, cols * w + 1, C)
+        return page.flatten(0, 1)
 
     def arrange(self, tokens, plans):
         """
@@ -132,6 +134,7 @@ class DeepseekOCR(nn.Module):
         if given != dict(used):
             raise ValueError(f"views given per size {given}, used by the plans {dict(used)}")
 
+        # Views of one size are stacked over all images, so each image takes the next ones.
         first = dict.fromkeys(tokens, 0)  # {side: its first view that no image has taken yet}
 
         def take(side, n):

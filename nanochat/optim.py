@@ -21,7 +21,8 @@ def orthogonalize(G, dtype, steps=5):
     tall = X.size(1) > X.size(2)
     if tall:
         X = X.mT  # the products below are then of the smaller size
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # largest singular value at most 1
+    # Newton-Schulz only converges from singular values of at most 1.
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         # X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X
         A = X @ X.mT
@@ -106,7 +107,7 @@ class Optimizer:
             raise ValueError("nothing to train: every part of the model is frozen")
         rates = parameter_rates(model, lr, part_lrs or {})
 
-        # One group for each rate, not for each part: Muon stacks equal shapes within a group.
+        # One group for each rate, and not for each part: Muon stacks equal shapes of a group.
         adamw_groups = {}  # {rate: [parameter]}
         muon_groups = {}
         for name, p in self.params.items():
@@ -118,15 +119,22 @@ class Optimizer:
         self.optimizers = []
         if adamw_groups:
             groups = [{"params": params, "lr": rate} for rate, params in adamw_groups.items()]
-            fused = device.type in ("cpu", "cuda")
+            fused = device.type in ("cpu", "cuda")  # one kernel for all parameters of a group
             self.optimizers.append(torch.optim.AdamW(
-                groups, betas=betas, eps=1e-10, weight_decay=weight_decay, fused=fused))
+                groups,
+                betas=betas,
+                eps=1e-10,  # nanochat's
+                weight_decay=weight_decay,
+                fused=fused,
+            ))
         if muon_groups:
             groups = []
             for rate, params in muon_groups.items():
+                # A part that shall learn ten times as slowly does so in both optimizers.
                 proportion = 1.0 if rate == lr else rate / lr
                 groups.append({"params": params, "lr": matrix_lr * proportion})
             self.optimizers.append(Muon(groups, lr=matrix_lr, dtype=dtype))
+        # The schedule multiplies these at every step.
         for group in self.groups():
             group["base_lr"] = group["lr"]
 
@@ -149,6 +157,7 @@ class Optimizer:
 
     def clip_grad_norm(self, limit):
         """-> the global norm before clipping, a float tensor. limit <= 0 only measures."""
+        # All parameters at once, over both optimizers. A tensor is returned: no GPU sync in here.
         params = list(self.params.values())
         return torch.nn.utils.clip_grad_norm_(params, limit if limit > 0 else float("inf"))
 
@@ -157,6 +166,7 @@ class Optimizer:
         tensors = {}
         for name, p in self.params.items():
             for optimizer in self.optimizers:
+                # A parameter has no state before its first step, nor in the other optimizer.
                 for key, value in optimizer.state.get(p, {}).items():
                     tensors[f"{name}.{key}"] = value.detach().clone()
         return tensors

@@ -322,6 +322,9 @@ def load_clip(model, source=CLIP):
     """CLIP's ViT from a transformers CLIPModel, without its last norm."""
     def source_keys(key):
         return ["vision_model." + name for name in clip_keys(key)]
+    if model.encoder.kind != "clip":
+        raise ValueError(f"--clip={source}: the second stage of this encoder is "
+                         f"{model.encoder.kind}, not clip")
     found = find_tensors(source)
     path, theirs = vision_config_of(source)
     check_network(theirs, clip_sizes(model.cfg), CLIP_DEFAULTS, path)

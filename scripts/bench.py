@@ -79,7 +79,7 @@ def make_config(args, mode):
     cfg = PRESETS[args.preset]()
     cfg.image_token_id = byte_tokenizer().image_token_id  # a preset leaves it open
     # The decoder gets as many positions as the flags ask for, whatever the preset says.
-    generating = page_plan(mode, cfg.token_stride).positions + PROMPT_ROOM + args.new_tokens
+    generating = page_plan(mode, cfg.layout).positions + PROMPT_ROOM + args.new_tokens
     cfg.gpt.sequence_len = max(cfg.gpt.sequence_len, args.seq, generating)
     return cfg
 
@@ -100,7 +100,7 @@ def make_batch(model, mode, rows, seq, pack=1):
     A Batch of `rows` rows of `seq` positions, its pixels on the model's device. A row holds `pack`
     samples of equal length: a page of noise, and random text behind it, all of it supervised.
     """
-    page = page_plan(mode, model.cfg.token_stride)
+    page = page_plan(mode, model.cfg.layout)
     length = seq // pack
     if page.positions >= length:
         raise ValueError(
@@ -324,7 +324,7 @@ def page_sampler(cfg, mode):
         task = SynthPage("train", endless, mode.size, chars=(400, 1300), columns=(1, 2), parts=TEXT)
     else:
         task = SynthDoc("train", endless, mode.size, chars=(31, 41))
-    return Sampler(task, byte_tokenizer(), mode, cfg.token_stride, cfg.gpt.sequence_len)
+    return Sampler(task, byte_tokenizer(), mode, cfg.layout, cfg.gpt.sequence_len)
 
 
 def dense_pages_per_cpu_second(pages):

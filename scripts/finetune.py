@@ -90,15 +90,17 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # Data: conversations, and how they become rows of tokens and pixels
     modes = [get_mode(name) for name in args.mode.split(",")]
-    stride = model.cfg.token_stride
+    for mode in modes:
+        model.encoder.add_mode(mode)
+    layout = model.cfg.layout
     n_samples = args.num_iterations * batch_size
     task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, n_samples,
                                                     args.ramp)
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)
-    sampler = Sampler(task, tokenizer, modes, stride, pack=args.pack, multiple=multiple, **limits)
-    evaluator = Evaluator(tokenizer, modes, stride, limits, val_task, statistics_task,
+    sampler = Sampler(task, tokenizer, modes, layout, pack=args.pack, multiple=multiple, **limits)
+    evaluator = Evaluator(tokenizer, modes, layout, limits, val_task, statistics_task,
                           args.eval_pages, args.statistics_pages)
 
     # -------------------------------------------------------------------------

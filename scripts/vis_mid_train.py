@@ -112,6 +112,8 @@ def main(argv=None):
         raise ValueError(f"--text-share={args.text_share}: percent of the samples, 0 to 99")
     mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
     modes = [get_mode(name) for name in mode_names]
+    for mode in modes:
+        model.encoder.add_mode(mode)
     n_samples = args.num_iterations * batch_size + 100  # whole cycles of the mixture need a few more
     task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
     if args.text_share:
@@ -120,9 +122,9 @@ def main(argv=None):
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)
-    sampler = Sampler(task, tokenizer, modes, cfg.token_stride, pack=args.pack, multiple=multiple,
+    sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
                       **limits)
-    evaluator = Evaluator(tokenizer, modes, cfg.token_stride, limits, val_task, statistics_task,
+    evaluator = Evaluator(tokenizer, modes, cfg.layout, limits, val_task, statistics_task,
                           args.eval_pages, args.statistics_pages)
 
     # -------------------------------------------------------------------------

@@ -91,14 +91,16 @@ def main(argv=None):
     # Data: conversations, and how they become rows of tokens and pixels
     mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
     modes = [get_mode(name) for name in mode_names]
+    for mode in modes:
+        model.encoder.add_mode(mode)
     n_samples = args.num_iterations * batch_size
     task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)
-    sampler = Sampler(task, tokenizer, modes, cfg.token_stride, pack=args.pack, multiple=multiple,
+    sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
                       **limits)
-    evaluator = Evaluator(tokenizer, modes, cfg.token_stride, limits, val_task, statistics_task,
+    evaluator = Evaluator(tokenizer, modes, cfg.layout, limits, val_task, statistics_task,
                           args.eval_pages, args.statistics_pages)
 
     # -------------------------------------------------------------------------
