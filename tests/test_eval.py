@@ -693,7 +693,7 @@ def test_a_file_for_foxs_own_script(fake, tmp_path):
                      f"--path={folder}")
     assert json.loads((out / "fox_official.json").read_text()) == [
         {"image": "en_0.png", "question": "Free OCR.", "label": "Text 0", "answer": "Text 0"},
-        {"image": "en_1.png", "question": "Free OCR.", "label": "Text 1", "answer": "<empty>"}]
+        {"image": "en_1.png", "question": "Free OCR.", "label": "Text 1", "answer": "\u2205"}]
 
 
 def test_wandb_gets_figures_pictures_and_curve(fake, pages, monkeypatch):
