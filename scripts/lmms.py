@@ -2,7 +2,7 @@
 Runs the tasks of lmms-eval (ChartQA, DocVQA, OCRBench, ...) on a checkpoint. An optional extra: it
 brings some fifty packages, so give it an environment of its own.
 
-    pip install -e . lmms-eval==0.7.3
+    pip install -e . lmms-eval==0.7.3 "filelock<4"
     python -m scripts.lmms --tasks=chartqa --model_args=checkpoint=checkpoints/stage2 --batch_size=16
 
 Flags are lmms-eval's own, and --model is set. --model_args takes checkpoint, mode, dtype,
@@ -20,8 +20,8 @@ from nanochat.reader import add_arguments, load_engine
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install lmms-eval==0.7.3, best in an environment of its "
-                     "own") from error
+    raise SystemExit(f"error: {error}: pip install lmms-eval==0.7.3 'filelock<4', best in an "
+                     "environment of its own") from error
 
 NAME = "nano_deepseek_ocr"
 
@@ -108,13 +108,17 @@ class LmmsModel(lmms):
 
 
 def main():
-    from lmms_eval.__main__ import cli_evaluate
+    from lmms_eval.__main__ import cli_evaluate_single, parse_eval_args
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.utils import make_table
     # By its module's name, since this file runs as __main__.
     MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, "scripts.lmms.LmmsModel"))
     sys.argv[1:1] = [f"--model={NAME}"]
-    cli_evaluate()
+    _, args = parse_eval_args()
+    # Not its cli_evaluate, which logs an error and exits with status 0.
+    results, _ = cli_evaluate_single(args)
+    print(make_table(results))
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def test_chartqa_of_lmms_eval(model, tokenizer, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = (tmp_path / "out").rglob("*_results.json")
     results = json.loads(path.read_text())["results"]["chartqa"]
+    assert "relaxed_human_split" in done.stdout  # the table that is printed last
     scores = {key.split(",")[0]: value for key, value in results.items()}
     assert {"relaxed_overall", "relaxed_human_split", "relaxed_augmented_split"} <= set(scores)
     assert scores["relaxed_overall"] == 0  # an untrained model
