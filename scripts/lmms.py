@@ -14,7 +14,7 @@ import sys
 from tqdm import tqdm
 
 from nanochat.common import banner, compute_init, run_main
-from nanochat.evaluation import room_left
+from nanochat.scoring import room_left
 from nanochat.reader import add_arguments, load_engine
 
 try:
