@@ -1,29 +1,20 @@
 """
-Runs the tasks of lmms-eval (ChartQA, DocVQA, OCRBench, ...) on a checkpoint. An optional extra: it
-brings some fifty packages, so give it an environment of its own.
+Runs the tasks of lmms-eval (ChartQA, DocVQA, OCRBench, ...) on a checkpoint.
 
     pip install -e . lmms-eval==0.7.3 "filelock<4"
-    python -m scripts.lmms --tasks=chartqa --model_args=checkpoint=checkpoints/stage2 --batch_size=16
+    python -m scripts.lmms --checkpoint=checkpoints/stage2 --tasks=chartqa --batch-size=16
 
-Flags are lmms-eval's own, and --model is set. --model_args takes checkpoint, mode, dtype,
-device_type and no_repeat, with the meaning and the defaults that they have as flags of scripts.ocr.
+lmms-eval is an optional extra that brings some fifty packages: give it an environment of its own.
+Only tasks that generate their answers work, not those that compare likelihoods. Prints lmms-eval's
+table; the last line is the same as JSON.
 """
 import argparse
-import sys
 
 from tqdm import tqdm
 
-from nanochat.common import banner, compute_init, run_main
-from nanochat.scoring import room_left
+from nanochat.common import banner, compute_init, json_line, run_main
 from nanochat.reader import add_arguments, load_engine
-
-try:
-    from lmms_eval.api.model import lmms
-except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install lmms-eval==0.7.3 'filelock<4', best in an "
-                     "environment of its own") from error
-
-NAME = "nano_deepseek_ocr"
+from nanochat.scoring import room_left
 
 
 def conversation_of(images, question, id):
@@ -42,43 +33,29 @@ def cut_at(text, until):
     return text
 
 
-class LmmsModel(lmms):
-    """lmms-eval's interface to one loaded checkpoint; one process, greedy."""
+class Answers:
+    """
+    What lmms-eval asks of a model, on one loaded engine, greedily. `main` makes it a subclass of
+    lmms_eval.api.model.lmms, which sets self.task_dict: {task: {split: rows}}.
+
+    max_new_tokens  tokens of an answer where a task sets no limit of its own
+    """
     is_simple = True  # requests hold pictures and one question, not a chat
 
-    def __init__(self, batch_size=1, max_batch_size=None, device=None, **flags):
+    def __init__(self, engine, batch_size, max_new_tokens):
         super().__init__()
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        args = parser.parse_args([f"--{key.replace('_', '-')}={flags[key]}" for key in flags])
-        args.device_type = args.device_type or (device or "").partition(":")[0]
-        self.engine, _ = load_engine(args, compute_init(args.device_type))
-        self.batch_size = int(batch_size)
+        self.engine = engine
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
 
     def ask(self, request):
         """-> (conversation, tokens that the answer may take, strings that end it) of a request."""
         question, settings, doc_to_visual, doc, task, split = request.args
         images = doc_to_visual(self.task_dict[task][split][doc]) or []
         conversation = conversation_of(images, question, f"{task}/{split}/{doc}")
-        limit = room_left(self.engine, conversation)
-        if settings.get("max_new_tokens"):
-            limit = min(limit, settings["max_new_tokens"])
-        return conversation, limit, settings.get("until") or []
-
-    def generate_until(self, requests):
-        """-> one text per request. A question that the model cannot take gets an empty answer."""
-        answers = []
-        errors = []
-        for start in tqdm(range(0, len(requests), self.batch_size), desc="batches"):
-            for result in self.answer(requests[start:start + self.batch_size]):
-                if isinstance(result, Exception):
-                    errors.append(result)
-                    result = ""
-                answers.append(result)
-        if errors:
-            banner(f"{len(errors)} of {len(requests)} questions were not answered and count as "
-                   f"wrong; the first: {errors[0]}")
-        return answers
+        limit = settings.get("max_new_tokens") or self.max_new_tokens
+        return (conversation, min(limit, room_left(self.engine, conversation)),
+                settings.get("until") or [])
 
     def answer(self, requests):
         """-> the text or the ValueError of each request of a batch."""
@@ -89,14 +66,31 @@ class LmmsModel(lmms):
                 asked[i] = self.ask(request)
             except ValueError as error:  # the prompt leaves no room
                 answers[i] = error
-        if asked:
-            conversations = [conversation for conversation, _, _ in asked.values()]
-            limit = min(limit for _, limit, _ in asked.values())  # alike within a task
-            results = self.engine.generate_each(conversations, limit)
-            for i, result in zip(asked, results):
-                _, _, until = asked[i]
-                failed = isinstance(result, Exception)
-                answers[i] = result if failed else cut_at(result.text, until)
+        if not asked:
+            return answers
+
+        conversations = [conversation for conversation, _, _ in asked.values()]
+        limit = min(limit for _, limit, _ in asked.values())  # alike within a task
+        results = self.engine.generate_each(conversations, limit)
+        for i, result in zip(asked, results):
+            _, _, until = asked[i]
+            failed = isinstance(result, Exception)
+            answers[i] = result if failed else cut_at(result.text, until)
+        return answers
+
+    def generate_until(self, requests):
+        """-> one text per request. A question that the model cannot take gets an empty answer."""
+        answers = []
+        errors = []
+        for start in tqdm(range(0, len(requests), self.batch_size), desc="batches"):
+            for answer in self.answer(requests[start:start + self.batch_size]):
+                if isinstance(answer, Exception):
+                    errors.append(answer)
+                    answer = ""
+                answers.append(answer)
+        if errors:  # lmms-eval knows no failures
+            banner(f"{len(errors)} of {len(requests)} questions were not answered and count as "
+                   f"wrong; the first: {errors[0]}")
         return answers
 
     def loglikelihood(self, requests):
@@ -107,18 +101,34 @@ class LmmsModel(lmms):
         raise NotImplementedError("tasks of several rounds are not supported")
 
 
-def main():
-    from lmms_eval.__main__ import cli_evaluate_single, parse_eval_args
-    from lmms_eval.models import MODEL_REGISTRY_V2
-    from lmms_eval.models.registry_v2 import ModelManifest
-    from lmms_eval.utils import make_table
-    # By its module's name, since this file runs as __main__.
-    MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, "scripts.lmms.LmmsModel"))
-    sys.argv[1:1] = [f"--model={NAME}"]
-    _, args = parse_eval_args()
-    # Not its cli_evaluate, which logs an error and exits with status 0.
-    results, _ = cli_evaluate_single(args)
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--tasks", default="chartqa", help="names of lmms-eval's, with commas")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions answered together")
+    parser.add_argument("--limit", type=int, default=-1, help="questions per task; -1 = all")
+    args = parser.parse_args(argv)
+
+    # only now, so that --help works without it
+    try:
+        from lmms_eval.api.model import lmms
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.utils import make_table
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install lmms-eval==0.7.3 'filelock<4', best in an "
+                         "environment of its own") from error
+
+    class NanoDeepseekOCR(Answers, lmms):  # lmms-eval prints the name
+        pass
+
+    engine, _ = load_engine(args, compute_init(args.device_type))
+    model = NanoDeepseekOCR(engine, args.batch_size, args.max_new_tokens)
+    limit = None if args.limit == -1 else args.limit
+    results = simple_evaluate(model, tasks=args.tasks.split(","), batch_size=args.batch_size,
+                              limit=limit, log_samples=False)
     print(make_table(results))
+    json_line({"checkpoint": args.checkpoint, **results["results"]})
 
 
 if __name__ == "__main__":

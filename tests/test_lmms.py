@@ -5,12 +5,9 @@ its ChartQA runs on a tiny checkpoint.
 
 python -m pytest tests/test_lmms.py
 """
-import importlib
 import json
 import os
 import subprocess
-import sys
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +16,7 @@ from PIL import Image
 
 from nanochat.engine import Engine, Result
 from nanochat.image_modes import MODES
+from scripts.lmms import Answers
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
@@ -38,28 +36,11 @@ class Says(Engine):
 
 
 @pytest.fixture
-def adapter(model, tokenizer, monkeypatch):
-    """The adapter around a fake engine. lmms-eval itself need not be installed."""
-    lmms = type("lmms", (), {"__init__": lambda self: None})
-    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["lmms_eval.api.model"].lmms = lmms
-    monkeypatch.delitem(sys.modules, "scripts.lmms", raising=False)
-    module = importlib.import_module("scripts.lmms")
-
+def adapter(model, tokenizer):
+    """The adapter around a fake engine; lmms-eval itself need not be installed."""
     engine = Says(model.eval(), tokenizer, MODES["test"])
     engine.limits = []
-    flags = {}
-
-    def load_engine(args, device):
-        flags.update(vars(args))
-        return engine, {}
-    monkeypatch.setattr(module, "load_engine", load_engine)
-    adapter = module.LmmsModel(batch_size="2", device="cpu", checkpoint="somewhere", mode="64px")
-    assert flags["checkpoint"] == "somewhere" and flags["device_type"] == "cpu"
-    assert flags["mode"] == "64px" and flags["dtype"] == "auto"
-    yield adapter
-    sys.modules.pop("scripts.lmms")
+    return Answers(engine, batch_size=2, max_new_tokens=50)
 
 
 def request(doc, question, **settings):
@@ -75,7 +56,7 @@ def test_requests_are_answered_in_order(adapter, capsys):
                 request(2, "third", until=[".END"]), request(3, "no picture", until=".END")]
     answers = adapter.generate_until(requests)
     assert answers == ["1\nfirst.END more", "", "1\nthird", "0no picture"]
-    assert adapter.engine.limits[0] == 16 and adapter.engine.limits[1] > 16
+    assert adapter.engine.limits == [16, 50]
     assert "1 of 4 questions were not answered and count as wrong" in capsys.readouterr().out
     with pytest.raises(NotImplementedError, match="likelihoods are not supported"):
         adapter.loglikelihood(requests)
@@ -107,15 +88,13 @@ def test_chartqa_of_lmms_eval(model, tokenizer, tmp_path):
     subprocess.run(made, check=True, capture_output=True)
 
     with HubServer(tmp_path / "hub") as hub:
-        command = [LMMS_PYTHON, "-m", "scripts.lmms", "--tasks=chartqa", "--batch_size=2",
-                   f"--model_args=checkpoint={tmp_path / 'model_000001'},dtype=float32",
-                   f"--output_path={tmp_path / 'out'}", "--device=cpu"]
+        command = [LMMS_PYTHON, "-m", "scripts.lmms", "--tasks=chartqa", "--dtype=float32",
+                   "--device-type=cpu", f"--checkpoint={tmp_path / 'model_000001'}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                               env=hub.env(tmp_path / "home"))
     assert done.returncode == 0, done.stdout + done.stderr
-    [path] = (tmp_path / "out").rglob("*_results.json")
-    results = json.loads(path.read_text())["results"]["chartqa"]
-    assert "relaxed_human_split" in done.stdout  # the table that is printed last
+    assert "|relaxed_human_split" in done.stdout  # lmms-eval's table
+    results = json.loads(done.stdout.splitlines()[-1])["chartqa"]
     scores = {key.split(",")[0]: value for key, value in results.items()}
     assert {"relaxed_overall", "relaxed_human_split", "relaxed_augmented_split"} <= set(scores)
     assert scores["relaxed_overall"] == 0  # an untrained model
