@@ -24,11 +24,11 @@ import sys
 
 from PIL import Image
 
-from nanochat import evaluation
+from nanochat import scoring
 from nanochat.common import (banner, barrier, compute_cleanup, compute_init, dist_info, init_wandb,
                              json_line, print0, read_json, run_main, write_json)
 from nanochat.conversation import OCR_PROMPT
-from nanochat.evaluation import Evaluator, read_lines
+from nanochat.scoring import Scorer, read_lines
 from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
 from nanochat.official import write_fox, write_markdown
 from nanochat.pretrained import fetch
@@ -49,7 +49,7 @@ def parse_args(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # Model
     add_arguments(parser)
-    # -1: as many tokens as the task needs (Evaluator.token_limit). A fixed number would cut the
+    # -1: as many tokens as the task needs (Scorer.token_limit). A fixed number would cut the
     # pages of one task short and let the loops of another run on.
     parser.set_defaults(max_new_tokens=-1)
     # Pages
@@ -162,7 +162,7 @@ class Control:
         self.kind = kind
 
     def truth(self, i):  # what the model would have to say of the picture that it does not see
-        return evaluation.truth(self.task, i)
+        return scoring.truth(self.task, i)
 
     def __getitem__(self, i):
         conversation = self.task[i]
@@ -391,12 +391,12 @@ def print_warnings(figures, rows, limit):
 # The evaluation
 
 
-def evaluate_task(evaluator, name, task, args, against):
+def evaluate_task(scorer, name, task, args, against):
     """Reads a task and its controls, and prints what came of it. -> (figures, rows)."""
     # the task
     indices = sample(len(task), args.max_problems, args.seed)
-    limit = evaluator.token_limit(task, indices)
-    rows, counts = evaluator.evaluate(name, task, indices, limit)
+    limit = scorer.token_limit(task, indices)
+    rows, counts = scorer.score_pages(name, task, indices, limit)
     print_reuse(name, counts, len(rows))
 
     # its controls, on some of the pages read: scores are compared page by page
@@ -405,8 +405,8 @@ def evaluate_task(evaluator, name, task, args, against):
         some = sample(len(task), min(args.controls, len(rows)), args.seed)
         for kind, other in controls_of(task).items():
             # Random letters take more tokens than words, so the limit is the control's own.
-            other_limit = evaluator.token_limit(other, some)
-            controls[kind], _ = evaluator.evaluate(f"{name}.{kind}", other, some, other_limit)
+            other_limit = scorer.token_limit(other, some)
+            controls[kind], _ = scorer.score_pages(f"{name}.{kind}", other, some, other_limit)
 
     # what came of it
     figures = figures_of(name, rows, controls, of=len(task))
@@ -435,12 +435,12 @@ def run(args, engine, meta):
     against = rows_against(args, tasks)
 
     # reading and figures
-    evaluator = Evaluator(engine, out, args.batch_size, args.max_new_tokens, by_character)
+    scorer = Scorer(engine, out, args.batch_size, args.max_new_tokens, by_character)
     summary = {"checkpoint": args.checkpoint, "step": meta["step"],
                "mode": args.mode or meta["mode"], "seed": args.seed}
     sections = []
     for name, task in tasks:
-        figures, rows = evaluate_task(evaluator, name, task, args, against)
+        figures, rows = evaluate_task(scorer, name, task, args, against)
         summary[name] = figures
         sections.append((name, task, rows))
     if len(tasks) == 1:  # of the only task, also where a script that reads one number looks

@@ -229,7 +229,7 @@ def room_left(engine, conversation):
     return decoder - prompt
 
 
-class Evaluator:
+class Scorer:
     """
     Reads and scores tasks with one engine, into one folder.
 
@@ -258,7 +258,7 @@ class Evaluator:
         # mistakes take more tokens than the words of the truth.
         return longest + longest // 2 + 32
 
-    def evaluate(self, name, task, indices, limit):
+    def score_pages(self, name, task, indices, limit):
         """
         Reads the pages `indices` of a task, each rank its share, and writes <out>/<name>.jsonl.
         -> (rows in order, what was reused: see `count_reuse`), the same on all ranks.
