@@ -93,10 +93,12 @@ def check_args(args):
         raise ValueError(f"--batch-size={args.batch_size}: must be at least 1")
     if args.max_problems != -1 and args.max_problems < 1:
         raise ValueError(f"--max-problems={args.max_problems}: must be at least 1, or -1 for all")
+    known = SPLITS + EVALUATED
     for name in args.task.split(","):
-        if name not in SPLITS + EVALUATED or (name == "folder" and not args.path):
-            raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}; "
-                             "folder needs --path")
+        if name not in known:
+            raise ValueError(f"--task={name}: must be one of {', '.join(known)}")
+        if name == "folder" and not args.path:  # the other benchmarks are on the hub
+            raise ValueError("--task=folder needs --path, the folder of your pages")
 
 
 def load(args, device):
@@ -222,7 +224,9 @@ def default_out(args):
 
 def settings_of(args, engine, meta, by_character):
     """What the predictions and scores depend on, besides the pages and their number."""
-    with open(os.path.join(fetch(args.checkpoint), "model.safetensors"), "rb") as f:
+    # The weights and not the checkpoint's name: a run folder stands for its last checkpoint.
+    path = os.path.join(fetch(args.checkpoint), "model.safetensors")
+    with open(path, "rb") as f:
         weights = hashlib.file_digest(f, "sha256").hexdigest()
     settings = {
         "weights": weights,
@@ -328,10 +332,12 @@ def log_wandb(args, summary, sections, png):
 
 def print_reuse(name, counts, pages):
     """How much of a task is of an earlier run, if any."""
-    if counts["reused"]:
-        print0(f"{name}: {counts['reused']} of {pages} predictions are of an earlier run "
-               f"({counts['rescored']} scored anew as their truth changed, "
-               f"{counts['renamed']} renamed), {pages - counts['reused']} read now")
+    reused = counts["reused"]
+    if reused:
+        changed = (f"{counts['rescored']} scored anew as their truth changed, "
+                   f"{counts['renamed']} renamed")
+        print0(f"{name}: {reused} of {pages} predictions are of an earlier run ({changed}), "
+               f"{pages - reused} read now")
 
 
 def print_figures(name, figures):
@@ -346,8 +352,8 @@ def print_figures(name, figures):
 
     for kind, control in figures["controls"].items():
         pages = f"{control['samples']} of {figures['of']} pages"
-        print0(f"  control {kind} ({CONTROLS[kind]}): 1-NED {control['one_minus_ned']:.4f} on "
-               f"{pages}")
+        score = f"1-NED {control['one_minus_ned']:.4f}"
+        print0(f"  control {kind} ({CONTROLS[kind]}): {score} on {pages}")
     for score, attribute, groups in breakdowns_in(figures):
         print_breakdown(f"{score} by {attribute}", groups)
     if "against" in figures:
@@ -356,7 +362,8 @@ def print_figures(name, figures):
 
 def print_breakdown(title, groups):
     parts = []
-    for value, (score, pages, (low, high)) in groups.items():
+    for value, (score, pages, ci95) in groups.items():
+        low, high = ci95
         parts.append(f"{value} {score:.3f} ({low:.3f}-{high:.3f}, {pages})")
     print0(f"  {title}: {', '.join(parts)}")
 
@@ -364,25 +371,31 @@ def print_breakdown(title, groups):
 def print_pages(rows, number):
     """The first pages, truth above prediction."""
     for row in rows[:number]:
-        print0(f"  {row['one_minus_ned']:.2f}  truth {(row['truth'] or '')[:200]!r}")
-        print0(f"        reads {row['prediction'][:200]!r}")
+        truth = row["truth"] or ""  # None if the page could not be opened
+        prediction = row["prediction"]
+        print0(f"  {row['one_minus_ned']:.2f}  truth {truth[:200]!r}")
+        print0(f"        reads {prediction[:200]!r}")
 
 
 def print_warnings(figures, rows, limit):
     """What must not be overlooked: pages that failed, were cut short or were not read at all."""
+    total = len(rows)
     failed = [row for row in rows if row["failed"]]
-    cut = [row for row in rows if not row["failed"] and not row["finished"]]
+    cut = [row for row in rows if not row.get("finished", True)]  # a failed page has no end
     lines = []
     if failed:
-        lines.append(f"{len(failed)} of {len(rows)} pages failed and count as wrong; the first: "
-                     f"{failed[0]['error']}")
-    if len(cut) > SAID * len(rows):
-        lines.append(f"{len(cut)} of {len(rows)} pages were cut short by the limit of {limit} "
-                     f"tokens (or the decoder's room), so their scores are too low unless they "
-                     f"loop: raise --max-new-tokens. The first: {cut[0]['id']}")
-    if len(rows) < figures["of"]:
-        lines.append(f"{figures['task']} was read in part: {pages_of(figures)} pages. Not a "
-                     "benchmark's number")
+        first = failed[0]["error"]
+        lines.append(f"{len(failed)} of {total} pages failed and count as wrong; the first: "
+                     f"{first}")
+    if len(cut) > SAID * total:
+        first = cut[0]["id"]
+        lines.append(f"{len(cut)} of {total} pages were cut short by the limit of {limit} tokens "
+                     f"(or the decoder's room), so their scores are too low unless they loop: "
+                     f"raise --max-new-tokens. The first: {first}")
+    if total < figures["of"]:
+        name = figures["task"]
+        lines.append(f"{name} was read in part: {pages_of(figures)} pages. Not a benchmark's "
+                     "number")
     if lines:
         banner("\n".join(lines))
 
@@ -402,18 +415,21 @@ def evaluate_task(scorer, name, task, args, against):
     # its controls, on some of the pages read: scores are compared page by page
     controls = {}
     if args.controls:
-        some = sample(len(task), min(args.controls, len(rows)), args.seed)
+        wanted = min(args.controls, len(rows))
+        some = sample(len(task), wanted, args.seed)  # part of `indices`, by the same seed
         for kind, other in controls_of(task).items():
             # Random letters take more tokens than words, so the limit is the control's own.
             other_limit = scorer.token_limit(other, some)
-            controls[kind], _ = scorer.score_pages(f"{name}.{kind}", other, some, other_limit)
+            other_name = f"{name}.{kind}"
+            controls[kind], _ = scorer.score_pages(other_name, other, some, other_limit)
 
     # what came of it
     figures = figures_of(name, rows, controls, of=len(task))
     figures["reused"] = counts["reused"]
     figures["max_new_tokens"] = limit
     if name in against:
-        figures["against"] = {"out": args.against, **compare(rows, against[name])}
+        comparison = compare(rows, against[name])
+        figures["against"] = {"out": args.against, **comparison}
     print_figures(name, figures)
     print_pages(rows, args.samples)
     print_warnings(figures, rows, limit)
