@@ -175,6 +175,6 @@ full)
         --num-iterations 5000 "${COMMON[@]}" $(resume stage2)
     echo "== evaluation"
     launch scripts.vision_eval --checkpoint "$OUT/stage2" $DEVICE \
-        --task fox,omnidocbench,chartqa-test --max-new-tokens 4096 --out "$OUT/stage2/eval"
+        --task fox,omnidocbench,chartqa-test --out "$OUT/stage2/eval"
     ;;
 esac

@@ -68,6 +68,10 @@ class Task:
         """File name of sample i's picture, or None where the pictures are not files."""
         return None
 
+    def attributes(self, i):
+        """What is known of sample i without opening its picture (language, layout, ...), a dict."""
+        return {}
+
     def check_index(self, i):
         """IndexError unless 0 <= i < len(self): this is what ends a plain for loop over a task."""
         if not 0 <= i < len(self):

@@ -635,6 +635,8 @@ def results_table(results):
         cells = []  # empty where a task has no such figure
         for figure in CARD_FIGURES:
             cells.append(f"{summary[figure]:.4g}" if figure in summary else "")
+        if summary.get("of", 0) > summary.get("samples", 0):  # a number of a part is no benchmark's
+            cells[0] += f" of {summary['of']}"
         rows.append(f"| {task} | {' | '.join(cells)} |\n")
     if not rows:
         return "Not measured.\n"

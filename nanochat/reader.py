@@ -137,7 +137,9 @@ def add_arguments(parser):
                         help="cuda, mps or cpu; empty = the best there is")
     parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
     # Generation
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens a page may take")
+    parser.add_argument("--max-new-tokens", type=int, default=-1,
+                        help="tokens a page may take; -1 = as many as there is room for, in an "
+                             "evaluation half as many again as the longest truth")
     parser.add_argument("--no-repeat", default="",
                         help="N,WINDOW: no N tokens twice in a row within WINDOW, e.g. 30,90; "
                              "empty = off")
@@ -147,9 +149,9 @@ def load_engine(args, device):
     """-> (Engine, meta) for the flags of `add_arguments`."""
     model, tokenizer, meta = load_to_read(args.checkpoint, device, args.dtype)
     limit = model.cfg.gpt.sequence_len - 1  # at least one position is the prompt's
-    if not 1 <= args.max_new_tokens <= limit:
+    if args.max_new_tokens != -1 and not 1 <= args.max_new_tokens <= limit:
         raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {limit}, "
-                         f"the decoder's positions")
+                         f"the decoder's positions, or -1")
     mode = choose_mode(args.mode or meta["mode"], model.cfg.modes)
     no_repeat = NoRepeat.parse(args.no_repeat, tokenizer)
     return Engine(model, tokenizer, mode, no_repeat), meta

@@ -53,8 +53,10 @@ class Answers:
         question, settings, doc_to_visual, doc, task, split = request.args
         images = doc_to_visual(self.task_dict[task][split][doc]) or []
         conversation = conversation_of(images, question, f"{task}/{split}/{doc}")
-        limit = settings.get("max_new_tokens") or self.max_new_tokens
-        return (conversation, min(limit, room_left(self.engine, conversation)),
+        room = room_left(self.engine, conversation)
+        ours = room if self.max_new_tokens == -1 else self.max_new_tokens
+        limit = settings.get("max_new_tokens") or ours
+        return (conversation, min(limit, room),
                 settings.get("until") or [])
 
     def answer(self, requests):

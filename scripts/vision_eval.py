@@ -24,10 +24,9 @@ import sys
 
 from PIL import Image
 
-from nanochat import scoring
 from nanochat.common import (banner, barrier, compute_cleanup, compute_init, dist_info, init_wandb,
                              json_line, print0, read_json, run_main, write_json)
-from nanochat.conversation import OCR_PROMPT
+from nanochat.conversation import OCR_PROMPT, Task
 from nanochat.scoring import Scorer, read_lines
 from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
 from nanochat.official import write_fox, write_markdown
@@ -51,7 +50,6 @@ def parse_args(argv):
     add_arguments(parser)
     # -1: as many tokens as the task needs (Scorer.token_limit). A fixed number would cut the
     # pages of one task short and let the loops of another run on.
-    parser.set_defaults(max_new_tokens=-1)
     # Pages
     parser.add_argument("--task", default="heldout,heldout_words,random_chars",
                         help=f"with commas: {', '.join(SPLITS + EVALUATED)}")
@@ -101,14 +99,6 @@ def check_args(args):
             raise ValueError("--task=folder needs --path, the folder of your pages")
 
 
-def load(args, device):
-    """-> (engine, meta) for the flags; --max-new-tokens=-1 is this script's own matter."""
-    args = copy.copy(args)
-    if args.max_new_tokens == -1:
-        args.max_new_tokens = 1  # load_engine only checks its range
-    return load_engine(args, device)
-
-
 # -----------------------------------------------------------------------------
 # Tasks and controls
 
@@ -156,7 +146,7 @@ def sample(pages, wanted, seed):
     return sorted(order[:wanted])
 
 
-class Control:
+class Control(Task):
     """A task whose pictures are replaced: by blank ones, or by the next page's ("another")."""
 
     def __init__(self, task, kind):
@@ -164,7 +154,10 @@ class Control:
         self.kind = kind
 
     def truth(self, i):  # what the model would have to say of the picture that it does not see
-        return scoring.truth(self.task, i)
+        return self.task.truth(i)
+
+    def __len__(self):
+        return len(self.task)
 
     def __getitem__(self, i):
         conversation = self.task[i]
@@ -473,7 +466,7 @@ def run(args, engine, meta):
 def main(argv=None):
     args = parse_args(argv)
     device = compute_init(args.device_type)
-    engine, meta = load(args, device)
+    engine, meta = load_engine(args, device)
     summary = run(args, engine, meta)
     json_line(summary)
     compute_cleanup()

@@ -38,10 +38,6 @@ def test_names_say_the_size_and_earlier_names_are_aliases():
         assert get_mode(name).size == size
 
 
-def test_published_names_are_aliases():
-    assert get_mode("base") == MODES["1024px"]
-
-
 # -----------------------------------------------------------------------------
 # Geometry
 
