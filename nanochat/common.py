@@ -206,6 +206,9 @@ def run_main(main):
     """
     try:
         main()
+        # Only here, when DDP and all else in main's frame is gone: the process group must not be
+        # destroyed with DDP, which holds Python's lock while gloo's threads wait for it.
+        compute_cleanup()
     except (ValueError, OSError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK"):
             raise

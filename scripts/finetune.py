@@ -13,7 +13,7 @@ import os
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
-    choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, is_master, json_line,
+    choose_compile, choose_dtype, compute_init, dist_info, is_master, json_line,
     matmul_rate, print0, run_main, write_json)
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.engine import Engine
@@ -163,7 +163,6 @@ def main(argv=None):
     if is_master():
         write_json(os.path.join(run.folder, "summary.json"), summary)
     json_line(summary)
-    compute_cleanup()
 
 
 if __name__ == "__main__":

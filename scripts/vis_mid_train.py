@@ -15,7 +15,7 @@ import argparse
 from nanochat import pretrained
 from nanochat.checkpoint import load_encoder, read_config, read_record, resuming
 from nanochat.common import (
-    choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, json_line, matmul_rate,
+    choose_compile, choose_dtype, compute_init, dist_info, json_line, matmul_rate,
     print0, run_main)
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.evaluator import Evaluator
@@ -184,7 +184,6 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     summary = run.finish(step, model, peak_flops)
     json_line(summary)
-    compute_cleanup()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import sys
 
 from PIL import Image
 
-from nanochat.common import (banner, barrier, compute_cleanup, compute_init, dist_info, init_wandb,
+from nanochat.common import (banner, barrier, compute_init, dist_info, init_wandb,
                              json_line, print0, read_json, run_main, write_json)
 from nanochat.conversation import OCR_PROMPT, Task
 from nanochat.scoring import Scorer, read_lines
@@ -469,7 +469,6 @@ def main(argv=None):
     engine, meta = load_engine(args, device)
     summary = run(args, engine, meta)
     json_line(summary)
-    compute_cleanup()
 
     # A benchmark that is broken as a whole gives a number too: 0. A shell script must notice.
     for figures in summary.values():
