@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import barrier, dist_info, read_json, write_json
+from nanochat import common
+from nanochat.common import barrier, dist_info, write_json
 from nanochat.config import GPTConfig, ModelConfig, SAMConfig
 from nanochat.model import DeepseekOCR
 from nanochat.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -278,20 +279,11 @@ def verify(folder, names=None):
 
 
 def read_record(folder, name, keys=()):
-    """The object in a JSON file. ValueError that names file and key unless it has all of `keys`."""
-    path = os.path.join(folder, name)
+    """As common.read_record; the error also says what to do about the checkpoint."""
     try:
-        record = read_json(path)
-    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, nested without end
-        raise ValueError(f"{path} is not valid JSON ({e}); {way_out(folder)}") from e
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} has a {type(record).__name__} where an object is expected; "
-                         f"{way_out(folder)}")
-    for key in keys:
-        if key not in record:
-            raise ValueError(f"{path} lacks the key {key!r}, it has {sorted(record)[:10]}; "
-                             f"{way_out(folder)}")
-    return record
+        return common.read_record(os.path.join(folder, name), keys)
+    except ValueError as e:
+        raise ValueError(f"{e}; {way_out(folder)}") from e
 
 
 def read_tensors(folder, name):
@@ -368,6 +360,16 @@ def check_tokenizer_fits(tokenizer, cfg, where):
             f"has {cfg.gpt.vocab_size} and {cfg.image_token_id}: they are not of the same model")
 
 
+def check_fingerprint(tokenizer, meta, path):
+    """ValueError unless the weights in `path` were trained with this tokenizer."""
+    # One of the same size would fit, load, and turn every answer into other words. Models built by
+    # hand, and checkpoints of early versions, have no fingerprint.
+    if "tokenizer" in meta and meta["tokenizer"] != tokenizer.fingerprint():
+        raise ValueError(f"{os.path.join(path, TOKENIZER)} is not the tokenizer that this model was "
+                         f"trained with (its fingerprint is not the one in {META}); "
+                         f"{way_out(path)}")
+
+
 def check_values(t, dtype, what):
     """ValueError unless the tensor `t` has numbers that stay finite in `dtype`. what: names it."""
     if t.dtype not in FLOATS:
@@ -438,15 +440,19 @@ def load_weights(module, tensors, where):
     module.load_state_dict(tensors)
 
 
-def load_model(path, device, kind=DeepseekOCR):
-    """-> (model of class `kind` in eval mode, tokenizer, meta) from a checkpoint or run folder."""
+def load_model(path, device, kind=DeepseekOCR, needed=()):
+    """
+    -> (model of class `kind` in eval mode, tokenizer, meta) from a checkpoint or run folder.
+    needed: keys of meta that the caller uses, as for read_record.
+    """
     path = resolve(path)
     verify(path, [WEIGHTS, CONFIG, TOKENIZER, META])  # not the optimizer
     cfg = read_config(path)
-    meta = read_record(path, META)
+    meta = read_record(path, META, needed)
     tokenizer = Tokenizer.load(path)
     check_tokenizer(tokenizer, path)
     check_tokenizer_fits(tokenizer, cfg, path)
+    check_fingerprint(tokenizer, meta, path)
     tensors = read_tensors(path, WEIGHTS)
     check_outline(cfg, kind, tensors, path)
 

@@ -3,6 +3,7 @@ Process set-up, devices, printing and small files: the same few lines in every s
 """
 import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -215,6 +216,15 @@ def run_main(main):
         print(f"error: {error}\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
               file=sys.stderr, flush=True)
         sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        if os.environ.get("NANOCHAT_TRACEBACK"):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: out of memory ({reason}): halve the batch (--device-batch-size, or "
+              f"--batch-size), or train with --recompute; training goes on with --resume, its steps "
+              f"have the same samples\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved is kept: training goes on with --resume, vision_eval "
               "with the same command", file=sys.stderr, flush=True)
@@ -231,8 +241,52 @@ def write_json(path, value):
 
 
 def read_json(path):
-    with open(path) as f:
-        return json.load(f)
+    """The content of a JSON file. ValueError that names the file if it is empty or damaged."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+
+
+def read_record(path, keys=()):
+    """
+    The object in a JSON file. ValueError that names file and key unless it has all of `keys`;
+    where `keys` is a dict {key: type}, their values must be of these types.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} has a {type(record).__name__} where an object is expected")
+    for key in keys:
+        if key not in record:
+            raise ValueError(f"{path} lacks the key {key!r}, it has {sorted(record)[:10]}")
+        wanted = keys[key] if isinstance(keys, dict) else object
+        if not isinstance(record[key], wanted):
+            raise ValueError(f"{path}: {key} is {repr(record[key])[:100]}, "
+                             f"need a {wanted.__name__}")
+    return record
+
+
+def read_json_lines(path):
+    """
+    -> (objects of a JSON-lines file, number of damaged lines). A last line without its end is what
+    a kill leaves; it is left out and does not count.
+    """
+    records = []
+    damaged = 0
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                damaged += 1
+    return records, damaged
 
 
 def replace_file(path, text):
@@ -280,6 +334,15 @@ class DummyWandb:
         pass
 
 
+def check_wandb(run):
+    """ValueError if a W&B run is asked for and wandb is not installed. For before the work."""
+    if run == "dummy" or "wandb" in sys.modules:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--run={run} logs to Weights & Biases, which is not installed: "
+                         f"pip install wandb, or leave --run out")
+
+
 def init_wandb(run, config):
     """
     The W&B run of that name in project nano-deepseek-ocr. The key is wandb's own business
@@ -287,9 +350,10 @@ def init_wandb(run, config):
     """
     if run == "dummy" or not is_master():
         return DummyWandb()
+    check_wandb(run)
+    import wandb
     try:
-        import wandb
-    except ImportError:
-        raise ValueError(f"--run={run} logs to Weights & Biases, which is not installed: "
-                         f"pip install wandb, or leave --run out") from None
-    return wandb.init(project="nano-deepseek-ocr", name=run, config=config)
+        return wandb.init(project="nano-deepseek-ocr", name=run, config=config)
+    except wandb.Error as error:
+        raise ValueError(f"--run={run}: wandb: {error}; leave --run out to log to files alone, or "
+                         f"set WANDB_MODE=offline") from error

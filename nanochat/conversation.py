@@ -72,6 +72,13 @@ class Task:
         """What is known of sample i without opening its picture (language, layout, ...), a dict."""
         return {}
 
+    def fingerprint(self):
+        """
+        What tells whether the samples are those of another time, as a short text; None for samples
+        that depend on the task's arguments alone.
+        """
+        return None
+
     def check_index(self, i):
         """IndexError unless 0 <= i < len(self): this is what ends a plain for loop over a task."""
         if not 0 <= i < len(self):
@@ -95,6 +102,16 @@ def column(row, name, where, kind=object):
         # Cut short: a row may hold a whole picture as bytes.
         raise BadSample(f"{where} has no {kind.__name__} {name!r}, it has {str(row)[:200]}")
     return row[name]
+
+
+def check_inside(name, where, allow_outside=False):
+    """BadSample if the name of a file, in somebody's JSON, leads out of the data set's folder."""
+    # As written, without following links: whoever puts a link into the folder means it.
+    path = os.path.normpath(name)
+    leads_out = os.path.isabs(path) or path == ".." or path.startswith(".." + os.sep)
+    if leads_out and not allow_outside:
+        raise BadSample(f"{where}: {name} is outside of the data set's folder; if you trust this "
+                        f"data set to name files on your machine, give --allow-outside")
 
 
 def open_image(source, where):

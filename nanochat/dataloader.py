@@ -5,6 +5,7 @@ Which samples micro-batch k of rank r holds is arithmetic on indices, so any ste
 a resumed run sees exactly what the unbroken one would have seen. Where a set can only be read in
 order (Stream), every batch carries the state from which reading goes on.
 """
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -93,8 +94,7 @@ class Sampler:
             return self.unusable({**drawn, "bad": 1})
 
         # Outside of the try: a sample that is too long is sound, so --bad-data must not skip it.
-        id = conversation.get("id", "?")
-        sample, cut = self.fit(sample, f"{where}: conversation {id}")
+        sample, cut = self.fit(sample, with_id(where, conversation))
         if sample is None:
             return self.unusable({**drawn, **cut})
         characters = self.supervised_characters(sample)  # after the cut
@@ -120,6 +120,7 @@ class Sampler:
         """-> (conversation, Sample of any length); BadSample for whatever is wrong with the row."""
         try:
             conversation = get()
+            where = with_id(where, conversation)
             return conversation, self.render(conversation, mode, where)
         except BadSample:
             raise
@@ -195,6 +196,15 @@ class Sampler:
         return len(self.tokenizer.decode(said))
 
 
+def with_id(where, conversation):
+    """
+    `where`, with the conversation's own name: of a folder's page the file, of a shuffled row its
+    number in the data set.
+    """
+    id = conversation.get("id")
+    return where if id is None or str(id) in where else f"{where}: conversation {id}"
+
+
 def map_points(labels, image_plan, page_size):
     """[(value, x, y), ...] in page px -> (values, {side in px: TokenPoints})."""
     values = []
@@ -248,7 +258,7 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
                                 max(1, workers), states)
         # batch_size=None: the data set makes whole batches itself.
         batches = torch.utils.data.DataLoader(dataset, batch_size=None, **common)
-        return filter(None, batches)  # without the turns that were before the start
+        return filter(None, raising(batches))  # without the turns that were before the start
 
     # Fail now, and not in a worker after hours.
     needed = stop * world * size
@@ -256,8 +266,9 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
         raise ValueError(f"{stop} micro-batches of {size} on {world} ranks need {needed} samples, "
                          f"the task has {len(sampler)}")
     indices = micro_batches(start, stop, size, rank, world)
-    return iter(torch.utils.data.DataLoader(
-        sampler, batch_sampler=indices, collate_fn=make_batch, **common))
+    dataset = MicroBatches(sampler, make_batch)
+    batches = torch.utils.data.DataLoader(dataset, sampler=indices, batch_size=None, **common)
+    return raising(batches)
 
 
 def micro_batches(start, stop, size, rank, world):
@@ -277,6 +288,46 @@ def check_workers(states, workers):
                              f"{state['workers']}, resume with as many workers")
 
 
+class Failure:
+    """
+    An error in a worker, on its way to the main process. DataLoader would send it along with the
+    worker's traceback of twenty lines, which tells nothing about a bad sample.
+    """
+    def __init__(self, error):
+        self.is_bad_sample = isinstance(error, BadSample)
+        self.message = str(error)  # some errors of other libraries cannot be pickled
+
+    def raise_again(self):
+        raise (BadSample if self.is_bad_sample else ValueError)(self.message)
+
+
+def in_a_worker():
+    return torch.utils.data.get_worker_info() is not None
+
+
+def raising(batches):
+    """The same batches; a Failure among them is raised."""
+    for batch in batches:
+        if isinstance(batch, Failure):
+            batch.raise_again()
+        yield batch
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """The micro-batch of any range of sample numbers."""
+    def __init__(self, sampler, collate):
+        self.sampler = sampler
+        self.collate = collate
+
+    def __getitem__(self, indices):
+        try:
+            return self.collate([self.sampler[i] for i in indices])
+        except (ValueError, OSError) as error:
+            if not in_a_worker() or os.environ.get("NANOCHAT_TRACEBACK"):
+                raise
+            return Failure(error)
+
+
 class StreamBatches(torch.utils.data.IterableDataset):
     """
     Micro-batches start..stop-1 of a rank. Worker k % workers makes number k: that is the order in
@@ -294,6 +345,14 @@ class StreamBatches(torch.utils.data.IterableDataset):
         self.states = states
 
     def __iter__(self):
+        try:
+            yield from self.batches()
+        except (ValueError, OSError) as error:
+            if not in_a_worker() or os.environ.get("NANOCHAT_TRACEBACK"):
+                raise
+            yield Failure(error)
+
+    def batches(self):
         info = torch.utils.data.get_worker_info()
         worker = info.id if info else 0
         shares = (self.rank, self.world, worker, self.workers)

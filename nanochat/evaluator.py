@@ -4,7 +4,6 @@ loss with every page swapped for another (the gap), the mean cosine between page
 several depths of the encoder, and predictions beside truths. Always on the same pages.
 """
 import math
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from nanochat.common import all_reduce, dist_info, print0
 from nanochat.dataloader import Sampler
 from nanochat.engine import Engine
 from nanochat.metrics import one_minus_ned
+from nanochat.mixture import task_name
 
 READ_PAGES = 16  # pages that are read aloud, and whose features are compared
 BATCH_PAGES = 32
@@ -42,20 +42,34 @@ class Evaluator:
         self.pages = [val_task[i] for i in usable[:READ_PAGES]]
         self.pixels = self.val_batches[0].views[self.mode.size][:READ_PAGES]
 
+    def usable(self, task, n, mode):
+        """
+        -> (indices of the first n samples that have a picture and that --bad-data and --too-long
+        let pass, their Samples). On text alone there would be nothing to see.
+        """
+        sampler = Sampler(task, self.tokenizer, mode, self.layout, **self.sampler_settings)
+        indices = []
+        samples = []
+        for i in range(len(task)):
+            if len(indices) == n:
+                break
+            sample = sampler[i]
+            if sample.ids and sample.images:
+                indices.append(i)
+                samples.append(sample)
+        return indices, samples
+
     def batches(self, task, n, mode):
         """-> (batches of the first n usable samples of a task, their indices)."""
-        sampler = Sampler(task, self.tokenizer, mode, self.layout, **self.sampler_settings)
-        numbered = ((i, sampler[i]) for i in range(len(task)))
-        usable = list(islice((pair for pair in numbered if pair[1].ids), n))
-        if len(usable) < 2:
-            raise ValueError(f"validation needs at least 2 pages, there is {len(usable)}: give "
-                             f"more, or raise --val-share")
-        indices = [i for i, _ in usable]
-        samples = [sample for _, sample in usable]
+        indices, samples = self.usable(task, n, mode)
+        if len(indices) < 2:
+            raise ValueError(f"validation needs at least 2 pages; of {len(task)} samples of "
+                             f"{task_name(task)} {len(indices)} have a picture and can be used: "
+                             f"give more, or raise --val-share")
         left_out = indices[-1] + 1 - len(indices)
         if left_out:
-            print0(f"validation leaves out {left_out} samples that cannot be used (--bad-data, "
-                   f"--too-long)")
+            print0(f"validation leaves out {left_out} samples that have no picture or cannot be "
+                   f"used (--bad-data, --too-long)")
         # Batches of nearly equal size: none may hold a single page, since the gap needs another.
         n_batches = math.ceil(len(samples) / BATCH_PAGES)
         size = math.ceil(len(samples) / n_batches)
@@ -148,12 +162,21 @@ def validate(model, batches):
 def read_pages(engine, conversations, margin=16):
     """
     Reads pages greedily in one batch, each up to `margin` tokens past the longest truth, or to the
-    end of the decoder's positions. -> [(conversation, prediction, 1-NED), ...]
+    end of the decoder's positions; those whose prompt leaves no room for an answer are left out.
+    -> [(conversation, prediction, 1-NED), ...]
     """
+    # A long dialog that was clipped in training may fill the decoder with its questions alone.
+    decoder = engine.model.cfg.gpt.sequence_len
+    _, prompt_lengths = engine.prompt_batch(conversations)
+    fitting = [c for c, length in zip(conversations, prompt_lengths) if length < decoder]
+    if not fitting:
+        raise ValueError(f"no prompt of these pages leaves room for an answer: the decoder has "
+                         f"{decoder} positions; use a mode with fewer tokens")
+    conversations = fitting
+    room = decoder - max(length for length in prompt_lengths if length < decoder)
+
     truths = [conversation["messages"][-1]["content"] for conversation in conversations]
     longest = max(len(engine.tokenizer.encode(truth)) for truth in truths)
-    _, prompt_lengths = engine.prompt_batch(conversations)
-    room = engine.model.cfg.gpt.sequence_len - max(prompt_lengths)
     results = engine.generate(conversations, min(longest + margin, room))
     rows = []
     for conversation, truth, result in zip(conversations, truths, results):

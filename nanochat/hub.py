@@ -79,6 +79,12 @@ def asked(what, call, *args, **kwargs):
 # -----------------------------------------------------------------------------
 # Files. A repository is a hub name ("owner/name") or a local folder.
 
+def check_name(repo):
+    """FileNotFoundError for what can only be a mistyped path. The hub's answer tells less."""
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no such folder {repo}, and it is no hub name (owner/name) either")
+
+
 def download(repo, filename, repo_type="model", revision=None):
     """Local path of one file of `repo`. From the hub it is downloaded once, then cached."""
     if os.path.isdir(repo):
@@ -87,8 +93,7 @@ def download(repo, filename, repo_type="model", revision=None):
             some = sorted(os.listdir(repo))[:10]
             raise FileNotFoundError(f"{repo} has no {filename}: it holds {some}")
         return path
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{repo} is neither a folder here nor a hub name (owner/name)")
+    check_name(repo)
     online()  # before the import: offline mode is read from the environment there
     from huggingface_hub import hf_hub_download
     what = f"{filename} of {repo}"
@@ -102,6 +107,7 @@ def list_files(repo, repo_type="model", revision=None):
     """
     if os.path.isdir(repo):
         return sorted(os.listdir(repo))
+    check_name(repo)
     which = {"repo_type": repo_type, "revision": revision}
     # Offline there is no list, but the cached snapshot is a folder.
     if online():
@@ -117,6 +123,8 @@ def list_files(repo, repo_type="model", revision=None):
 
 def dataset(repo, config=None, split="train", streaming=False):
     """A `datasets` Dataset (or, streaming, an IterableDataset) of a hub name or a local copy."""
+    if not os.path.isdir(repo):
+        check_name(repo)
     online()  # before the import, as above
     from datasets import config as settings
     from datasets import load_dataset

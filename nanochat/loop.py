@@ -17,6 +17,8 @@ from nanochat.common import all_reduce, banner, dist_info, gather, print0
 from nanochat.model import forward_flops
 
 BLIND_GAP = 0.05  # nats per character: with a smaller gap the page is as good as ignored
+LOST = 1.2  # a loss of so many times log(vocabulary) is worse than knowing nothing at all
+LOST_STEPS = 50  # in a row, before it is said; a bad start or a spike is shorter
 
 # -----------------------------------------------------------------------------
 # Flags that every training script has
@@ -95,21 +97,6 @@ def parse_part_lrs(text):
             raise ValueError(f"--part-lr={text}: {piece!r} is not PART=RATE, "
                              f"e.g. compressor=1e-3") from None
     return rates
-
-
-def samples_per_step(args):
-    """Samples per optimizer step, over all ranks."""
-    world_size = dist_info()[2]
-    per_pass = args.device_batch_size * world_size
-    total = per_pass if args.total_batch_size == -1 else args.total_batch_size
-    if min(total, args.device_batch_size, args.num_iterations) < 1:
-        raise ValueError(f"--device-batch-size={args.device_batch_size}, --total-batch-size="
-                         f"{args.total_batch_size} and --num-iterations={args.num_iterations} "
-                         f"must be at least 1")
-    if total % per_pass:
-        raise ValueError(f"--total-batch-size={total} is not a multiple of one pass: "
-                         f"{args.device_batch_size} x {world_size} ranks = {per_pass}")
-    return total
 
 
 def due(step, every):
@@ -338,6 +325,7 @@ def save(run, step, model, tokenizer, optimizer, streams, with_encoder=False):
 def account(run, result):
     """Adds one step to the run's totals. Time spent compiling does not count as training."""
     state = run.state
+    watch_divergence(run, result.losses["text"])
     flops = result.flops * dist_info()[2]
     state.flops += flops
     if not result.compiling:
@@ -348,6 +336,18 @@ def account(run, result):
     for name, n in result.counts.items():
         if name not in ("slots", "images", "positions"):  # those are of a step, not of the run
             state.data[name] = state.data.get(name, 0) + int(n)
+
+
+def watch_divergence(run, loss):
+    """Says when a run has diverged for good. Its loss is finite, so that nothing else stops it."""
+    state = run.state
+    lost = loss > LOST * run.log_vocab
+    state.lost_steps = state.lost_steps + 1 if lost else 0
+    if state.lost_steps and state.lost_steps % LOST_STEPS == 0:
+        banner(f"The loss is {loss:.2f} nats and has been above {LOST * run.log_vocab:.2f} for "
+               f"{state.lost_steps} steps: a model that knows\nnothing has "
+               f"{run.log_vocab:.2f}, the log of the vocabulary. The run has diverged: start again "
+               f"with a lower\n--lr and --matrix-lr.")
 
 
 def figures_of_step(run, result, lr, peak_flops):

@@ -25,6 +25,26 @@ def task_name(task):
 # -----------------------------------------------------------------------------
 # Mixtures
 
+def fingerprint(task):
+    """Task.fingerprint; None of a stream or a plain list, which cannot tell."""
+    return task.fingerprint() if isinstance(task, Task) else None
+
+
+def fingerprints(train, val):
+    """{name: fingerprint} of what training and validation read from disk."""
+    named = {"validation": val}
+    if isinstance(train, Mixture):
+        named.update(zip(train.names, train.tasks))
+    else:
+        named[task_name(train)] = train
+    found = {}
+    for name, task in named.items():
+        mark = fingerprint(task)
+        if mark is not None:
+            found[name] = mark
+    return found
+
+
 class Mixture:
     """
     Tasks in fixed integer shares, e.g. [(ocr, 9), (chat, 1)]: every cycle of sum(shares) samples
@@ -129,6 +149,9 @@ class Shuffled(Task):
 
     def __len__(self):
         return self.size
+
+    def fingerprint(self):
+        return fingerprint(self.task)
 
     def __getitem__(self, i):
         epoch, k = divmod(i, len(self.task))

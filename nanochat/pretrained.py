@@ -717,6 +717,26 @@ def push(folder, repo, private=False):
     return asked(f"push to {repo}", upload)
 
 
+def find(source, prefix="model"):
+    """
+    Folder of a "model" or a "deepencoder" that the user named: a local one (a run folder stands for
+    its last checkpoint), or the download of a hub name.
+    """
+    if os.path.exists(source):
+        return fetch(source, prefix)
+    parent = os.path.dirname(source)
+    looks_like_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not os.path.isdir(parent)
+    # The defaults, such as "checkpoints/stage2", look like hub names too. Before anything is
+    # trained, the hub would be asked for them, and its answer would tell a newcomer nothing.
+    if not looks_like_hub_name or parent == "checkpoints":
+        raise FileNotFoundError(f"no such folder {source}; "
+                                f"train first (bash speedrun.sh) or name a checkpoint")
+    try:
+        return fetch(source, prefix)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(f"no such folder {source}, and as a hub name: {error}") from error
+
+
 def fetch(source, prefix="model"):
     """
     Folder of a "model" or a "deepencoder": a local one (a run folder stands for its last

@@ -5,8 +5,6 @@ share (save_pretrained). Also the flags that every script which reads has in com
     model = NanoDeepseekOCR.from_pretrained("checkpoints/stage2", device="cuda")
     print(model.read("page.png"))
 """
-import os
-import re
 from functools import partial
 
 import torch
@@ -18,7 +16,7 @@ from nanochat.conversation import OCR_PROMPT, ocr_conversation, open_image
 from nanochat.engine import Engine, NoRepeat
 from nanochat.image_modes import get_mode
 from nanochat.model import DeepseekOCR
-from nanochat.pretrained import fetch, save
+from nanochat.pretrained import find, save
 
 
 class NanoDeepseekOCR(DeepseekOCR):
@@ -80,15 +78,15 @@ class NanoDeepseekOCR(DeepseekOCR):
         return result.text
 
 
-def load_to_read(source, device, dtype, kind=DeepseekOCR):
+def load_to_read(source, device, dtype, kind=DeepseekOCR, needed=()):
     """
     -> (model in eval mode on `device`, tokenizer, meta), set up to generate: attention settings,
     compute dtype, decoder weights in that dtype. source: as for from_pretrained; dtype: "auto",
-    "bfloat16" or "float32".
+    "bfloat16" or "float32"; needed: keys of meta that the caller uses.
     """
     if device.type == "cuda":
         set_cuda_defaults()
-    model, tokenizer, meta = load_model(find(source), device, kind)
+    model, tokenizer, meta = load_model(find(source), device, kind, needed)
     model.dtype = choose_dtype(device, dtype)
     # The layers cast their weights whenever they are used, which for the decoder is at every step.
     # Casting them once gives the same numbers and halves what a step reads from memory.
@@ -97,25 +95,11 @@ def load_to_read(source, device, dtype, kind=DeepseekOCR):
     return model, tokenizer, meta
 
 
-def find(source):
-    """Checkpoint folder of `source`, as for from_pretrained; downloaded if it is a hub name."""
-    if os.path.exists(source):
-        return fetch(source)
-    parent = os.path.dirname(source)
-    looks_like_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not os.path.isdir(parent)
-    # The default, "checkpoints/stage2", looks like a hub name too. Before anything is trained, the
-    # hub would be asked for it, and its answer would tell a newcomer nothing.
-    if not looks_like_hub_name or parent == "checkpoints":
-        raise FileNotFoundError(f"no such folder {source}; "
-                                f"train first (bash speedrun.sh) or name a checkpoint")
-    try:
-        return fetch(source)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise type(error)(f"no such folder {source}, and as a hub name: {error}") from error
-
-
 # -----------------------------------------------------------------------------
 # For the scripts that read
+
+# What they use of a checkpoint's meta.json.
+NEEDED = {"mode": str, "step": int, "user_config": dict}
 
 
 def choose_mode(name, supported):
@@ -147,7 +131,7 @@ def add_arguments(parser):
 
 def load_engine(args, device):
     """-> (Engine, meta) for the flags of `add_arguments`."""
-    model, tokenizer, meta = load_to_read(args.checkpoint, device, args.dtype)
+    model, tokenizer, meta = load_to_read(args.checkpoint, device, args.dtype, needed=NEEDED)
     limit = model.cfg.gpt.sequence_len - 1  # at least one position is the prompt's
     if args.max_new_tokens != -1 and not 1 <= args.max_new_tokens <= limit:
         raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {limit}, "

@@ -12,11 +12,14 @@ import torch
 
 from nanochat import checkpoint as ckpt
 from nanochat.common import (
-    barrier, dist_info, git_commit, init_wandb, is_master, print0, read_json, replace_file,
-    write_json)
+    DummyWandb, barrier, check_wandb, dist_info, git_commit, init_wandb, is_master, print0,
+    read_json_lines, read_record, replace_file, write_json)
 
 # Flags that change nothing in the result, so they may differ when a run is resumed.
 NOT_PART_OF_THE_RUN = {"resume", "run", "workers", "checkpoints", "device_type"}
+# Flags that may differ too, since they only change rounding: what to do when memory runs out. What
+# else they change is said by `say_changes`.
+FOR_LESS_MEMORY = {"device_batch_size", "recompute"}
 
 
 @dataclass
@@ -33,7 +36,49 @@ class LoopState:
     best_saved_step: int = None
     last_eval: dict = None        # figures of the last evaluation
     data: dict = field(default_factory=dict)  # samples counted so far: bad, clipped, drawn/<task>
+    lost_steps: int = 0           # in a row, with a loss as of a run that has diverged
     streams: list = None          # for each rank {worker: where its stream goes on}
+
+
+def earlier_config(args):
+    """run.json of the run that --resume goes on with; {} for one that starts at the beginning."""
+    folder = os.path.join(args.checkpoints, args.model_tag)
+    path = os.path.join(folder, "run.json")
+    # Without a checkpoint nothing is gone on with: a run that failed at once must not hold on to
+    # the flags, or the data, that made it fail.
+    if not args.resume or not ckpt.steps_of(folder) or not os.path.exists(path):
+        return {}
+    try:
+        return read_record(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it to resume without comparing the flags with those of "
+                         f"the run, which each checkpoint's meta.json has too") from error
+
+
+def samples_per_step(args):
+    """Samples per optimizer step, over all ranks."""
+    world_size = dist_info()[2]
+    per_pass = args.device_batch_size * world_size
+    total = args.total_batch_size
+    if total == -1:
+        # A run that is resumed with a smaller micro-batch keeps its steps as they were.
+        total = samples_of(earlier_config(args)) or per_pass
+    if min(total, args.device_batch_size, args.num_iterations) < 1:
+        raise ValueError(f"--device-batch-size={args.device_batch_size}, --total-batch-size="
+                         f"{args.total_batch_size} and --num-iterations={args.num_iterations} "
+                         f"must be at least 1")
+    if total % per_pass:
+        raise ValueError(f"--total-batch-size={total} is not a multiple of one pass: "
+                         f"{args.device_batch_size} x {world_size} ranks = {per_pass}")
+    return total
+
+
+def samples_of(config):
+    """Samples per optimizer step of a run with this run.json; None of an empty one."""
+    total = config.get("total_batch_size")
+    if total == -1:  # as earlier versions wrote it down
+        total = config["device_batch_size"] * dist_info()[2]
+    return total
 
 
 class Run:
@@ -53,6 +98,7 @@ class Run:
         self.folder = os.path.join(args.checkpoints, args.model_tag)
         self.state = LoopState()
         self.config = {k: v for k, v in vars(args).items() if k not in NOT_PART_OF_THE_RUN}
+        self.config["total_batch_size"] = samples_per_step(args)
         self.config_path = os.path.join(self.folder, "run.json")
         self.metrics_path = os.path.join(self.folder, "metrics.jsonl")
         self.limit = 60 * args.max_minutes if args.max_minutes > 0 else math.inf  # seconds of steps
@@ -61,18 +107,21 @@ class Run:
         if (steps or os.path.exists(self.config_path)) and not args.resume:
             raise FileExistsError(f"{self.folder} holds a run: --resume continues it, another "
                                   f"--model-tag keeps it, or delete it")
-        self.check_same_config()
+        check_wandb(args.run)
+        self.earlier = earlier_config(args)
+        if self.earlier:
+            self.check_same_config()
         self.start = steps[-1] if steps else None
         if args.resume and not steps:
             print0(f"{self.folder} has no whole checkpoint: starting from the beginning")
         barrier()  # no rank writes before every rank has looked
 
     def check_same_config(self):
-        if not os.path.exists(self.config_path):
-            return
-        before = read_json(self.config_path)
+        before = dict(self.earlier)
+        before["total_batch_size"] = samples_of(before)
+        before.pop("data_fingerprints", None)  # compared by `check_data`
         changed = []
-        for key in sorted({*before, *self.config}):
+        for key in sorted({*before, *self.config} - FOR_LESS_MEMORY):
             old = before.get(key)
             new = self.config.get(key)
             if old != new:
@@ -80,6 +129,43 @@ class Run:
         if changed:
             raise ValueError(f"cannot resume {self.folder} under a changed config: "
                              f"{'; '.join(changed)}")
+        self.say_changes(before)
+
+    def say_changes(self, before):
+        """Says what the flags for less memory change in the result of a resumed run."""
+        old = before.get("device_batch_size")
+        new = self.args.device_batch_size
+        if old != new:
+            # The state of a stream is that of its workers, which take turns by micro-batches.
+            if self.args.stream:
+                raise ValueError(f"cannot resume {self.folder}: --device-batch-size was {old}, now "
+                                 f"{new}, and a stream (--stream) would go on with other samples; "
+                                 f"use --recompute for less memory")
+            print0(f"NOTE: --device-batch-size was {old}, now {new}. Every step still has the same "
+                   f"{self.config['total_batch_size']} samples, so only rounding differs; but "
+                   f"where SAM learns and its output is standardized (stage 1), that is now done "
+                   f"over {new} samples at a time")
+        if before.get("recompute") != self.args.recompute:
+            print0(f"NOTE: --recompute was {before.get('recompute')}, now {self.args.recompute}: "
+                   f"the same numbers up to rounding")
+
+    def check_data(self, fingerprints):
+        """
+        fingerprints: {data set: text that tells its state}. ValueError if they are others than
+        those that a resumed run began with: its steps would not be those of the unbroken run.
+        """
+        before = self.earlier.get("data_fingerprints", fingerprints)  # earlier versions had none
+        self.config["data_fingerprints"] = fingerprints
+        changed = []
+        for name in sorted({*before, *fingerprints}):
+            old = before.get(name)
+            new = fingerprints.get(name)
+            if old != new:
+                changed.append(f"{name} was {old}, now {new}")
+        if changed:
+            raise ValueError(f"cannot resume {self.folder}: its data have changed since it began "
+                             f"({'; '.join(changed)}): put them back as they were, or begin another "
+                             f"run with another --model-tag")
 
     def load(self, model, optimizer, tokenizer, with_encoder=False):
         """
@@ -92,7 +178,12 @@ class Run:
             raise ValueError(f"cannot resume {self.folder}: it was trained with another tokenizer "
                              f"than the one at --tokenizer now; ids mean nothing to another one")
         ckpt.load_training_state(self.folder, self.start, model, optimizer)
-        self.state = LoopState(**meta.pop("loop_state"))
+        try:
+            self.state = LoopState(**meta.pop("loop_state"))
+        except TypeError as error:  # another version's, or none at all
+            path = os.path.join(checkpoint, ckpt.META)
+            raise ValueError(f"{path}: loop_state has other keys than this version's "
+                             f"({error}); {ckpt.way_out(checkpoint)}") from error
         if with_encoder and self.start not in ckpt.steps_of(self.folder, "deepencoder"):
             ckpt.save_encoder(self.folder, self.start, model, meta)
         print0(f"resuming {self.folder} at step {self.start}")
@@ -103,6 +194,8 @@ class Run:
 
     def begin(self, tokenizer, mode):
         """Creates the folder and opens the logs: from here on the run exists."""
+        self.wandb = DummyWandb()
+        self.log_vocab = math.log(tokenizer.get_vocab_size())  # loss of knowing nothing, in nats
         self.meta = {
             "stage": self.stage,
             "user_config": vars(self.args),
@@ -115,11 +208,11 @@ class Run:
         if is_master():
             os.makedirs(self.folder, exist_ok=True)
             self.lock()
+            self.wandb = init_wandb(self.args.run, vars(self.args))  # may fail: no key, no network
             ckpt.clear_leftovers(self.folder)
             replace_file(self.config_path, json.dumps(self.config, indent=1))
             self.forget_lost_steps()
         barrier()
-        self.wandb = init_wandb(self.args.run, vars(self.args))
 
     def lock(self):
         """One process writes into a run folder. The lock goes with the process, however it ends."""
@@ -143,9 +236,13 @@ class Run:
         replace_file(self.metrics_path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def metrics(self):
-        """All records of metrics.jsonl. A killed run may have left half a line at its end."""
-        with open(self.metrics_path) as f:
-            return [json.loads(line) for line in f if line.endswith("\n")]
+        """All records of metrics.jsonl; damaged lines are left out, and counted aloud."""
+        records, damaged = read_json_lines(self.metrics_path)
+        sound = [record for record in records if isinstance(record.get("step"), int)]
+        damaged += len(records) - len(sound)
+        if damaged:
+            print0(f"NOTE: {damaged} damaged lines of {self.metrics_path} are left out")
+        return sound
 
     def progress(self, step):
         """Share of the horizon that is done, in steps or in minutes, whichever is further."""

@@ -17,7 +17,7 @@ from collections import defaultdict
 from PIL import ImageOps
 from tqdm import tqdm
 
-from nanochat.common import barrier, dist_info, gather
+from nanochat.common import barrier, dist_info, gather, print0, read_json_lines
 from nanochat.image_modes import valid_tokens
 from nanochat.metrics import FAILED, relaxed_accuracy, score_page
 
@@ -101,12 +101,13 @@ class Page:
 
 
 def read_lines(path):
-    """Objects of a JSON-lines file, [] without one."""
+    """Objects of a JSON-lines file, [] without one. A page of a damaged line is read again."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as f:
-        # A kill while writing leaves a last line without its end: that page is read again.
-        return [json.loads(line) for line in f if line.endswith("\n")]
+    records, damaged = read_json_lines(path)
+    if damaged:
+        print0(f"NOTE: {damaged} damaged lines of {path} are left out")
+    return records
 
 
 def to_line(record):

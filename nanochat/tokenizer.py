@@ -35,6 +35,11 @@ PATTERN = (
 )
 
 
+def is_checkpoint(folder):
+    """Whether there are weights in a folder, which mean nothing without their own tokenizer."""
+    return os.path.exists(os.path.join(folder, "model.safetensors"))
+
+
 class Tokenizer:
     """
     ranks: list of bytes, the tokens in the order of their ids; the first 256 are the single bytes.
@@ -98,17 +103,23 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         path = os.path.join(folder, "tokenizer.json")
+        # To make a new one is no answer where weights depend on the old one.
+        belongs_to_weights = is_checkpoint(folder)
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no tokenizer at {path}: "
-                                    f"make one with python -m scripts.tok_train --out {folder}")
+            advice = f"make one with python -m scripts.tok_train --out {folder}"
+            if belongs_to_weights:
+                advice = "the weights beside it need their own, copy it from another checkpoint"
+            raise FileNotFoundError(f"no tokenizer at {path}: {advice}")
         try:
             with open(path, encoding="utf-8") as f:
                 content = json.load(f)
             ranks = [base64.b64decode(token) for token in content["ranks"]]
             return cls(ranks, content["pattern"], content["special_tokens"])
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is not a tokenizer ({e!r}): make it again with "
-                             f"python -m scripts.tok_train --out {folder} --overwrite") from e
+            advice = f"make it again with python -m scripts.tok_train --out {folder} --overwrite"
+            if belongs_to_weights:
+                advice = "the weights beside it need it, copy it from another checkpoint of the run"
+            raise ValueError(f"{path} is not a tokenizer ({e!r}): {advice}") from e
 
     # -------------------------------------------------------------------------
     # Text

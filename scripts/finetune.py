@@ -21,10 +21,13 @@ from nanochat.evaluator import Evaluator, read_pages
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, samples_per_step, save, train_step, wrap_model)
+    row_multiple, save, train_step, wrap_model)
 from nanochat.metrics import score_page, summarize
+from nanochat.mixture import fingerprints
 from nanochat.optim import Optimizer, schedule
-from nanochat.run import Run
+from nanochat.pretrained import find
+from nanochat.reader import NEEDED
+from nanochat.run import Run, samples_per_step
 from tasks.registry import add_data_arguments, training_sets
 
 # Settings of the checkpoint's run that hold here too unless they are given on the command line.
@@ -47,13 +50,12 @@ def make_parser():
     return parser
 
 
-def read_held_out(model, tokenizer, mode, task):
-    """{samples, one_minus_ned, ci95, cer} of the held-out pages, read greedily."""
+def read_held_out(model, tokenizer, mode, task, indices):
+    """{samples, one_minus_ned, ci95, cer} of the held-out pages `indices`, read greedily."""
     engine = Engine(model.eval(), tokenizer, mode)
-    n_pages = min(len(task), READ_PAGES)
     scores = []
-    for first in range(0, n_pages, READ_BATCH):
-        batch = [task[i] for i in range(first, min(first + READ_BATCH, n_pages))]
+    for first in range(0, len(indices), READ_BATCH):
+        batch = [task[i] for i in indices[first:first + READ_BATCH]]
         for conversation, text, _ in read_pages(engine, batch):
             truth = conversation["messages"][-1]["content"]
             # how Chinese is cut into words does not matter to these figures
@@ -77,10 +79,14 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Model and tokenizer; the settings of the checkpoint's run are this run's defaults
-    model, tokenizer, meta = load_model(args.checkpoint, device)
+    model, tokenizer, meta = load_model(find(args.checkpoint), device, needed=NEEDED)
     theirs = {k: v for k, v in meta["user_config"].items() if k in INHERITED}
     parser.set_defaults(**{**theirs, "mode": meta["mode"]})
     args = parser.parse_args(argv)
+    positions = model.cfg.gpt.sequence_len
+    if args.max_seq_len > positions:
+        raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder of {args.checkpoint} has "
+                         f"{positions} positions")
     run = Run(args, "fine-tuning")
     if args.freeze_sam:
         model.encoder.freeze_sam()
@@ -96,6 +102,7 @@ def main(argv=None):
     n_samples = args.num_iterations * batch_size
     task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, n_samples,
                                                     args.ramp)
+    run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)
@@ -116,7 +123,9 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Start: read the held-out pages as they are read now, then resume or begin
-    before = read_held_out(model, tokenizer, modes[0], val_task)
+    held_out, _ = evaluator.usable(val_task, READ_PAGES, modes[0])
+    print0(f"reading {len(held_out)} held-out pages, as the model is now")
+    before = read_held_out(model, tokenizer, modes[0], val_task, held_out)
     print0(f"before: {before}")
     if run.start is not None:
         run.load(model, optimizer, tokenizer)
@@ -159,7 +168,8 @@ def main(argv=None):
     # What it gained
     summary = run.finish(step, model, peak_flops)
     summary["before"] = before
-    summary["after"] = read_held_out(model, tokenizer, modes[0], val_task)
+    print0(f"reading the same {len(held_out)} pages again")
+    summary["after"] = read_held_out(model, tokenizer, modes[0], val_task, held_out)
     if is_master():
         write_json(os.path.join(run.folder, "summary.json"), summary)
     json_line(summary)

@@ -10,7 +10,7 @@ import os
 import time
 
 from nanochat.common import run_main
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, is_checkpoint
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import text_stream
 from tasks.words import held_out_words
@@ -62,6 +62,9 @@ def parse_args(argv):
     if args.max_chars < 1:
         parser.error(f"--max-chars is {args.max_chars}: give 1 or more")
     path = os.path.join(args.out, "tokenizer.json")
+    if is_checkpoint(args.out):
+        parser.error(f"--out={args.out} is a checkpoint, whose weights need the tokenizer that "
+                     f"they were trained with: choose another --out")
     if os.path.exists(path) and not args.overwrite:
         parser.error(
             f"{path} exists and checkpoints may depend on it: choose another --out, "

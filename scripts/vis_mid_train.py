@@ -22,11 +22,11 @@ from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, samples_per_step, save, train_step, wrap_model)
-from nanochat.mixture import Mixture
+    row_multiple, save, train_step, wrap_model)
+from nanochat.mixture import Mixture, fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
-from nanochat.run import Run
+from nanochat.run import Run, samples_per_step
 from tasks.registry import add_data_arguments, training_sets
 from tasks.synthchat import SynthChat
 
@@ -84,9 +84,9 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # What stage 1 was, and what of it holds here
-    encoder_dir = pretrained.fetch(args.encoder, "deepencoder")
+    encoder_dir = pretrained.find(args.encoder, "deepencoder")
     cfg = read_config(encoder_dir)
-    stage1 = read_record(encoder_dir, "meta.json", keys=["user_config", "tokenizer"])
+    stage1 = read_record(encoder_dir, "meta.json", keys={"user_config": dict, "tokenizer": str})
     print0(f"encoder: {encoder_dir}")
     args = inherit(parser, argv, stage1["user_config"])
     run = Run(args, "stage 2")
@@ -119,6 +119,7 @@ def main(argv=None):
     if args.text_share:
         chat = SynthChat("train", n_samples, seed=args.seed)
         task = Mixture([(task, 100 - args.text_share), (chat, args.text_share)])
+    run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)

@@ -22,10 +22,11 @@ from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, samples_per_step, save, train_step, wrap_model)
+    row_multiple, save, train_step, wrap_model)
+from nanochat.mixture import fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
-from nanochat.run import Run
+from nanochat.run import Run, samples_per_step
 from tasks.registry import add_data_arguments, training_sets
 
 
@@ -51,6 +52,25 @@ def parse_args(argv):
     add_training_arguments(parser, model_tag="stage1", num_iterations=1000, eval_every=150,
                            save_every=150)
     return parser.parse_args(argv)
+
+
+def check_frozen(parts, args):
+    """ValueError if a part would stay as it was drawn at random: nothing could learn through it."""
+    loaded = {
+        "sam": args.sam or args.encoder,
+        "sam-core": args.sam or args.encoder,
+        "compressor": args.encoder,
+        "clip": args.clip or args.encoder,
+        "projector": args.encoder,
+        "gpt": args.gpt,
+        "embedding": args.gpt,
+        "head": args.gpt,
+    }
+    random_parts = [part for part in parts if not loaded.get(part, True)]
+    if random_parts:
+        raise ValueError(f"--freeze={args.freeze}: {', '.join(random_parts)} would keep random "
+                         f"weights, through which nothing can learn to read: load published ones "
+                         f"with --sam, --clip, --encoder or --gpt, or do not freeze them")
 
 
 def main(argv=None):
@@ -82,7 +102,9 @@ def main(argv=None):
             pretrained.load_deepseek(model, args.encoder)
         if args.gpt:
             pretrained.load_nanochat(model.gpt, args.gpt)
-    model.freeze(args.freeze.split(",") if args.freeze else [])
+    frozen = args.freeze.split(",") if args.freeze else []
+    check_frozen(frozen, args)
+    model.freeze(frozen)
     model.recompute(args.recompute)
     model.to(device)
     model.dtype = dtype
@@ -95,6 +117,7 @@ def main(argv=None):
         model.encoder.add_mode(mode)
     n_samples = args.num_iterations * batch_size
     task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
+    run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)

@@ -24,8 +24,9 @@ import sys
 
 from PIL import Image
 
-from nanochat.common import (banner, barrier, compute_init, dist_info, init_wandb,
-                             json_line, print0, read_json, run_main, write_json)
+from nanochat.common import (
+    banner, barrier, check_wandb, compute_init, dist_info, init_wandb, json_line, print0, read_json,
+    run_main, write_json)
 from nanochat.conversation import OCR_PROMPT, Task
 from nanochat.scoring import Scorer, read_lines
 from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
@@ -56,6 +57,8 @@ def parse_args(argv):
     parser.add_argument("--path", default="",
                         help="where the pages of fox, omnidocbench, chartqa-test or folder are; "
                              "empty = on the hub")
+    parser.add_argument("--allow-outside", action="store_true",
+                        help="let the JSON lines of a folder name pictures outside of it")
     parser.add_argument("--chars", default="",
                         help="synthetic pages: LO-HI characters, or several ranges, each a set of "
                              "its own; empty = as trained")
@@ -87,6 +90,7 @@ def parse_args(argv):
 
 
 def check_args(args):
+    check_wandb(args.run)  # now, and not after the evaluation
     if args.batch_size < 1:
         raise ValueError(f"--batch-size={args.batch_size}: must be at least 1")
     if args.max_problems != -1 and args.max_problems < 1:

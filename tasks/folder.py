@@ -7,13 +7,17 @@ Pages of your own, in one of two forms:
 
 All texts are UTF-8.
 """
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import stable_hash
-from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, open_image
+from nanochat.conversation import (
+    OCR_PROMPT, Task, check_inside, column, ocr_conversation, open_image)
 
+END_OF_PICTURE = 4096  # bytes that count in the fingerprint
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 
@@ -30,10 +34,12 @@ class Folder(Task):
     """
     split: "train" or "val", of which val holds val_share of the pages, or "all" for both.
 
+    allow_outside: whether a line may name a picture outside of the file's folder.
+
     Errors name the file (and line) that is missing, broken or not UTF-8. Texts are read at once,
     pictures when they are used.
     """
-    def __init__(self, path, split="all", val_share=0.1, prompt=OCR_PROMPT):
+    def __init__(self, path, split="all", val_share=0.1, prompt=OCR_PROMPT, allow_outside=False):
         path = Path(path)
         # A name that is mistyped must not look like an empty folder.
         if not path.exists():
@@ -44,7 +50,7 @@ class Folder(Task):
             pages = pages_of_folder(path, prompt)
         else:
             self.folder = path.parent
-            pages = pages_of_json_lines(path, prompt)
+            pages = pages_of_json_lines(path, prompt, allow_outside)
 
         self.pages = []
         for page in pages:
@@ -63,6 +69,20 @@ class Folder(Task):
 
     def image_name(self, i):
         return self.pages[i].picture
+
+    def fingerprint(self):
+        """Of names, texts, and size and end of each picture. A copy of the folder has the same."""
+        # Not of times, which a copy or a checkout changes, nor of whole pictures, which would take
+        # minutes. Pictures that are not compressed all have the same size, hence the end as well.
+        state = hashlib.sha256()
+        for page in self.pages:
+            with open(self.folder / page.picture, "rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(max(0, size - END_OF_PICTURE))
+                end = f.read()
+            state.update(repr((*page, size)).encode("utf-8", "backslashreplace"))
+            state.update(end)
+        return f"{len(self.pages)} pages, {state.hexdigest()[:16]}"
 
     def __getitem__(self, i):
         self.check_index(i)
@@ -100,7 +120,7 @@ def pages_of_folder(folder, prompt):
     return pages
 
 
-def pages_of_json_lines(path, prompt):
+def pages_of_json_lines(path, prompt, allow_outside):
     """list of OwnPage in the order of the lines."""
     pages = []
     # Not splitlines(): that would also cut at U+2028 and the like, which JSON allows in a string.
@@ -116,6 +136,7 @@ def pages_of_json_lines(path, prompt):
             text=column(row, "text", where, str),
             prompt=column(row, "prompt", where, str),
         )
+        check_inside(page.picture, where, allow_outside)
         # Now, with the line's number, and not in the middle of a run.
         if not (path.parent / page.picture).is_file():
             raise FileNotFoundError(f"{where}: no picture {path.parent / page.picture}")

@@ -11,11 +11,13 @@ import zipfile
 import zlib
 from typing import NamedTuple
 
-from nanochat.conversation import OCR_PROMPT, Task, column, ocr_conversation, open_image
+from nanochat.conversation import (
+    OCR_PROMPT, Task, check_inside, column, ocr_conversation, open_image)
 from nanochat.hub import download
 
 REPO = "ucaslcl/Fox_benchmark_data"
 FOLDER = "focus_benchmark_test"  # inside the zip, and the zip's own name
+LARGEST_ENTRY = 256_000_000  # bytes, unpacked; a zip of some kilobytes may hold terabytes
 
 
 class Record(NamedTuple):
@@ -40,9 +42,12 @@ class Fox(Task):
         name = f"{language}_page_ocr.json"
         try:
             records = json.loads(self.read(name))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"Fox: {name} in {self.path} is not JSON ({error}): "
                              "fetch it again") from error
+        if not isinstance(records, list):
+            raise ValueError(f"Fox: {name} in {self.path} holds a {type(records).__name__}, "
+                             "expected a list of records")
         # All of them now: a malformed record should not be found in the middle of an evaluation.
         self.records = []
         for k, record in enumerate(records):
@@ -56,7 +61,11 @@ class Fox(Task):
                 return self.read_from_folder(name)
             # Opened anew each time: the loader's processes must not share its file position.
             with zipfile.ZipFile(self.path) as z:
-                return z.read(f"{FOLDER}/{name}")
+                entry = z.getinfo(f"{FOLDER}/{name}")
+                if entry.file_size > LARGEST_ENTRY:  # a page has 3 MB; zipfile reads no more
+                    raise ValueError(f"Fox: {name} of {self.path} has {entry.file_size:,} bytes, "
+                                     f"the limit is {LARGEST_ENTRY:,}: fetch the zip again")
+                return z.read(entry)
         except (KeyError, FileNotFoundError) as error:
             raise FileNotFoundError(f"Fox: no {name} in {self.path} ({error}): give {FOLDER}.zip "
                                     "or the folder in it, language en or cn") from error
@@ -96,8 +105,10 @@ class Fox(Task):
 def parse_record(record, where):
     turns = column(record, "conversations", where, list)
     answer = turns[1] if len(turns) > 1 else None  # turns[0] is the question, the same everywhere
+    name = column(record, "image", where, str)
+    check_inside(name, where)
     return Record(
-        image=column(record, "image", where, str),
+        image=name,
         text=column(answer, "value", where, str),
         length=column(record, "len", where),
     )

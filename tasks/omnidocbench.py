@@ -18,7 +18,7 @@ import json
 import re
 from pathlib import Path
 
-from nanochat.conversation import OCR_PROMPT, Task, ocr_conversation, open_image
+from nanochat.conversation import OCR_PROMPT, Task, check_inside, ocr_conversation, open_image
 from nanochat.hub import download
 from nanochat.image_modes import to_rgb
 
@@ -39,6 +39,10 @@ KINDS = {
     "table": {"table": "html"},
     "equation": {"equation_isolated": "latex"},
 }
+
+# What is read of a block, where it has it. Ids and orders are numbers.
+BLOCK = {"category_type": str, "text": str, "html": str, "latex": str, "order": (int, float),
+         "anno_id": (int, float, str)}
 
 # A hyphen, or a script that is written without spaces: CJK, kana, full-width forms.
 NO_SPACE = re.compile("[-\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
@@ -191,13 +195,44 @@ def read_pages(path):
     """The list of pages of OmniDocBench.json, each with a picture's name."""
     try:
         pages = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"OmniDocBench: {path} is not valid JSON ({error}); "
                          "fetch it again") from error
     if not isinstance(pages, list) or not pages:
         raise ValueError(f"OmniDocBench: {path} holds a {type(pages).__name__}, "
                          "expected a list of one or more pages")
     for row, page in enumerate(pages):
-        if not isinstance(page, dict) or not (page.get("page_info") or {}).get("image_path"):
-            raise ValueError(f"OmniDocBench: row {row} of {path} has no page_info.image_path")
+        check_page(page, f"OmniDocBench: row {row} of {path}")
     return pages
+
+
+def check_page(page, where):
+    """ValueError that names the key, unless everything that is read of a page has its type."""
+    def value(record, key, kind, name):
+        found = record.get(key) if isinstance(record, dict) else None
+        if found is not None and not isinstance(found, kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            needed = " or ".join(k.__name__ for k in kinds)
+            raise ValueError(f"{where}: {name} is {repr(found)[:80]}, need {needed}")
+        return found
+
+    info = value(page, "page_info", dict, "page_info")
+    name = value(info, "image_path", str, "page_info.image_path")
+    if not name:
+        raise ValueError(f"{where} has no page_info.image_path")
+    check_inside(name, where)
+    value(info, "page_attribute", dict, "page_info.page_attribute")
+
+    blocks = value(page, "layout_dets", list, "layout_dets") or []
+    for k, block in enumerate(blocks):
+        if not isinstance(block, dict):
+            raise ValueError(f"{where}: layout_dets[{k}] is {repr(block)[:80]}, need a dict")
+        for key, kind in BLOCK.items():
+            value(block, key, kind, f"layout_dets[{k}].{key}")
+
+    extra = value(page, "extra", dict, "extra")
+    for k, relation in enumerate(value(extra, "relation", list, "extra.relation") or []):
+        if not isinstance(relation, dict):
+            raise ValueError(f"{where}: extra.relation[{k}] is {repr(relation)[:80]}, need a dict")
+        for key in ("source_anno_id", "target_anno_id"):
+            value(relation, key, BLOCK["anno_id"], f"extra.relation[{k}].{key}")

@@ -24,7 +24,7 @@ tuples below and two lines to open_training_set or open_benchmark.
 import argparse
 import math
 
-from nanochat.conversation import BadSample
+from nanochat.dataloader import UNUSABLE
 from nanochat.mixture import First, Mixture, Shuffled, Stream
 from tasks import chartqa, finevision, omnidocbench, smoltalk, synthpage
 from tasks.folder import Folder
@@ -43,6 +43,7 @@ EVALUATED = (*BENCHMARKS, "folder", "synthchart")
 FACES = "sans,sans-bold,sans-oblique,serif,serif-bold,mono"
 VAL_PAGES = 1000  # held-out samples of a rendered set
 STATISTICS_SAMPLES = 1000  # training-like samples for the encoder's running statistics
+SEARCHED = 256  # samples in which a first picture is looked for
 STREAM_WINDOW = 1000  # rows of a stream that are shuffled among themselves
 STREAM_HELD = 256  # rows of a stream that validation, and the statistics, keep in memory
 
@@ -68,6 +69,8 @@ def add_page_arguments(parser, **defaults):
     """The part of these flags that shapes the pages of a set, whatever they are used for."""
     flag = parser.add_argument
     flag("--val-share", type=float, default=0.1, help="share of a folder's pages that is held out")
+    flag("--allow-outside", action="store_true",
+         help="let the JSON lines of a folder set name pictures outside of their folder")
     # Rendered pages
     flag("--chars", default="31-41",
          help="characters per page, 10 or more: LO-HI or LO-HIxWEIGHT, several with commas")
@@ -182,7 +185,7 @@ def open_training_set(name, arg, split, args, image_size, size, ramp):
 
     # Your own
     if name == "folder":
-        return Folder(arg, split, args.val_share)
+        return Folder(arg, split, args.val_share, allow_outside=args.allow_outside)
 
     # From the hub. FineVision has no validation split: its rows are held out by hash.
     if name == "chartqa":
@@ -312,6 +315,9 @@ def validation_set(args, first, image_size):
     val = open_set(name, arg, "val", args, image_size, VAL_PAGES)
     if is_stream(val):
         val = First(val, STREAM_HELD)
+    if not len(val):
+        raise ValueError(f"--data={args.data}: {name} has no sample that is held out for "
+                         "validation: give more, or name a larger set first")
     # Validation measures what the model sees (vision/gap): on text alone it would measure nothing.
     if not has_pictures(val):
         raise ValueError(f"--data={args.data}: {name} has no pictures to validate on: "
@@ -330,10 +336,11 @@ def is_stream(task):
 
 
 def has_pictures(task):
-    """Whether the first usable one of a few samples has a picture."""
-    for i in range(min(16, len(task))):
+    """Whether one of the first samples has a picture; the first ones may be unusable, or text."""
+    for i in range(min(SEARCHED, len(task))):
         try:
-            return bool(task[i]["images"])
-        except BadSample:  # counts when it is used: --bad-data says what happens then
+            if task[i]["images"]:
+                return True
+        except UNUSABLE:  # counts when it is used: --bad-data says what happens then
             continue
     return False

@@ -53,6 +53,9 @@ class Rows(Task):
 
     def table(self, rows, stop):
         last = len(rows) if stop is None else stop
+        if not len(rows):
+            raise ValueError(f"{self.name} has no rows: of small sets none may be held out for "
+                             f"validation, one in {VAL_ONE_IN} is by its hash")
         if not 0 <= self.start < last <= len(rows):
             raise ValueError(f"{self.name} has {len(rows)} rows: "
                              f"start={self.start}, stop={stop} is not a range of them")
@@ -61,6 +64,10 @@ class Rows(Task):
 
     def __len__(self):
         return len(self.rows)
+
+    def fingerprint(self):
+        # Rows that were added or taken away; to read all of them would take too long.
+        return None if self.streaming else f"{len(self.rows)} rows"
 
     def row(self, i):
         """The raw row i, a dict; its pictures are encoded bytes."""

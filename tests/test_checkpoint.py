@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from nanochat import checkpoint as ckpt
 from nanochat.config import PRESETS, ModelConfig
 from nanochat.optim import Optimizer
-from nanochat.reader import NanoDeepseekOCR
+from nanochat.reader import NEEDED, NanoDeepseekOCR
+from nanochat.tokenizer import Tokenizer
+from scripts import tok_train
 
 META = {"world_size": 1, "mode": "test", "user_config": {"chars": "10-12"}}
 CPU = torch.device("cpu")
@@ -140,6 +142,48 @@ def test_rank_0_alone_writes_and_every_rank_reads_it(saved, save, trained, make_
 def test_config_survives_json(preset):
     cfg = PRESETS[preset]()
     assert ModelConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_the_tokenizer_is_the_one_trained_with(saved, tokenizer):
+    """Another one of the same size would load, and turn every answer into other words."""
+    folder = saved / "model_000003"
+    (folder / "sha256.json").unlink()  # as if somebody had copied the file over
+    meta = {**META, "step": 3, "tokenizer": tokenizer.fingerprint()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    ckpt.load_model(folder, CPU)
+    ranks = [*tokenizer.ranks[:-2], tokenizer.ranks[-1], tokenizer.ranks[-2]]
+    Tokenizer(ranks).save(folder)
+    with pytest.raises(ValueError, match="tokenizer.json is not the tokenizer that this model was"):
+        ckpt.load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"ranks": 3}'])
+def test_a_broken_tokenizer_of_a_checkpoint_is_not_to_be_trained_anew(saved, text):
+    folder = saved / "model_000003"
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="copy it from another checkpoint") as e:
+        Tokenizer.load(folder)
+    assert "tok_train" not in str(e.value)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="copy it from another checkpoint") as e:
+        Tokenizer.load(folder)
+    assert "tok_train" not in str(e.value)
+    with pytest.raises(SystemExit):
+        tok_train.main([f"--out={folder}", "--overwrite"])
+    assert not (folder / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("meta, reason", [
+    ({"mode": "64px", "step": 3}, "lacks the key 'user_config'"),
+    ({"mode": 7, "step": 3, "user_config": {}}, "mode is 7, need a str"),
+    ({"mode": "64px", "step": 3, "user_config": []}, r"user_config is \[\], need a dict"),
+])
+def test_what_a_script_needs_of_meta_is_named(saved, meta, reason):
+    folder = saved / "model_000003"
+    (folder / "sha256.json").unlink()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=rf"meta.json:? {reason}"):
+        ckpt.load_model(folder, CPU, needed=NEEDED)
 
 
 # -----------------------------------------------------------------------------

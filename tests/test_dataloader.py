@@ -555,10 +555,10 @@ def test_a_clipped_sample_keeps_its_labels(make_sampler):
 
 
 @pytest.mark.parametrize("labels, message", [
-    ([], "list row 0: 0 labels for 1 images: there must be one dict"),
+    ([], "list row 0: conversation id: 0 labels for 1 images: there must be one dict"),
     ([{"glyphs": [("a", 3, 3), ("b", 70, 5)]}],
-     "list row 0: ValueError: 1 of 2 points are not on the page of 64x64 px"),
-    ([{"glyphs": [("a", 3)]}], "list row 0: ValueError: not enough values"),
+     "list row 0: conversation id: ValueError: 1 of 2 points are not on the page of 64x64 px"),
+    ([{"glyphs": [("a", 3)]}], "list row 0: conversation id: ValueError: not enough values"),
 ])
 def test_labels_that_do_not_fit_the_page_are_bad_data(make_sampler, labels, message):
     task = [with_images([Image.new("L", (64, 64))], labels=labels)]

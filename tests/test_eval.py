@@ -24,7 +24,6 @@ from nanochat import figures, official, report, scoring, verdict
 from nanochat.conversation import Task, ocr_conversation
 from nanochat.engine import Engine, Result
 from nanochat.image_modes import MODES
-from nanochat.metrics import score_page
 from scripts import speedrun_report, vision_eval
 from tasks.omnidocbench import OmniDocBench
 from tasks.synthdoc import SynthDoc

@@ -8,8 +8,9 @@ python -m pytest tests/test_evaluator.py
 import pytest
 import torch
 
+from nanochat.conversation import BadSample, Task
 from nanochat.engine import Engine
-from nanochat.evaluator import cosines, page_cosine, read_pages, reestimate_statistics, validate
+from nanochat.evaluator import Evaluator, cosines, page_cosine, read_pages, reestimate_statistics, validate
 from nanochat.image_modes import MODES
 
 
@@ -95,3 +96,58 @@ def test_reading_stops_where_the_decoder_ends(model, tokenizer, pages):
     conversation["messages"] = [*conversation["messages"][:-1], long_answer]
     [(_, text, score)] = read_pages(engine, [conversation])
     assert 0 <= score < 1
+
+
+# -----------------------------------------------------------------------------
+# Which samples are validated on
+
+def numbered(pages, chats, bad):
+    """A task of texts, broken rows and pages in turn."""
+    class Mixed(Task):
+        name = "mixed"
+
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, i):
+            self.check_index(i)
+            if i % 3 == 2:
+                return pages[i // 3]
+            return bad(i) if i % 3 else chats[i // 3]
+    return Mixed()
+
+
+def broken(i):
+    raise BadSample(f"mixed row {i}: broken")
+
+
+def evaluator_of(task, tokenizer, cfg, rule, **limits):
+    rules = {"max_tokens": 256, "bad_data": rule, "too_long": "raise", "max_images": 16, **limits}
+    return Evaluator(tokenizer, [MODES["64px"]], cfg.token_stride, rules, task, task, 6, 8)
+
+
+def test_held_out_samples_may_be_bad_or_text(model, tokenizer, cfg, pages, chats, capsys):
+    task = numbered(pages, chats, broken)
+    evaluator = evaluator_of(task, tokenizer, cfg, "skip")
+    figures, rows = evaluator(model)
+    assert [c["id"] for c, _, _ in rows] == [page["id"] for page in pages[:6]]
+    assert figures["val/loss"] > 0 and -1 <= figures["vision/cosine_sam"] <= 1
+    assert "leaves out 12 samples that have no picture or cannot be used" in capsys.readouterr().out
+    with pytest.raises(BadSample, match="mixed row 1: broken"):
+        evaluator_of(task, tokenizer, cfg, "raise")
+
+
+def test_too_few_held_out_samples(tokenizer, cfg, chats):
+    with pytest.raises(ValueError, match="at least 2 pages; of 10 samples of list 0 have a picture"):
+        evaluator_of(chats, tokenizer, cfg, "skip")
+
+
+def test_a_prompt_that_fills_the_decoder_is_left_out(model, tokenizer, pages):
+    engine = Engine(model.eval(), tokenizer, MODES["64px"])
+    user, answer = pages[0]["messages"]
+    question = {"role": "user", "content": "Go on. " * 400}
+    dialog = {**pages[0], "messages": [user, answer, question, answer]}
+    rows = read_pages(engine, [pages[1], dialog, pages[2]])
+    assert [c["id"] for c, _, _ in rows] == [pages[1]["id"], pages[2]["id"]]
+    with pytest.raises(ValueError, match="no prompt of these pages leaves room"):
+        read_pages(engine, [dialog])

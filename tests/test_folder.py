@@ -110,6 +110,20 @@ def test_json_lines(folder):
     assert second["images"][0].size == (62, 80)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_json_lines_may_not_lead_out_of_the_folder(folder, absolute):
+    outside = folder.parent / "outside.png"
+    Image.new("L", (9, 9)).save(outside)
+    name = str(outside) if absolute else "more/../../outside.png"
+    lines = write_lines(folder / "pages.jsonl", {"image": name, "text": "x"})
+    with pytest.raises(ValueError, match=f"line 1: {name} is outside .* --allow-outside"):
+        Folder(lines)
+    assert len(Folder(lines, allow_outside=True)) == 1
+    # A link is in the folder because somebody put it there.
+    (folder / "link.png").symlink_to(outside)
+    Folder(write_lines(folder / "pages.jsonl", {"image": "link.png", "text": "x"}))[0]
+
+
 @pytest.mark.parametrize("line, error", [
     ({"image": "page 0.jpg"}, "line 2 has no str 'text'"),
     ({"image": "page 0.jpg", "text": None}, "line 2 has no str 'text'"),
@@ -303,11 +317,59 @@ TRAIN = ["--dtype=float32", "--device-type=cpu", "--num-iterations=3", "--device
          "--warmup-steps=1", "--eval-every=-1", "--save-every=-1"]
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-def test_finetune(folder, tokenizer_dir, tmp_path, freeze):
+def test_pictures_are_looked_for_behind_the_first_samples(folder):
+    pages = list(Folder(folder))[:2]
+    chat = {"messages": [], "images": [], "id": "chat"}
+
+    class Rowless(list):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            if row is None:
+                raise KeyError("images")
+            return row
+    assert registry.has_pictures(Rowless([chat, None, chat, pages[0]]))
+    assert not registry.has_pictures(Rowless([chat, None, chat]))
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory, tokenizer_dir):
+    """A run folder of three steps."""
+    out = tmp_path_factory.mktemp("stage1")
     call(vis_tok_train.main, "--preset=tiny", "--chars=10-12", f"--tokenizer={tokenizer_dir}",
-         f"--checkpoints={tmp_path}", *TRAIN)
-    flags = [f"--checkpoint={tmp_path / 'stage1'}", f"--data=folder:{folder}", "--val-share=0.3",
+         f"--checkpoints={out}", *TRAIN)
+    return out / "stage1"
+
+
+def test_finetune_does_not_outgrow_the_decoder(folder, stage1, tmp_path):
+    with pytest.raises(ValueError, match="--max-seq-len=257: the decoder .* has 256 positions"):
+        finetune.main([f"--checkpoint={stage1}", f"--data=folder:{folder}", "--max-seq-len=257",
+                       f"--checkpoints={tmp_path}", "--device-type=cpu"])
+    assert not list(tmp_path.glob("finetune"))
+
+
+def test_finetune_skips_held_out_pages_that_are_broken(folder, stage1, tmp_path, capsys):
+    """Long texts, too, which leave the decoder no room for all that was said."""
+    held_out = Folder(folder, "val", 0.3)
+    names = [page.picture for page in held_out.pages]
+    (folder / names[0]).write_bytes(b"no picture")
+    for ending in (".txt", ".md"):
+        text = (folder / names[1]).with_suffix(ending)
+        if text.exists():
+            text.write_text("Many words. " * 500)
+        empty = (folder / names[2]).with_suffix(ending)
+        if empty.exists():
+            empty.write_text("")
+    flags = [f"--checkpoint={stage1}", f"--data=folder:{folder}", "--val-share=0.3",
+             f"--checkpoints={tmp_path}", "--bad-data=skip", "--too-long=clip", *TRAIN]
+    summary = json.loads(call(finetune.main, *flags)[-1])
+    for when in ("before", "after"):
+        assert summary[when]["samples"] == len(names) - 2
+    assert names[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_finetune(folder, stage1, tmp_path, freeze):
+    flags = [f"--checkpoint={stage1}", f"--data=folder:{folder}", "--val-share=0.3",
              f"--checkpoints={tmp_path}", "--matrix-lr=0.02", *TRAIN]
     if freeze:
         flags.append("--freeze-sam")
@@ -320,7 +382,7 @@ def test_finetune(folder, tokenizer_dir, tmp_path, freeze):
         assert summary[when]["samples"] == held_out and summary[when]["cer"] > 0
 
     # What is frozen is equal bit for bit, running statistics included; the rest has moved.
-    before = load_file(tmp_path / "stage1/model_000003/model.safetensors")
+    before = load_file(stage1 / "model_000003/model.safetensors")
     after = load_file(tmp_path / "finetune/model_000003/model.safetensors")
     unchanged = set()
     for name in before:

@@ -225,8 +225,25 @@ def test_skipped_samples_are_counted_and_move_no_other(hostile, tokenizer, capfd
     named = re.findall(r"skipped hostile row \d+: ", capfd.readouterr().err)
     assert len(named) >= n_bad
     first = is_bad.index(True)
-    with pytest.raises(BadSample, match=f"hostile row {first}: the picture cannot be read"):
+    with pytest.raises(BadSample, match=f"hostile row {first}: conversation .*: the picture cannot be read"):
         list(loader(make_sampler(mixture, tokenizer), 1, first, first + 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_is_one_line_that_names_it(hostile, tokenizer, workers):
+    """Also from a worker, which would send twenty lines of traceback with it."""
+    i = hostile.index("empty answer")
+    batches = loader(make_sampler(hostile, tokenizer), 1, i, i + 1, workers=workers)
+    with pytest.raises(BadSample) as e:
+        next(batches)
+    assert str(e.value) == (f"hostile row {i}: conversation empty answer: a message of the "
+                            f"assistant is null or empty")
+
+
+def test_a_page_that_is_too_long_is_named(hostile, tokenizer):
+    sampler = Sampler(hostile, tokenizer, MODES["64px"], 32, max_tokens=5)
+    with pytest.raises(ValueError, match=r"^hostile row 0: conversation file takes \d+ positions"):
+        sampler[0]
 
 
 def test_a_batch_of_bad_samples_teaches_nothing(hostile, tokenizer, model):

@@ -446,8 +446,27 @@ def test_fox_names_a_malformed_record(tmp_path, record):
 
 
 def test_omnidocbench_by_a_path_that_is_none():
-    neither = "neither a folder here nor a hub name"
+    neither = "no such folder .*, and it is no hub name"
     fails(FileNotFoundError, neither, lambda: OmniDocBench("/no/such/folder"))
+
+
+def test_a_mistyped_path_is_no_question_to_the_hub():
+    for path in ("/nope", "./nope/x", "~/nope", "nope", "a/b/c"):
+        fails(FileNotFoundError, f"no such folder {path}", lambda: hub.list_files(path))
+        fails(FileNotFoundError, f"no such folder {path}", lambda: hub.dataset(path))
+        fails(FileNotFoundError, f"no such folder {path}", lambda: hub.download(path, "x"))
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png"])
+def test_fox_does_not_leave_its_folder(tmp_path, name):
+    path = write_fox(tmp_path / "fox.zip", [fox_record(name, "x", 1)])
+    fails(ValueError, f"record 0 .*{name} is outside of the data set", lambda: Fox("en", path))
+
+
+def test_fox_does_not_unpack_a_bomb(tmp_path, monkeypatch):
+    path = write_fox(tmp_path / "fox.zip")
+    monkeypatch.setattr("tasks.fox.LARGEST_ENTRY", 10)
+    fails(ValueError, "en_page_ocr.json .* bytes, the limit is 10", lambda: Fox("en", path))
 
 
 if __name__ == "__main__":

@@ -190,6 +190,24 @@ def test_json_broken(tmp_path, text, error):
         OmniDocBench(tmp_path)
 
 
+@pytest.mark.parametrize("change, error", [
+    ({"page_info": []}, "page_info is \\[\\], need dict"),
+    ({"page_info": {"image_path": 7}}, "page_info.image_path is 7, need str"),
+    ({"page_info": {"image_path": "../a.png"}}, "../a.png is outside of the data set's folder"),
+    ({"layout_dets": {}}, "layout_dets is {}, need list"),
+    ({"layout_dets": [3]}, r"layout_dets\[0\] is 3, need a dict"),
+    ({"layout_dets": [{"category_type": "title", "order": "x"}]}, r"\[0\].order is 'x', need int"),
+    ({"layout_dets": [{"category_type": "title", "text": 3}]}, r"\[0\].text is 3, need str"),
+    ({"layout_dets": [{"category_type": []}]}, r"\[0\].category_type is \[\], need str"),
+    ({"extra": 3}, "extra is 3, need dict"),
+    ({"extra": {"relation": ["x"]}}, r"extra.relation\[0\] is 'x', need a dict"),
+])
+def test_a_mistyped_key_is_named(tmp_path, change, error):
+    (tmp_path / "OmniDocBench.json").write_text(json.dumps([page(), {**page(), **change}]))
+    with pytest.raises(ValueError, match=rf"row 1 of .*OmniDocBench.json.*{error}"):
+        OmniDocBench(tmp_path)
+
+
 @pytest.mark.parametrize("kinds", ["text", (), ("text", "figure")])
 def test_unknown_kinds(kinds):
     with pytest.raises(ValueError, match="text, table, equation"):

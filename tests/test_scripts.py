@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nanochat.common import run_main
-from scripts import ocr, tok_train, vis_mid_train, vis_tok_train, vision_eval
+from scripts import finetune, ocr, tok_train, vis_mid_train, vis_tok_train, vision_eval
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["--dtype=float32", "--device-type=cpu", "--num-iterations=6", "--device-batch-size=8", "--warmup-steps=2",
@@ -337,8 +337,21 @@ def test_flags_that_make_no_sense(tokenizer_dir, tmp_path, capsys, change, messa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("main, flag", [
+    (vis_mid_train.main, "--encoder"), (finetune.main, "--checkpoint"), (vision_eval.main, "--checkpoint"), (ocr.main, "--checkpoint"),
+])
+def test_before_anything_is_trained(main, flag, tmp_path, monkeypatch, capsys):
+    """The defaults look like hub names; what the hub says of them would tell a newcomer nothing."""
+    monkeypatch.chdir(tmp_path)
+    page = ["page.png"] if main is ocr.main else []
+    for flags in ([], [f"{flag}=checkpoints/mine"]):
+        line = error_of(capsys, main, "--device-type=cpu", *flags, *page)
+        assert "no such folder checkpoints/" in line and "train first (bash speedrun.sh)" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_encoder(tmp_path, capsys):
-    assert "no deepencoder_<step> checkpoint" in error_of(capsys, vis_mid_train.main, *stage2_flags(tmp_path, tmp_path))
+    assert "no such folder" in error_of(capsys, vis_mid_train.main, *stage2_flags(tmp_path, tmp_path))
 
 
 def test_exit_status_of_the_command(runs):

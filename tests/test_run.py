@@ -1,0 +1,208 @@
+"""
+Proves that a run folder is only ever continued by what it was begun with: flags, data, tokenizer
+and batch; and that damaged records are named, skipped and counted.
+
+    python -m pytest tests/test_run.py
+"""
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+
+import pytest
+from PIL import Image
+
+from nanochat.dataloader import micro_batches
+from nanochat.loop import watch_divergence
+from nanochat.mixture import Mixture, Shuffled, fingerprints
+from nanochat.run import Run, samples_per_step
+from scripts import vis_tok_train, vision_eval
+from tasks.folder import Folder
+from tasks.synthchat import SynthChat
+
+
+def make_args(folder, *flags):
+    return vis_tok_train.parse_args([f"--checkpoints={folder}", "--model-tag=run", *flags])
+
+
+@pytest.fixture
+def begun(tmp_path, tokenizer):
+    """The folder of a run that has begun, and has logged three steps."""
+    run = begin(tmp_path, tokenizer)
+    for step in range(3):
+        run.record(step, {"train/loss": 5.0 - step})
+    return tmp_path / "run"
+
+
+def begin(folder, tokenizer, *flags):
+    """A Run that has begun, and whose process has ended."""
+    run = Run(make_args(folder, *flags), "stage 1")
+    run.begin(tokenizer, argparse.Namespace(name="64px"))
+    run.lock_file.close()
+    (folder / "run/model_000003").mkdir()  # a checkpoint, by its name
+    return run
+
+
+def resume(folder, *flags):
+    return Run(make_args(folder, "--resume", *flags), "stage 1")
+
+
+# -----------------------------------------------------------------------------
+# Before anything is written
+
+def test_wandb_is_asked_for_before_there_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # wandb is not installed
+    with pytest.raises(ValueError, match="--run=mine logs to Weights & Biases.*pip install wandb"):
+        Run(make_args(tmp_path, "--run=mine"), "stage 1")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="pip install wandb"):
+        vision_eval.parse_args(["--run=mine"])
+
+
+# -----------------------------------------------------------------------------
+# What a resumed run may change
+
+def test_less_memory_may_be_asked_for(begun, capsys):
+    """The advice for a run that is out of memory, followed on --resume: the steps are the same."""
+    run = resume(begun.parent, "--device-batch-size=16", "--recompute")
+    assert run.config["total_batch_size"] == samples_per_step(run.args) == 32
+    out = capsys.readouterr().out
+    assert "--device-batch-size was 32, now 16" in out and "same 32 samples" in out
+    assert "--recompute was False, now True: the same numbers up to rounding" in out
+    resume(begun.parent, "--device-batch-size=16", "--total-batch-size=32")
+    with pytest.raises(ValueError, match="--total-batch-size was 32, now 16"):
+        resume(begun.parent, "--device-batch-size=16", "--total-batch-size=16")
+    with pytest.raises(ValueError, match="=32 is not a multiple of one pass: 10 x 1"):
+        resume(begun.parent, "--device-batch-size=10")
+
+
+def test_a_run_json_of_an_earlier_version(begun):
+    config = json.loads((begun / "run.json").read_text())
+    config["total_batch_size"] = -1
+    (begun / "run.json").write_text(json.dumps(config))
+    assert resume(begun.parent, "--device-batch-size=8").config["total_batch_size"] == 32
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_holds_on_to_nothing(begun, capsys):
+    (begun / "model_000003").rmdir()
+    with pytest.raises(FileExistsError, match="--resume continues it"):
+        Run(make_args(begun.parent, "--lr=0.1"), "stage 1")
+    run = resume(begun.parent, "--lr=0.1", "--device-batch-size=4")
+    assert run.start is None and run.config["total_batch_size"] == 4
+    run.check_data({"Folder": "9 pages, cd"})
+    assert "no whole checkpoint: starting from the beginning" in capsys.readouterr().out
+
+
+def test_a_stream_keeps_its_micro_batch(tmp_path, tokenizer):
+    begin(tmp_path, tokenizer, "--stream")
+    with pytest.raises(ValueError, match="was 32, now 16, and a stream .* use --recompute"):
+        resume(tmp_path, "--stream", "--device-batch-size=16")
+
+
+def test_micro_batches_of_another_size_have_the_same_samples_in_a_step():
+    step = 7
+    for size in (32, 16, 4):
+        accumulate = 32 // size
+        batches = micro_batches(step * accumulate, (step + 1) * accumulate, size, 0, 1)
+        assert sorted(i for batch in batches for i in batch) == list(range(7 * 32, 8 * 32))
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+@pytest.fixture
+def pages_folder(tmp_path):
+    folder = tmp_path / "pages"
+    (folder / "more").mkdir(parents=True)
+    for i in range(8):
+        path = folder / ("more" if i % 2 else "") / f"{i}.png"
+        Image.new("L", (40 + i, 30)).save(path)
+        path.with_suffix(".txt").write_text(f"text {i}")
+    return folder
+
+
+def mark(folder):
+    task = Mixture([(Shuffled(Folder(folder), 100, 0), 3), (SynthChat("train", 9), 1)])
+    return fingerprints(task, SynthChat("train", 9))
+
+
+def test_what_the_fingerprint_of_a_folder_tells(pages_folder, tmp_path):
+    before = mark(pages_folder)
+    assert list(before) == ["Folder"] and before["Folder"].startswith("8 pages, ")
+    copy = tmp_path / "copy"
+    shutil.copytree(pages_folder, copy)
+    os.utime(copy / "0.png", (1, 1))
+    (copy / "Thumbs.db").write_text("not a page")
+    assert mark(copy) == before
+    for name, content in {"0.txt": "text 9", "more/1.png": (copy / "0.png").read_bytes()}.items():
+        old = (copy / name).read_bytes()
+        (copy / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        assert mark(copy) != before, name
+        (copy / name).write_bytes(old)
+    (copy / "0.png").rename(copy / "8.png")
+    (copy / "0.txt").rename(copy / "8.txt")
+    assert mark(copy) != before
+
+
+def test_data_that_changed_are_refused_on_resume(begun):
+    config = json.loads((begun / "run.json").read_text())
+    config["data_fingerprints"] = {"Folder": "8 pages, ab"}
+    (begun / "run.json").write_text(json.dumps(config))
+    resume(begun.parent).check_data({"Folder": "8 pages, ab"})
+    with pytest.raises(ValueError, match="Folder was 8 pages, ab, now 9 pages, cd.*put them back"):
+        resume(begun.parent).check_data({"Folder": "9 pages, cd"})
+    with pytest.raises(ValueError, match="Folder was 8 pages, ab, now None"):
+        resume(begun.parent).check_data({})
+
+
+# -----------------------------------------------------------------------------
+# Damaged files
+
+def test_damaged_lines_of_metrics_are_skipped_and_counted(begun, capsys):
+    metrics = begun / "metrics.jsonl"
+    sound = metrics.read_text()
+    bad_lines = ['{"step": 3, "tra', "null", '{"train/loss": 1}', '{"step": "x"}', "\0\0\0"]
+    metrics.write_text(sound + "\n".join(bad_lines) + '\n{"step": 3, "train/loss": 2.0}\n{"step": 4')
+    records = resume(begun.parent).metrics()
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert f"5 damaged lines of {metrics}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "\udcff"])
+def test_a_damaged_run_json_is_named(begun, text):
+    (begun / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="run/run.json .*delete it to resume without comparing"):
+        resume(begun.parent)
+
+
+# -----------------------------------------------------------------------------
+# Runs that cannot succeed
+
+def test_a_run_that_has_diverged_says_so(tmp_path, tokenizer, capsys):
+    """Finite, and far above log(300) = 5.7 nats: nothing else would stop it."""
+    run = begin(tmp_path, tokenizer)
+    capsys.readouterr()
+    for _ in range(49):
+        watch_divergence(run, 17.8)
+    watch_divergence(run, 5.7)  # as a fresh model
+    for _ in range(49):
+        watch_divergence(run, 17.8)
+    assert capsys.readouterr().out == ""
+    watch_divergence(run, 17.8)
+    out = capsys.readouterr().out
+    assert out.startswith("!!!!") and "has been above 6.84 for 50 steps" in out
+    assert "lower\n--lr and --matrix-lr" in out
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--freeze=sam,clip,gpt"], "sam, clip, gpt"),
+    (["--freeze=gpt,sam", "--sam=x"], "gpt"),
+    (["--freeze=clip,gpt,compressor", "--gpt=x", "--clip=x"], "compressor"),
+])
+def test_random_parts_are_not_frozen(tmp_path, tokenizer_dir, flags, parts):
+    args = make_args(tmp_path, f"--tokenizer={tokenizer_dir}", *flags)
+    with pytest.raises(ValueError, match=f": {parts} would keep random weights"):
+        vis_tok_train.check_frozen(args.freeze.split(","), args)
+    loaded = make_args(tmp_path, "--freeze=sam,clip,gpt", "--encoder=x", "--gpt=x")
+    vis_tok_train.check_frozen(loaded.freeze.split(","), loaded)
