@@ -150,6 +150,9 @@ class LocalHead(nn.Module):
         return cell_targets(batch, self.stride, self.cells)
 
     def forward(self, features):
+        # Features have any scale, above all without standardization. Unnormalized, single steps of
+        # AdamW threw the head off: losses of 2 jumped to 20.
+        features = F.layer_norm(features, features.shape[-1:])
         return self.linear(features).unflatten(-1, (-1, CLASSES))
 
     def losses(self, features, targets):
