@@ -104,9 +104,10 @@ def mark_glyphs(classes, points, cells):
     row = np.minimum((points.row * cells[0]).astype(np.int64), rows - 1)
     column = np.minimum((points.column * cells[1]).astype(np.int64), columns - 1)
     values = np.array([CLASS_OF.get(value, IGNORE) for value in points.values])
-    # Of several values for one cell numpy keeps the last: in reverse order, that is the first.
-    backwards = slice(None, None, -1)
-    classes[points.view[backwards], row[backwards], column[backwards]] = values[backwards]
+    cell = (points.view * rows + row) * columns + column  # numbered through all views
+    # Which one numpy would keep of several values for one cell is not defined.
+    cell, first = np.unique(cell, return_index=True)
+    np.put(classes, cell, values[first])
 
 
 def by_token(classes, h, cells):
