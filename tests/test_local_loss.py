@@ -273,6 +273,16 @@ def test_both_the_head_and_the_encoder_learn_from_it(learner, make_labelled_batc
             assert has_gradient == wanted, parameter
 
 
+def test_a_frozen_sam_stays_and_the_second_stage_learns(learner, make_labelled_batch, pages):
+    """Stage 2."""
+    learner.train().model.encoder.freeze_sam()
+    learner(make_labelled_batch(pages[:8]))[INK][0].backward()
+    for parameter, p in learner.named_parameters():
+        wanted = parameter.startswith(("model.encoder.vision_model.", "head."))
+        has_gradient = p.grad is not None and p.grad.abs().sum() > 0
+        assert has_gradient == wanted, parameter
+
+
 def step_of(learner, batches, accumulate, weights, steps=1):
     """Trains in place. -> the last StepResult, and the parameters."""
     optimizer = Optimizer(learner.model, "adamw", lr=1e-2, local_head=learner.head)
