@@ -91,18 +91,14 @@ class Sampler:
                 raise
             # One write for the whole line: print() makes two, and several workers write at once.
             sys.stderr.write(f"skipped {bad}\n")
-            return self.unusable({**drawn, "bad": 1})
+            return Sample([], counts={**drawn, "bad": 1})
 
         # Outside of the try: a sample that is too long is sound, so --bad-data must not skip it.
         sample, cut = self.fit(sample, with_id(where, conversation))
         if sample is None:
-            return self.unusable({**drawn, **cut})
+            return Sample([], counts={**drawn, **cut})
         characters = self.supervised_characters(sample)  # after the cut
         return sample._replace(characters=characters, counts={**drawn, **cut})
-
-    def unusable(self, counts):
-        # The kinds are there also where a whole batch is skipped: ranks need equal names of losses.
-        return Sample([], counts=counts, label_kinds=self.labels)
 
     def mode_of(self, i):
         """
@@ -147,7 +143,7 @@ class Sampler:
         labels = ()
         if self.labels:
             labels = self.map_labels(conversation, plans, sizes, where)
-        return Sample(ids, mask, images, labels=labels, label_kinds=self.labels)
+        return Sample(ids, mask, images, labels=labels)
 
     def map_labels(self, conversation, plans, sizes, where):
         """conversation["labels"], in page px -> Sample.labels, in tokens of each image's views."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nanochat.common import all_reduce, banner, dist_info, gather, print0
+from nanochat.local_loss import WithLocalLoss
 from nanochat.model import forward_flops
 
 BLIND_GAP = 0.05  # nats per character: with a smaller gap the page is as good as ignored
@@ -73,6 +74,8 @@ def add_training_arguments(parser, **defaults):
          help="learning rate over the run")
     flag("--warmup-steps", int, 20, help="steps of linear warm-up")
     flag("--grad-clip", float, 1.0, help="limit of the global gradient norm; -1 = off")
+    flag("--local-loss", float, 0.0, help="weight of the local reading loss, which asks each "
+         "vision token of a rendered page which letters it shows; 0 = off, 1 is usual")
     # Evaluation
     flag("--eval-every", int, 100, help="steps between evaluations; -1 = only at the end")
     flag("--eval-pages", int, 64, help="held-out pages that validation takes")
@@ -118,14 +121,25 @@ def row_multiple(longest, compiled):
     return longest if longest % 4 else longest // 4
 
 
-def wrap_model(model, compiled):
-    """The model as the step calls it: blocks compiled if asked for, DDP over several ranks."""
+def wrap_model(model, compiled, local_head=None):
+    """
+    The model as the step calls it: blocks compiled if asked for, with its local head if there is
+    one, DDP over several ranks.
+    """
     if compiled:
         model.compile_blocks()
+    net = model if local_head is None else WithLocalLoss(model, local_head)
     if dist_info()[2] == 1:
-        return model
+        return net
     # Running statistics differ between ranks until a checkpoint averages them: not broadcast.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(net, broadcast_buffers=False)
+
+
+def unwrap(net):
+    """Of what `wrap_model` gives: -> (what computes the losses, the model)."""
+    learner = net.module if isinstance(net, DistributedDataParallel) else net
+    model = learner.model if isinstance(learner, WithLocalLoss) else learner
+    return learner, model
 
 
 # -----------------------------------------------------------------------------
@@ -150,7 +164,7 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     """
     One optimizer step: draw micro-batches, accumulate gradients, check, update. -> StepResult
 
-    net            the model, or DDP around it
+    net            the model, as of wrap_model
     batches        iterator of Batch; `accumulate` of them make a step on this rank
     lr_scale       multiplies every learning rate
     counters       names of the counts that are summed up over the micro-batches
@@ -160,7 +174,7 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     The host waits for the GPU once, for losses and gradient norm; the update then runs while the
     next batch is prepared. ValueError if a loss or the gradient is not finite: nothing is updated.
     """
-    model = net.module if isinstance(net, DistributedDataParallel) else net
+    learner, model = unwrap(net)
     device = model.device
     loss_weights = loss_weights or {"text": 1.0}
     graphs_before = compiled_graphs()
@@ -169,7 +183,7 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     micro_batches = [next(batches) for _ in range(accumulate)]
     waited = time.perf_counter() - start
 
-    loss_counts = count_losses(micro_batches, loss_weights, device)
+    loss_counts = count_losses(learner, micro_batches, loss_weights, device)
     if not loss_counts["text"]:
         raise ValueError(f"step {step}: no supervised token in the whole batch")
     losses, flops = accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights)
@@ -202,11 +216,14 @@ def compiled_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def count_losses(micro_batches, names, device):
+def count_losses(learner, micro_batches, names, device):
     """{name: what the loss is summed over, in all micro-batches of all ranks}"""
-    names = list(names)
-    counts = [sum(batch.loss_counts().get(name, 0) for batch in micro_batches) for name in names]
-    return dict(zip(names, all_reduce(counts, device)))
+    totals = dict.fromkeys(names, 0)
+    for batch in micro_batches:
+        counts = learner.loss_counts(batch)
+        for name in totals:
+            totals[name] += counts[name]
+    return dict(zip(totals, all_reduce(list(totals.values()), device)))
 
 
 def accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights):
@@ -222,10 +239,14 @@ def accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights):
             net.require_backward_grad_sync = i == len(micro_batches) - 1
         weighted = 0.0
         for name, (nats, _) in net(batch).items():
-            if name not in loss_weights or not loss_counts[name]:
+            if name not in loss_weights:
                 continue
-            loss = nats / loss_counts[name]
+            # A loss that has no term in the whole step is zero, and still gives its parameters
+            # the gradient that DDP waits for.
+            loss = nats / max(1, loss_counts[name])
             weighted = weighted + loss_weights[name] * loss
+            if not loss_counts[name]:
+                continue  # there is no mean to log
             # fp64 where there is any: a sum of many small numbers
             part = loss.detach() if loss.device.type == "mps" else loss.detach().double()
             totals[name] = totals.get(name, 0.0) + part
@@ -289,8 +310,11 @@ def evaluate(run, step, model, evaluator, eager=False):
     prefix = "vision/cosine_"
     cosines = [f"{name.removeprefix(prefix)} {value:.3f}"
                for name, value in figures.items() if name.startswith(prefix)]
+    local = ""
+    if "vision/local_accuracy" in figures:
+        local = f"local accuracy {figures['vision/local_accuracy']:.3f} | "
     print0(f"step {step:05d} | val loss {val_loss:.4f} | 1-NED {figures['val/one_minus_ned']:.3f} "
-           f"| gap {figures['vision/gap']:.3f} nats/char | cosine {' '.join(cosines)}")
+           f"| gap {figures['vision/gap']:.3f} nats/char | {local}cosine {' '.join(cosines)}")
     show_pages(run, step, pages_read)
     if run.progress(step) >= 0.3 and figures["vision/gap"] < BLIND_GAP:
         banner(f"step {step}: vision/gap is {figures['vision/gap']:.4f} nats per character. The "

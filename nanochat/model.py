@@ -5,6 +5,7 @@ placeholders among the token embeddings (`fuse`); from there on the decoder read
 Shapes: N views of S px a side, (h, w) vision tokens of a view, P image positions in all rows,
         B rows, T positions, C = n_embd.
 """
+import math
 from collections import Counter
 
 import torch
@@ -86,20 +87,28 @@ class DeepseekOCR(nn.Module):
     # -------------------------------------------------------------------------
     # From pixels to the decoder's input
 
-    def project(self, pixels, taps=None):
-        """
-        (N, 3, S, S) uint8 -> vision tokens as the decoder sees them: (N, h, w, C) on a grid, or
-        (N, n, C) where the second stage gives a sequence. `taps`: see DeepEncoder.
-        """
+    def features(self, pixels, taps=None):
+        """(N, 3, S, S) uint8 -> the encoder's features (N, n, its width); taps: see DeepEncoder."""
         pixels = pixels.to(self.device, non_blocking=True)
         x = pixels.to(self.dtype) / 127.5 - 1.0  # mean = std = 0.5, as published
-        y = self.projector(self.encoder(x, taps))  # (N, n, C)
+        return self.encoder(x, taps)
+
+    def to_tokens(self, features, taps=None):
+        """
+        Features -> vision tokens as the decoder sees them: (N, h, w, C) on a grid, or (N, n, C)
+        where the second stage gives a sequence.
+        """
+        y = self.projector(features)  # (N, n, C)
         if taps is not None:
             taps["projector"] = y
         if self.encoder.layout == "grid":
-            side = pixels.size(-1) // self.cfg.token_stride
+            side = math.isqrt(y.size(1))  # views are square
             y = y.unflatten(1, (side, side))
         return y
+
+    def project(self, pixels, taps=None):
+        """(N, 3, S, S) uint8 -> vision tokens, as of `to_tokens`."""
+        return self.to_tokens(self.features(pixels, taps), taps)
 
     def encode_views(self, views):
         """{side in px: (N, 3, side, side) uint8} -> {side: vision tokens, as of `project`}."""
@@ -187,24 +196,33 @@ class DeepseekOCR(nn.Module):
     # -------------------------------------------------------------------------
     # Losses
 
-    def forward(self, batch):
+    def loss_counts(self, batch):
+        """
+        {name of a loss: how many terms it is summed over in `forward`}, known on the host before
+        the forward pass. Every name is there for every batch, so that ranks agree on them.
+        """
+        return {"text": batch.supervised()}
+
+    def forward(self, batch, features=None):
         """
         -> {name of a loss: (sum in nats, number of things it is summed over)}. The numbers are
-        those of Batch.loss_counts.
+        those of `loss_counts`.
 
         "text": next-token loss over the supervised positions (targets != -1).
 
-        The batch may be on the host. No host-device sync in here.
+        The batch may be on the host. No host-device sync in here. features: {side in px: those of
+        its views}, if the caller has them; another loss than the text's may be taken of them.
         """
-        # Another loss on what the vision tokens show would take them from here, before they are
-        # mixed with text: {side: (N, h, w, C)}.
-        tokens = self.encode_views(batch.views)
+        if features is None:
+            tokens = self.encode_views(batch.views)
+        else:
+            tokens = {side: self.to_tokens(f) for side, f in features.items()}
         x = self.embed(batch, tokens)  # (B, T, C)
         positions = batch.positions
         if positions is not None:
             positions = positions.to(self.device, non_blocking=True)
         hidden = self.gpt(x, positions=positions, lengths=batch.lengths)  # (B, T, C)
-        return {"text": (self.text_loss(hidden, batch), batch.loss_counts()["text"])}
+        return {"text": (self.text_loss(hidden, batch), batch.supervised())}
 
     def text_loss(self, hidden, batch):
         """Sum of next-token losses, in nats. The head runs on the supervised positions only."""

@@ -20,6 +20,7 @@ from nanochat.common import (
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
+from nanochat.local_loss import LABELS, loss_weights, make_head
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
     row_multiple, save, train_step, wrap_model)
@@ -105,6 +106,8 @@ def main(argv=None):
     model.recompute(args.recompute)
     model.to(device)
     model.dtype = dtype
+    # Of the local reading loss, for training only: not saved with the model. None where it is off.
+    local_head = make_head(model, args.local_loss)
 
     # -------------------------------------------------------------------------
     # Data: pages and chat mixed, and how they become rows of tokens and pixels
@@ -123,15 +126,17 @@ def main(argv=None):
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args.pack or args.max_seq_len, compiled)
+    labels = LABELS if local_head is not None else ()
     sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
-                      **limits)
+                      labels=labels, **limits)
     evaluator = Evaluator(tokenizer, modes, cfg.layout, limits, val_task, statistics_task,
-                          args.eval_pages, args.statistics_pages)
+                          args.eval_pages, args.statistics_pages, local_head)
 
     # -------------------------------------------------------------------------
     # Optimizer and schedule
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
-                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr))
+                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr),
+                          local_head=local_head)
 
     def lr_scale(step, progress):
         """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
@@ -149,7 +154,7 @@ def main(argv=None):
                      args.num_iterations * accumulate, rank, world_size, args.workers,
                      pin_memory=device.type == "cuda", states=streams)
     batches = ahead(batches, device)
-    net = wrap_model(model, compiled)
+    net = wrap_model(model, compiled, local_head)
     peak_flops = matmul_rate(device, dtype)
     print0(f"stage 2: {model.num_params():,} parameters, {optimizer.num_params():,} trained; "
            f"{device.type} x {world_size}, {str(dtype)[6:]}, "
@@ -174,7 +179,8 @@ def main(argv=None):
             break
         scale = lr_scale(step, progress)
         result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
-                            sampler.counters, agree_on_time=args.max_minutes > 0)
+                            sampler.counters, loss_weights(args.local_loss),
+                            agree_on_time=args.max_minutes > 0)
         streams.update(result.streams)
         account(run, result)
         figures = figures_of_step(run, result, args.lr * scale, peak_flops)

@@ -73,7 +73,6 @@ def test_targets_are_the_answers(make_batch, tokenizer, pages, chats):
     assert batch.characters == sum(map(len, answers))
     assert batch.images == len(pages)
     assert batch.supervised() == sum(len(tokenizer.encode(a)) + 1 for a in answers)
-    assert batch.loss_counts() == {"text": batch.supervised()}
 
 
 def test_rows_are_padded_on_the_right(make_batch, pages, chats):
@@ -473,7 +472,6 @@ def assert_labels_are_on_their_spots(batch, stride, values):
             assert red > 200
             assert abs(blue - 20 * int(name.split(".")[0])) <= 1
     assert found == values
-    assert batch.loss_counts() == {"text": batch.supervised(), "glyphs": n_points}
     return n_points
 
 
@@ -534,15 +532,25 @@ def test_labels_are_carried_only_where_wanted(make_sampler):
     conversations = labelled_conversations([(64, 64)])
     batch = collate(all_of(make_sampler(conversations)))
     assert batch.labels == [{}] * batch.images
-    assert batch.label_points("glyphs") == {} and list(batch.loss_counts()) == ["text"]
-    # A batch has the names of all losses, also those that it has nothing for.
+    assert batch.label_points("glyphs") == {} and batch.labelled_views("glyphs") == {}
     text_only = collate([make_sampler(conversations, labels=("glyphs", "words"))[2]])
     assert text_only.labels == [] and text_only.label_points("words") == {}
-    assert text_only.loss_counts() == {"text": text_only.supervised(), "glyphs": 0, "words": 0}
     dropping = make_sampler(conversations, max_tokens=1, too_long="drop", labels=("glyphs",))
     nothing = collate(all_of(dropping))
     assert nothing.counts["dropped"] == len(conversations)
-    assert nothing.loss_counts() == {"text": 0, "glyphs": 0}
+    assert nothing.label_points("glyphs") == nothing.labelled_views("glyphs") == {}
+
+
+def test_views_of_pages_with_labels(make_sampler):
+    """With an empty list of labels a page is known to be empty; without one nothing is known."""
+    conversations = labelled_conversations([(1300, 700)])  # two tiles each
+    batch = collate(all_of(make_sampler(conversations, MODES["gundam"], 64, 4000,
+                                        labels=("glyphs",))))
+    # Labelled: the first, the second, and both pages of the last; between them one without labels.
+    assert batch.labelled_views("glyphs") == {
+        640: [0, 1, 2, 3, 6, 7, 8, 9],
+        1024: [0, 1, 3, 4],
+    }
 
 
 def test_a_clipped_sample_keeps_its_labels(make_sampler):

@@ -102,7 +102,7 @@ def test_the_image_changes_the_output(model, make_batch, pages):
 
 def loss_per_token(model, batch):
     loss, count = model(batch)["text"]
-    assert count == batch.loss_counts()["text"]
+    assert count == batch.supervised()
     return loss / count
 
 
