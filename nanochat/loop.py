@@ -122,13 +122,16 @@ def due(step, every):
 # Set-up
 
 
-def row_multiple(longest, compiled):
+def row_multiple(args, compiled):
     """
     Rows are padded to a multiple of this many positions. Compiled kernels are made for one shape
     each, so there rows come in four lengths only; eager ones take any.
     """
     if not compiled:
         return 1
+    if args.pack:
+        return 64  # compiled blocks take any number of packed positions; products like round ones
+    longest = args.max_seq_len
     return longest if longest % 4 else longest // 4
 
 

@@ -297,11 +297,11 @@ class DeepseekOCR(nn.Module):
         torch.compile for every block, forward and backward. Blocks of one kind and shape share
         their kernels, so this takes seconds where the whole network would take minutes.
 
-        Shapes are static but for the number of images or rows. So a training script should ask
-        for rows of few different lengths (Sampler's `multiple`). Run evaluation eagerly: its
-        shapes always change.
+        Shapes are static but for the number of images or rows, and of positions in packed rows.
+        So a training script should ask for rows of few different lengths (Sampler's `multiple`).
+        Run evaluation eagerly: its shapes always change.
         """
-        # A graph per length of rows, grid of patches (several modes) and number of packed rows
+        # A graph per length of rows and per grid of patches (several modes)
         torch._dynamo.config.recompile_limit = 32
         # DDP's optimizer would split a block's graph wherever a bucket of gradients is full.
         torch._dynamo.config.optimize_ddp = False

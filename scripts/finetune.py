@@ -96,7 +96,7 @@ def main(argv=None):
                                                     args.ramp)
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
-    multiple = row_multiple(args.pack or args.max_seq_len, compiled)
+    multiple = row_multiple(args, compiled)
     sampler = Sampler(task, tokenizer, modes, stride, pack=args.pack, multiple=multiple, **limits)
     evaluator = Evaluator(tokenizer, modes, stride, limits, val_task, statistics_task,
                           args.eval_pages, args.statistics_pages)

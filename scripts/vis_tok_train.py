@@ -93,7 +93,7 @@ def main(argv=None):
     task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
-    multiple = row_multiple(args.pack or args.max_seq_len, compiled)
+    multiple = row_multiple(args, compiled)
     sampler = Sampler(task, tokenizer, modes, cfg.token_stride, pack=args.pack, multiple=multiple,
                       **limits)
     evaluator = Evaluator(tokenizer, modes, cfg.token_stride, limits, val_task, statistics_task,
