@@ -183,18 +183,38 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputation(measure):
 # -----------------------------------------------------------------------------
 # Compiling
 
-def test_compile_needs_a_compiler(monkeypatch):
+def test_compile_needs_a_compiler(monkeypatch, capsys):
     cpu = torch.device("cpu")
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(common.shutil, "which", lambda name: name in ("gcc", "g++"))
-    assert choose_compile(cuda)
-    assert not choose_compile(cuda, "no")
-    assert not choose_compile(cpu)
-    assert choose_compile(cpu, "yes")
     monkeypatch.setattr(common.shutil, "which", lambda name: None)
-    assert not choose_compile(cuda)
-    with pytest.raises(ValueError, match="--compile=yes needs a C"):
-        choose_compile(cuda, "yes")
+    with pytest.raises(ValueError, match="--compile=yes: it needs one of .* and none is on the"):
+        choose_compile(cpu, "yes")
+    assert not choose_compile(cpu)  # auto never compiles on a CPU, so it says nothing
+    assert not choose_compile(cpu, "no")
+    assert capsys.readouterr().out == ""
+
+
+def test_compiling_is_tried_before_it_is_relied_on(monkeypatch, capsys):
+    """A machine that has a compiler, but neither Triton nor Python's headers."""
+    def compile_nothing(function):
+        raise RuntimeError("while compiling:\nPython.h: No such file or directory")
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(common.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert choose_compile(cpu, "yes")
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with pytest.raises(ValueError, match="--compile=yes: RuntimeError: Python.h: No such file"):
+        choose_compile(cpu, "yes")
+
+    class FakeGPU:
+        """Only the name is asked for: tensors are made on the CPU."""
+        type = "cuda"
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda n, device, **kwargs: ones(n, **kwargs))
+    assert not choose_compile(FakeGPU())
+    out = capsys.readouterr().out
+    assert out.startswith("!!!!") and "runs eagerly" in out and "Python.h" in out
 
 
 # -----------------------------------------------------------------------------
