@@ -63,9 +63,6 @@ if [ "$KIND" = full ] && [ -z "${TRIAL:-}" ]; then
         die "speedrun.sh full needs the Hugging Face hub (published weights and data sets), which does" \
             "not answer. Without it: bash speedrun.sh nano (a CPU) or small (a GPU)"
 fi
-# Loader processes per GPU: as many as the cores this process may use, but not over 16, since each
-# keeps batches in shared memory.
-WORKERS=$("$PYTHON" -c 'import os; print(max(1, min(16, len(os.sched_getaffinity(0)) - 2)))')
 
 # -----------------------------------------------------------------------------
 # Steps
@@ -124,7 +121,7 @@ small|gpu)
         SIZE=(--preset mini --num-iterations 2 --device-batch-size 8)
         READ=(--max-problems 2 --max-new-tokens 20)
     fi
-    COMMON=(--mode "$MODES" --workers "$WORKERS" --max-seq-len 1536 --random-share 0.1
+    COMMON=(--mode "$MODES" --workers -1 --max-seq-len 1536 --random-share 0.1
             --save-every 1000 --eval-every 500)
     STATUS=0
     if [ "$KIND" = gpu ] && [ -z "${TRIAL:-}" ]; then
@@ -161,7 +158,7 @@ full)
     # CLIP and nanochat weights.
     GPT=${GPT:-nanochat-students/base-d20}
     COMMON=(--optimizer adamw --mode 1024px --recompute --too-long clip --bad-data skip
-            --workers "$WORKERS" --eval-every 500 --save-every 1000)
+            --workers -1 --eval-every 500 --save-every 1000)
     echo "== stage 1"
     stage vis_tok_train --preset base --standardize channel \
         --sam facebook/sam-vit-base --clip openai/clip-vit-large-patch14 --gpt "$GPT" \

@@ -29,7 +29,7 @@ from nanochat.common import (
     synchronize)
 from nanochat.config import PRESETS
 from nanochat.conversation import ocr_conversation
-from nanochat.dataloader import Sampler, ahead, loader
+from nanochat.dataloader import Sampler, ahead, loader, loader_workers
 from nanochat.engine import Engine
 from nanochat.image_modes import get_mode, plan
 from nanochat.measure import (
@@ -556,7 +556,7 @@ def parse_arguments(argv):
     flag("--checkpoint", default="checkpoints/stage2", help="for transformers: whose weights")
     flag("--rounds", type=int, default=5, help="for transformers: rounds of both in turn")
     # Data
-    flag("--workers", type=int, default=0, help="loader processes; -1 = all cores but two, <= 16")
+    flag("--workers", type=int, default=0, help="loader processes; -1 = all cores but two, at most 16")
     flag("--pages", type=int, default=100, help="dense pages to render per size")
     flag("--steps", type=int, default=20, help="batches to load, and training steps on them")
     args = parser.parse_args(argv)
@@ -569,8 +569,7 @@ def parse_arguments(argv):
             raise ValueError(f"--{name}={getattr(args, name)}: must be at least 1")
     if args.new_tokens < 2:  # the first comes from the prompt, decoding is what follows
         raise ValueError(f"--new-tokens={args.new_tokens}: must be at least 2")
-    if args.workers < 0:
-        args.workers = min(16, max(1, os.cpu_count() - 2))
+    args.workers = loader_workers(args.workers)
     return args
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 
 from nanochat.batch import collate, pack_rows
 from nanochat.conversation import BadSample, ocr_conversation
-from nanochat.dataloader import Sampler, ahead, loader, micro_batches
+from nanochat.dataloader import (
+    Sampler, ahead, batch_bytes, check_shared_memory, loader, loader_workers, micro_batches)
 from nanochat.image_modes import MODES, Mode
 from nanochat.layers import Packing, attention, packed_attention, varlen_works
 from nanochat.mixture import Mixture, Stream
@@ -243,6 +244,36 @@ def test_too_many_images(make_sampler, pages):
         make_sampler([three], max_images=2)[0]
     assert make_sampler([three], max_images=2, too_long="clip")[0].counts["dropped"] == 1
     assert len(make_sampler([three], max_images=3)[0].images) == 3
+
+
+# -----------------------------------------------------------------------------
+# Workers
+
+def test_workers_by_the_cores_that_are_ours(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(208)))
+    assert loader_workers(-1) == 16  # not 206: their batches would fill the memory
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert loader_workers(-1) == 6  # eight ranks share the cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert loader_workers(-1) == 1
+    assert loader_workers(0) == 0 and loader_workers(30) == 30
+    with pytest.raises(ValueError, match="--workers=-2: must be -1"):
+        loader_workers(-2)
+
+
+def test_shared_memory_is_looked_at_before_the_start(make_sampler, pages, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    sampler = make_sampler(pages)
+    [batch] = loader(sampler, 10, 0, 1)
+    stored = batch.views[64].nbytes + batch.ids.nbytes
+    assert stored < batch_bytes(sampler, 10) < 3 * stored
+    needed = 2 * 4 * 3 * batch_bytes(sampler, 10)  # 2 ranks, 4 workers, 2 batches ahead and 1
+    check_shared_memory(sampler, 10, 4, free=needed)
+    assert capsys.readouterr().out == ""
+    check_shared_memory(sampler, 10, 4, free=needed - 1)
+    out = capsys.readouterr().out
+    assert "--workers=4 on 2 ranks may put 24 batches" in out and "/dev/shm" in out
 
 
 # -----------------------------------------------------------------------------
