@@ -177,6 +177,13 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+def to_device(tensor, device):
+    """A small tensor of the host on the device; a GPU is not waited for."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # copies from other memory may wait
+    return tensor.to(device, non_blocking=True)
+
+
 def matmul_rate(device, dtype):
     """
     FLOP/s of a large matrix product, measured here and now. MFU is a share of this figure, and

@@ -13,6 +13,9 @@ from nanochat.layers import Linear, Packing, attention, run_blocks
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
 SOFTCAP = 15.0
+# nanochat's 65,536 tokens and <|image|> make rows of logits that are not aligned in memory, for
+# which cuBLAS has slow kernels only.
+HEAD_ROWS = 64
 
 
 def norm(x):
@@ -232,11 +235,25 @@ class GPT(nn.Module):
                        recompute=self.recompute, varies=1 if packing else 0)
         return norm(x).view(B, T, -1)
 
+    def head_weight(self, dtype):
+        """
+        The head's weights (vocab, C) in the compute dtype; on a GPU with rows of zeros up to a
+        multiple of HEAD_ROWS, which `logits` cuts off again.
+        """
+        weight = self.lm_head.weight.to(dtype)
+        missing = -weight.size(0) % HEAD_ROWS
+        if missing and weight.device.type != "cpu":
+            weight = F.pad(weight, (0, 0, 0, missing))
+        return weight
+
     def logits(self, x, head_weight=None):
-        """(..., C) -> (..., vocab) in fp32. head_weight: the head's, if already cast."""
+        """
+        (..., C) -> (..., vocab) in fp32. head_weight: of `head_weight`, if it is cast already.
+        Without it nothing is padded, since a decoding step is short and the padding is a copy.
+        """
         if head_weight is None:
             x = self.lm_head(x)
         else:
-            x = F.linear(x, head_weight)
+            x = F.linear(x, head_weight)[..., :self.cfg.vocab_size]
         x = x.float()
         return SOFTCAP * torch.tanh(x / SOFTCAP)

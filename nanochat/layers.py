@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.common import banner
+from nanochat.common import banner, to_device
 
 # -----------------------------------------------------------------------------
 # fp32 parameters, cast where they are used. The casts and their backward are 0.7 % of a nano step
@@ -166,10 +166,7 @@ class Packing:
                 self.samples.append(padding)
         # Sample i takes positions starts[i] to starts[i + 1] - 1.
         starts = list(accumulate(self.samples, initial=0))
-        starts = torch.tensor(starts, dtype=torch.int32)
-        if device.type == "cuda":
-            starts = starts.pin_memory()  # the copy then needs no GPU sync
-        self.starts = starts.to(device, non_blocking=True)
+        self.starts = to_device(torch.tensor(starts, dtype=torch.int32), device)
 
     def flatten(self, x):
         """(B, T, ...) -> (1, B * T, ...)"""

@@ -32,6 +32,24 @@ def test_features_take_the_placeholders_in_order():
     assert torch.equal(y[0, 5], features[2]) and torch.equal(y[1, 0], features[3])
 
 
+def test_fuse_equals_masked_scatter_bit_for_bit():
+    is_image = torch.rand(4, 50) < 0.4
+    per_row = is_image.sum(1).tolist()
+    results = []
+    for method in ("fuse", "masked_scatter"):
+        torch.manual_seed(0)
+        embeddings = torch.randn(4, 50, 8, requires_grad=True)
+        features = torch.randn(sum(per_row), 8, requires_grad=True)
+        if method == "fuse":
+            y = fuse(embeddings, is_image, features, per_row)
+        else:
+            y = embeddings.masked_scatter(is_image[..., None], features)
+        y.sin().sum().backward()
+        results.append((y, embeddings.grad, features.grad))
+    for ours, theirs in zip(*results):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("given, row, slots, features", [
     ([4, 1], 0, 3, 4), ([3, 1], 1, 2, 1), ([3, 3], 1, 2, 3), ([0, 5], 0, 3, 0)])
 def test_a_surplus_is_not_lent_to_the_next_row(given, row, slots, features):
