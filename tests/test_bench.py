@@ -165,7 +165,7 @@ def test_peak_memory_counts_what_is_alive_at_one_time():
 
 def test_memory_grows_with_the_batch_and_shrinks_with_recomputation(measure):
     def predicted(*flags):
-        stage1, stage2 = measure("--what=memory", "--optimizer=adamw", *flags)
+        stage1, stage2, _ = measure("--what=memory", "--optimizer=adamw", *flags)
         assert stage2["predicted_gb"] < stage1["predicted_gb"]  # a frozen SAM keeps no activations
         return stage1
 
@@ -178,6 +178,19 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputation(measure):
     # AdamW has two numbers beside each weight, and gradients are gone between steps; pixels stay,
     # but those of two pages are too few to count.
     assert few["between_steps_gb"] == pytest.approx(3 * few["weights_gb"], rel=0.05)
+
+
+def test_memory_of_generation_is_that_of_the_cache():
+    def predicted(new_tokens):
+        args = bench.parse_arguments([*TOY, "--batch=64", f"--new-tokens={new_tokens}"])
+        mode = get_mode("64px")
+        return bench.measure_generation_memory(args, bench.make_config(args, mode), mode)
+
+    cfg = config.tiny().gpt
+    bytes_per_position = 64 * 2 * cfg.n_layer * cfg.n_embd * 4  # keys and values of 64 rows, fp32
+    cache = 1000 * bytes_per_position / 1e9
+    more = predicted(1020)["predicted_gb"] - predicted(20)["predicted_gb"]
+    assert cache < more < 2.5 * cache  # while it grows, the old one is there beside the new one
 
 
 # -----------------------------------------------------------------------------
