@@ -219,16 +219,16 @@ class LiveRows:
         self.cache = KVCache(model.gpt.cfg, len(lengths), positions, device, model.dtype, **room)
 
     def prefill(self, batch):
-        """
-        The prompts go through the decoder, and every row gets its first token.
-        -> its token and logprob on the host: two lists of L numbers.
-        """
+        """The prompts go through the decoder, and every row gets its first token."""
         self.cache.reserve(self.longest)
         hidden = self.model.gpt(self.model.embed(batch), cache=self.cache)    # (L, T, C)
         every_row = torch.arange(len(self.rows), device=hidden.device)
         last = hidden[every_row, self.position - 1]                           # (L, C)
         self.token, self.logprob = self.choose_next(last)
         self.steps = 1
+
+    def newest(self):
+        """The newest token of each row and its logprob, on the host: two lists of L numbers."""
         return self.token.tolist(), self.logprob.tolist()
 
     def choose_next(self, hidden):
@@ -348,10 +348,10 @@ class Engine:
         return Sample(ids, mask=[0] * len(ids), images=images)
 
     def prompt_batch(self, conversations):
-        """-> (Batch on the model's device, prompt length of each row in positions)."""
+        """-> (Batch on the host, prompt length of each row in positions)."""
         samples = [self.prompt_sample(c) for c in conversations]
         lengths = [len(sample.ids) - 1 for sample in samples]
-        return collate(samples).to(self.model.device), lengths
+        return collate(samples), lengths
 
     # --- generation
 
@@ -436,7 +436,8 @@ class Engine:
         choose = TokenChoice(self.banned, self.no_repeat, temperature, seed, self.model.device)
         graphs = self.graphs and choose.on_device
         live = LiveRows(self.model, choose, self.end, graphs, lengths, max_new_tokens)
-        yield live.record(*live.prefill(batch))
+        live.prefill(batch)
+        yield live.record(*live.newest())
 
         while live.steps < max_new_tokens and not live.all_finished():
             n = min(GRAPH_STEPS if graphs else 1, max_new_tokens - live.steps)

@@ -165,7 +165,7 @@ def validate(model, batches):
         tokens += count
         characters += batch.characters
     totals = [own_pages, other_pages, tokens, characters]
-    own_pages, other_pages, tokens, characters = all_reduce(totals, model.device)
+    own_pages, other_pages, tokens, characters = all_reduce(totals)
     return {
         "val/loss": own_pages / tokens,
         "val/loss_per_char": own_pages / characters,

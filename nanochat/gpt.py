@@ -13,6 +13,9 @@ from nanochat.layers import Linear, Packing, attention, run_blocks
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
 SOFTCAP = 15.0  # logits stay within +-15
+# nanochat's 65,536 tokens and <|image|> make rows of logits that are not aligned in memory, for
+# which cuBLAS has slow kernels only.
+HEAD_ROWS = 64
 
 
 def norm(x):
@@ -114,8 +117,9 @@ class Attention(nn.Module):
         self.c_v = Linear(C, kv_width, bias=False)
         self.c_proj = Linear(C, C, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, positions, packing):
-        B, T, C = x.shape
+    def project(self, x, cos, sin):
+        """(B, T, C) -> queries, keys and values, each (B, its heads, T, D)."""
+        B, T, _ = x.shape
         # Queries and keys are rotated and normed together: half as many kernels.
         qk = torch.cat([self.c_q(x), self.c_k(x)], -1)
         qk = qk.view(B, T, -1, self.head_dim)  # (B, T, heads of q and of k, D)
@@ -125,15 +129,17 @@ class Attention(nn.Module):
         q, k = qk.split([self.n_head, self.n_kv_head], 1)  # (B, H, T, D)
         v = self.c_v(x)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        return q, k, v
 
+    def attend(self, q, k, v, mask, cache, positions):
+        """Each query sees the keys up to its own position: (B, H, T, D) -> (B, H, T, D)."""
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # all keys so far, (B, H, reserved, D)
-        if packing is not None:
-            y = packing.attention(q, k, v)
-        else:
-            y = attention(q, k, v, mask=mask, causal=mask is None)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.c_proj(y)
+        return attention(q, k, v, mask=mask, causal=mask is None)
+
+    def merge(self, y):
+        """What the heads found (B, H, T, D) -> (B, T, C)."""
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -153,8 +159,15 @@ class Block(nn.Module):
         self.attn = Attention(cfg, layer)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, *attention_args):
-        x = x + self.attn(norm(x), *attention_args)
+    def forward(self, x, cos, sin, mask, cache, positions, packing):
+        q, k, v = self.attn.project(norm(x), cos, sin)
+        # Compiled blocks are cut in two here when rows are packed. One call further down,
+        # torch.compile would cut them in four.
+        if packing is None:
+            y = self.attn.attend(q, k, v, mask, cache, positions)
+        else:
+            y = packing.attention(q, k, v)
+        x = x + self.attn.merge(y)
         return x + self.mlp(norm(x))
 
 
@@ -213,16 +226,36 @@ class GPT(nn.Module):
 
         # Without a cache, attention is causal and needs no mask. With one, all layers share it.
         mask = None if cache is None else cache.mask(positions)
-        packing = Packing(lengths) if lengths else None
-        x = run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, packing,
-                       recompute=self.recompute)
-        return norm(x)
+        x = norm(x)
+        packing = None
+        if lengths:
+            packing = Packing(lengths, T, x.device)
+            x = packing.flatten(x)  # (1, B * T, C)
+            cos = packing.flatten(cos.expand(B, -1, -1, -1))
+            sin = packing.flatten(sin.expand(B, -1, -1, -1))
+        x = run_blocks(self.transformer.h, x, cos, sin, mask, cache, positions, packing,
+                       recompute=self.recompute, varies=1 if packing else 0)
+        return norm(x).view(B, T, -1)
+
+    def head_weight(self, dtype):
+        """
+        The head's weights (vocab, C) in the compute dtype; on a GPU with rows of zeros up to a
+        multiple of HEAD_ROWS, which `logits` cuts off again.
+        """
+        weight = self.lm_head.weight.to(dtype)
+        missing = -weight.size(0) % HEAD_ROWS
+        if missing and weight.device.type != "cpu":
+            weight = F.pad(weight, (0, 0, 0, missing))
+        return weight
 
     def logits(self, x, head_weight=None):
-        """(..., C) -> (..., vocab) in fp32. head_weight: the head's, if already cast."""
+        """
+        (..., C) -> (..., vocab) in fp32. head_weight: of `head_weight`, if it is cast already.
+        Without it nothing is padded, since a decoding step is short and the padding is a copy.
+        """
         if head_weight is None:
             x = self.lm_head(x)
         else:
-            x = F.linear(x, head_weight)
+            x = F.linear(x, head_weight)[..., :self.cfg.vocab_size]
         x = x.float()  # cap and softmax are in fp32, whatever the compute dtype
         return SOFTCAP * torch.tanh(x / SOFTCAP)

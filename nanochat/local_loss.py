@@ -224,5 +224,5 @@ def local_accuracy(model, head, batches):
             ink = classes > NONE
             right += int((logits.argmax(-1) == classes)[ink].sum())
             asked += int(ink.sum())
-    right, asked = all_reduce([right, asked], model.device)
+    right, asked = all_reduce([right, asked])
     return right / asked if asked else None

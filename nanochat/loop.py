@@ -40,7 +40,8 @@ def add_training_arguments(parser, **defaults):
     flag("--compile", default="auto", choices=["auto", "yes", "no"],
          help="torch.compile; auto: on CUDA where a compiler is found")
     flag("--seed", int, 0, help="seed of weights and data")
-    flag("--workers", int, 0, help="data loader processes per rank")
+    flag("--workers", int, 0, help="data loader processes per rank; -1 = this rank's share of the "
+         "cores but two, at most 16")
     parser.add_argument("--recompute", action="store_true",
                         help="activation checkpointing: a third more compute, far less memory")
     # From conversations to rows of tokens
@@ -111,13 +112,16 @@ def due(step, every):
 # Set-up
 
 
-def row_multiple(longest, compiled):
+def row_multiple(args, compiled):
     """
     Rows are padded to a multiple of this many positions. Compiled kernels are made for one shape
     each, so there rows come in four lengths only; eager ones take any.
     """
     if not compiled:
         return 1
+    if args.pack:
+        return 64  # compiled blocks take any number of packed positions; products like round ones
+    longest = args.max_seq_len
     return longest if longest % 4 else longest // 4
 
 
@@ -175,7 +179,6 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     next batch is prepared. ValueError if a loss or the gradient is not finite: nothing is updated.
     """
     learner, model = unwrap(net)
-    device = model.device
     loss_weights = loss_weights or {"text": 1.0}
     graphs_before = compiled_graphs()
 
@@ -183,21 +186,21 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     micro_batches = [next(batches) for _ in range(accumulate)]
     waited = time.perf_counter() - start
 
-    loss_counts = count_losses(learner, micro_batches, loss_weights, device)
+    loss_counts = count_losses(learner, micro_batches, loss_weights)
     if not loss_counts["text"]:
         raise ValueError(f"step {step}: no supervised token in the whole batch")
     losses, flops = accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights)
     grad_norm = optimizer.clip_grad_norm(grad_clip)
-    losses, grad_norm = to_host(losses, grad_norm, device)
+    losses, grad_norm = to_host(losses, grad_norm)
     check_finite(step, losses, grad_norm)
     optimizer.step(lr_scale)
     optimizer.zero_grad()
 
     seconds = time.perf_counter() - start
     if agree_on_time:
-        seconds = all_reduce(seconds, device, dist.ReduceOp.MAX)
+        seconds = all_reduce(seconds, dist.ReduceOp.MAX)
     counts = sum((Counter(batch.counts) for batch in micro_batches), Counter())
-    totals = all_reduce([counts[name] for name in counters], device)
+    totals = all_reduce([counts[name] for name in counters])
     states = [batch.state for batch in micro_batches if batch.state]
     return StepResult(
         losses=losses,
@@ -216,14 +219,14 @@ def compiled_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def count_losses(learner, micro_batches, names, device):
+def count_losses(learner, micro_batches, names):
     """{name: what the loss is summed over, in all micro-batches of all ranks}"""
     totals = dict.fromkeys(names, 0)
     for batch in micro_batches:
         counts = learner.loss_counts(batch)
         for name in totals:
             totals[name] += counts[name]
-    return dict(zip(totals, all_reduce(list(totals.values()), device)))
+    return dict(zip(totals, all_reduce(list(totals.values()))))
 
 
 def accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights):
@@ -266,12 +269,12 @@ def training_flops(model, batch):
     return 3 * sum(forward.values()) - frozen
 
 
-def to_host(losses, grad_norm, device):
+def to_host(losses, grad_norm):
     """({name: float over all ranks}, float): the one wait for the GPU in a step."""
     names = list(losses)
     first = next(iter(losses.values()))
     values = torch.stack([*losses.values(), grad_norm.to(first)]).tolist()
-    totals = all_reduce(values[:-1], device)
+    totals = all_reduce(values[:-1])
     return dict(zip(names, totals)), values[-1]
 
 

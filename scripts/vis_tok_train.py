@@ -123,7 +123,7 @@ def main(argv=None):
     run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
-    multiple = row_multiple(args.pack or args.max_seq_len, compiled)
+    multiple = row_multiple(args, compiled)
     labels = LABELS if local_head is not None else ()
     sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)

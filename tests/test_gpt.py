@@ -181,6 +181,24 @@ def test_softcap():
     torch.testing.assert_close(gpt.logits(x, gpt.lm_head.weight), plain)
 
 
+def test_padding_of_the_head_changes_nothing():
+    """On a GPU the head gets rows of zeros up to a multiple of 64; its 50 logits stay the same."""
+    gpt = make_gpt()
+    assert gpt.head_weight(torch.float32).shape == (50, 32)  # on a CPU there is no need
+    x = torch.randn(4, 32)
+    grads = []
+    for head in (None, F.pad(gpt.lm_head.weight, (0, 0, 0, 14))):
+        logits = gpt.logits(x, head)
+        assert logits.shape == (4, 50)
+        logits.logsumexp(-1).sum().backward()
+        grads.append(gpt.lm_head.weight.grad)
+        gpt.lm_head.weight.grad = None
+    torch.testing.assert_close(*grads)
+    meta = gpt.to("meta")
+    assert meta.head_weight(torch.bfloat16).shape == (64, 32)
+    assert meta.state_dict()["lm_head.weight"].shape == (50, 32)  # checkpoints are as before
+
+
 def test_logits_are_fp32_whatever_the_compute_dtype():
     gpt = make_gpt()
     hidden = gpt(gpt.transformer.wte(torch.arange(8)[None]).bfloat16())
