@@ -143,7 +143,9 @@ def wrap_model(model, compiled):
     if dist_info()[2] == 1:
         return model
     # Running statistics differ between ranks until a checkpoint averages them: not broadcast.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    # Gradients live in the buckets that travel, so there is no second copy of them (2.2 GB in
+    # `base`).
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # -----------------------------------------------------------------------------
