@@ -261,7 +261,7 @@ def batch_bytes(sampler, size):
     pixels = 0
     for mode in sampler.modes:
         side = 2 * mode.size  # large enough for a tiled mode to cut tiles
-        views = plan(mode, side, side, sampler.stride).views
+        views = plan(mode, side, side, sampler.layout).views
         pixels = max(pixels, sum(n * 3 * side ** 2 for side, n in views.items()))
     numbers = 3 * 8 * sampler.max_tokens  # ids, targets and positions
     return size * (pixels + numbers)

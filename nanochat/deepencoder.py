@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from nanochat.image_modes import get_mode
 from nanochat.layers import (
-    Conv2d, LayerNorm, Linear, attention, resample_grid, run_blocks, trunc_normal_linears)
+    Conv2d, LayerNorm, Linear, attention, cudnn_pays, resample_grid, run_blocks,
+    trunc_normal_linears)
 
 # -----------------------------------------------------------------------------
 # SAM ViT
@@ -49,9 +50,11 @@ class SAMAttention(nn.Module):
     def __init__(self, width, n_head, grid):
         super().__init__()
         self.n_head = n_head
+        self.head_dim = width // n_head
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        table = (2 * grid - 1, width // n_head)
+        self.cudnn = False  # see SAM.choose_kernels
+        table = (2 * grid - 1, self.head_dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(table))
         self.rel_pos_w = nn.Parameter(torch.zeros(table))
 
@@ -63,7 +66,7 @@ class SAMAttention(nn.Module):
         """What happens between the two projections: (B, H, W, 3C) -> (B, H, W, C)."""
         B, H, W, C3 = qkv.shape
         C = C3 // 3
-        D = C // self.n_head
+        D = self.head_dim
         qkv = qkv.view(B, H * W, 3, self.n_head, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, HW, D)
 
@@ -75,12 +78,15 @@ class SAMAttention(nn.Module):
         code = code.expand(B, self.n_head, -1, -1)
         k = torch.cat([k, code], -1)  # (B, heads, HW, D + H + W)
 
-        # Fused kernels want head sizes in multiples of 8.
-        padding = -(D + H + W) % 8
+        padding = self.padding(H, W)
         q = F.pad(q, (0, padding))
         k = F.pad(k, (0, padding))
-        y = attention(q, k, v, scale=1.0)  # (B, heads, HW, D)
+        y = attention(q, k, v, scale=1.0, cudnn=self.cudnn)  # (B, heads, HW, D)
         return y.transpose(1, 2).reshape(B, H, W, C)
+
+    def padding(self, H, W):
+        """Channels of zeros behind queries and keys: fused kernels want multiples of 8."""
+        return -(self.head_dim + H + W) % 8
 
     def position_bias(self, q, H, W):
         """Bias of each query to every row (B, heads, HW, H) and every column (B, heads, HW, W)."""
@@ -225,6 +231,18 @@ class SAM(nn.Module):
             return self.pos_embed
         return resample_grid(self.pos_embed[0], H, H)[None]
 
+    def choose_kernels(self, x):
+        """
+        Chooses the kernel of global attention over patches (B, H, W, C), which is a quarter of a
+        step of the published size. Out here, since the choice must not be part of compiled blocks.
+        """
+        _, H, W, _ = x.shape
+        for block in self.blocks:
+            if block.window == 0:
+                attn = block.attn
+                width = attn.head_dim + H + W + attn.padding(H, W)
+                attn.cudnn = cudnn_pays(x.device, x.dtype, H * W, width, attn.head_dim)
+
     def forward(self, x, taps=None):
         # A frozen ViT needs no graph. Its parameters are frozen together: one stands for all.
         vit_trains = self.pos_embed.requires_grad
@@ -232,6 +250,7 @@ class SAM(nn.Module):
             x = self.patch_embed(x)  # (B, H, W, C)
             positions = self.positions(x.size(1))
             x = x + positions.to(x.dtype)
+            self.choose_kernels(x)
             x = run_blocks(self.blocks, x, recompute=self.recompute)
             if taps is not None:
                 taps["sam"] = x

@@ -214,7 +214,7 @@ class LiveRows:
         self.rows = [Row(number) for number in range(len(lengths))]
         # Prompts differ in length: what a row generates overwrites the padding of its own prompt.
         self.position = torch.tensor(lengths, device=device)
-        room = {"room": GRAPH_ROOM} if graphs else {}
+        room = {"room": GRAPH_ROOM, "doubling": True} if graphs else {}
         positions = self.longest + max_new_tokens
         self.cache = KVCache(model.gpt.cfg, len(lengths), positions, device, model.dtype, **room)
 

@@ -7,12 +7,14 @@ autocast).
 Shapes: B rows or images, H heads, T positions, D channels per head, C = H * D.
 """
 import inspect
+import time
 from functools import lru_cache
 from itertools import accumulate
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import banner, to_device
@@ -51,13 +53,17 @@ WRITTEN_OUT_ON = {"cpu"}  # device types
 WRITTEN_OUT_SCORES = 512 ** 2
 
 
-def attention(q, k, v, scale=None, mask=None, causal=False):
+def attention(q, k, v, scale=None, mask=None, causal=False, cudnn=False):
     """
     softmax(q k^T * scale + mask) v over (B, H, T, D) -> (B, H, T, D of v).
 
     `scale` defaults to D ** -0.5. `mask` is added to the scores. k and v may have fewer heads
     than q (grouped queries), and v may have fewer channels than q and k.
+    cudnn: cuDNN's kernel does it, without a mask; see cudnn_pays.
     """
+    if cudnn:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     same_heads = q.size(1) == k.size(1)
     few_scores = q.size(2) * k.size(2) <= WRITTEN_OUT_SCORES
     if q.device.type in WRITTEN_OUT_ON and same_heads and few_scores:
@@ -69,6 +75,42 @@ def attention(q, k, v, scale=None, mask=None, causal=False):
     y = F.scaled_dot_product_attention(
         q, k, padded_v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=not same_heads)
     return y[..., :v.size(-1)]
+
+
+@lru_cache(None)
+@torch.inference_mode(False)  # whoever asks first, a gradient is needed
+@torch.enable_grad()
+def cudnn_pays(device, dtype, positions, width, value_width):
+    """
+    Whether cuDNN's kernel beats `attention` for queries and keys of `width` channels and narrower
+    values: it takes them as they are, where flash attention's want padding to `width`. Both are
+    timed once per size, forward and backward. Only for shapes that seldom change: cuDNN makes a
+    plan for every new one.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    shape = (2, 8, positions)  # images and heads enough to fill a GPU
+    q = torch.randn(*shape, width, device=device, dtype=dtype, requires_grad=True)
+    k = torch.randn(*shape, width, device=device, dtype=dtype, requires_grad=True)
+    v = torch.randn(*shape, value_width, device=device, dtype=dtype, requires_grad=True)
+    scale = width ** -0.5
+    seconds = {}
+    outputs = {}
+    for cudnn in (False, True):
+        try:
+            for repeat in range(6):
+                if repeat == 2:  # the first two warm up
+                    torch.cuda.synchronize(device)
+                    start = time.perf_counter()
+                y = attention(q, k, v, scale=scale, cudnn=cudnn)
+                y.sum().backward()
+            torch.cuda.synchronize(device)
+        except RuntimeError:  # no cuDNN, or one that does not take these sizes
+            return False
+        seconds[cudnn] = time.perf_counter() - start
+        outputs[cudnn] = y
+    same = torch.allclose(outputs[True], outputs[False], atol=0.05)
+    return same and seconds[True] < seconds[False]
 
 
 def written_out_attention(q, k, v, scale, mask, causal):
@@ -118,6 +160,8 @@ except ImportError:  # torch before 2.10
 
 
 @lru_cache(None)
+@torch.inference_mode(False)  # whoever asks first, a gradient is needed
+@torch.enable_grad()
 def varlen_works(device):
     """
     Whether one kernel takes samples of any lengths on this device: tried once per process, since

@@ -136,7 +136,9 @@ def wrap_model(model, compiled, local_head=None):
     if dist_info()[2] == 1:
         return net
     # Running statistics differ between ranks until a checkpoint averages them: not broadcast.
-    return DistributedDataParallel(net, broadcast_buffers=False)
+    # Gradients live in the buckets that travel, so there is no second copy of them (2.2 GB in
+    # `base`).
+    return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def unwrap(net):

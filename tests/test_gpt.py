@@ -211,6 +211,28 @@ def test_a_fresh_decoder_knows_nothing():
     assert logits_of(gpt, torch.arange(8)[None]).abs().max() == 0
 
 
+def test_how_the_cache_grows(monkeypatch):
+    cfg = GPTConfig(**{**SIZES, "sequence_len": 1000})
+
+    def sizes(**settings):
+        """What is reserved while 1,000 positions are asked for one by one."""
+        cache = KVCache(cfg, 2, 1000, "cpu", torch.float32, room=64, **settings)
+        found = []
+        for n in range(1, 1001):
+            replaced = cache.reserve(n)
+            assert n <= cache.reserved
+            if replaced:
+                found.append(cache.reserved)
+        return found
+
+    assert sizes() == [*range(64, 1000, 64), 1000]
+    assert sizes(doubling=True) == [64, 128, 256, 512, 1000]
+    # A large cache takes longer to read than to replace: from here on by 64 again.
+    bytes_per_position = 2 * 2 * cfg.n_layer * cfg.n_embd * 4
+    monkeypatch.setattr("nanochat.gpt.DOUBLING_BYTES", 255 * bytes_per_position)
+    assert sizes(doubling=True)[:5] == [64, 128, 256, 320, 384]
+
+
 def test_too_long():
     gpt = make_gpt()
     with pytest.raises(ValueError, match="cache of 33 positions: the decoder has 32"):

@@ -52,7 +52,7 @@ def test_a_training_step(meta_model, tokenizer, pages, chats, monkeypatch, kind,
     model.recompute(chunked)
     optimizer = Optimizer(model, kind, lr=1e-3, dtype=model.dtype)
     for _ in range(2):  # the optimizer's state is there from the second step on
-        counts = count_losses(batches, ["text"])
+        counts = count_losses(model, batches, ["text"])
         losses, flops = accumulate_gradients(model, model, batches, counts, {"text": 1.0})
         norm = optimizer.clip_grad_norm(1.0)
         assert losses["text"].device == norm.device == META and flops > 0
