@@ -1,10 +1,12 @@
 """
 Process set-up, devices, printing and small files: the same few lines in every script.
 """
+import argparse
 import datetime
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -258,6 +260,109 @@ def run_main(main):
               "with the same command", file=sys.stderr, flush=True)
         sys.exit(130)  # 128 + SIGINT, as shells have it
 
+
+# -----------------------------------------------------------------------------
+# Command lines
+
+
+LARGEST_NUMBER = 10 ** 9  # that a flag takes, where nothing sets another limit
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows true defaults, and none that is empty: what that means is in the flag's help text."""
+    def _get_help_string(self, action):
+        if hasattr(action, "inherited_from"):
+            return f"{action.help} (default: {action.inherited_from}'s)"
+        if action.default in ("", None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """
+    The parser of every script. doc: the module's docstring, of which the first paragraph introduces
+    --help. A mistake ends in one line and exit status 2.
+    """
+    def __init__(self, doc):
+        first_paragraph = " ".join(doc.strip().split("\n\n")[0].split())
+        super().__init__(description=first_paragraph, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        if is_master():  # not one line from each rank
+            sys.stderr.write(f"error: {message} (--help lists the flags)\n")
+        sys.exit(2)
+
+    def given(self, argv):
+        """Names of the arguments that are on the command line, whatever their values."""
+        absent = object()
+        names = [action.dest for action in self._actions]
+        values = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+        return {name for name in names if getattr(values, name) is not absent}
+
+    def inherits(self, names, source):
+        """Has --help say that the defaults of these arguments are those of `source`."""
+        for action in self._actions:
+            if action.dest in names:
+                action.inherited_from = source
+
+    def inherit(self, argv, theirs, where):
+        """
+        -> args, in which those that are not given have the values of `theirs`, {name: value} from
+        a file `where`. Says what is inherited and what is not. ValueError for a value of a type
+        that the argument never has.
+        """
+        args = self.parse_args(argv)
+        given = self.given(argv)
+        for name, value in theirs.items():
+            flag = f"--{name.replace('_', '-')}"
+            default = self.get_default(name)
+            kinds = (int, float) if isinstance(default, float) else type(default)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{where}: user_config.{name} is {repr(value)[:80]}, need one like "
+                                 f"{default!r}")
+            if name not in given:
+                setattr(args, name, value)
+                print0(f"inherited {flag}={value}")
+            elif getattr(args, name) != value:
+                print0(f"NOTE: {flag}={getattr(args, name)} overrides {value} of {where}")
+        return args
+
+
+def number(kind, what, low, high, above, off):
+    """argparse type: `kind` of a text, within limits; ArgumentTypeError says what it must be."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value == off and off is not None:
+            return value
+        if low < value <= high or (value == low and not above):  # NaN is in no range
+            return value
+        limits = f"above {low:g}" if above else f"of {low:g} or more"
+        if high < LARGEST_NUMBER or value > high:
+            limits += f", at most {high:g}"
+        if off is not None:
+            limits += f" (or {off:g})"
+        raise argparse.ArgumentTypeError(f"{text!r} must be a {what} {limits}")
+    return parse
+
+
+def integer(low, high=LARGEST_NUMBER, off=None):
+    """argparse type: a whole number of `low` to `high`, or `off`, the value that switches off."""
+    return number(int, "whole number", low, high, False, off)
+
+
+def real(low=0, high=LARGEST_NUMBER, above=False, off=None):
+    """argparse type: a number of `low` (or above it) to `high`, or `off`. Never NaN or infinite."""
+    return number(float, "number", low, high, above, off)
+
+
+positive_int = integer(1)
+natural = integer(0)
+every_or_never = integer(1, off=-1)  # of steps, pages, ...
+positive = real(above=True)  # learning rates and the like
+fraction = real(high=1)
 
 # -----------------------------------------------------------------------------
 # Small files, hashes, commits

@@ -309,7 +309,7 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
                                 max(1, workers), states)
         # batch_size=None: the data set makes whole batches itself.
         batches = torch.utils.data.DataLoader(dataset, batch_size=None, **common)
-        return filter(None, raising(batches))  # without the turns that were before the start
+        return filter(None, raising(iter(batches)))  # without the turns that were before the start
 
     # Fail now, and not in a worker after hours.
     needed = stop * world * size
@@ -319,7 +319,7 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
     indices = micro_batches(start, stop, size, rank, world)
     dataset = MicroBatches(sampler, make_batch)
     batches = torch.utils.data.DataLoader(dataset, sampler=indices, batch_size=None, **common)
-    return raising(batches)
+    return raising(iter(batches))  # workers begin at once
 
 
 def micro_batches(start, stop, size, rank, world):

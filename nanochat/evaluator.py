@@ -39,6 +39,8 @@ class Evaluator:
         self.local_head = local_head
         if local_head is not None:
             self.sampler_settings["labels"] = LABELS
+        print0(f"preparing {val_pages} pages for validation and {statistics_pages} for the "
+               f"encoder's statistics, in {len(modes)} mode(s)")
         self.val_batches, usable = self.batches(val_task, val_pages, self.mode)
         self.statistics_batches = []  # for each mode
         for mode in modes:

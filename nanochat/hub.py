@@ -7,11 +7,16 @@ first; if the hub does not answer it, only what is already cached is used.
 import hashlib
 import os
 import sys
+import threading
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from functools import lru_cache
 
 PROBE_SECONDS = 5
+ANSWER_SECONDS = 20  # for a small answer about a repository
+FIRST_WORD = 10      # seconds after which it is said what is waited for,
+NEXT_WORD = 60       # and said again
 
 # -----------------------------------------------------------------------------
 # Is it there, and what went wrong
@@ -36,6 +41,44 @@ def online():
         return False
 
 
+@lru_cache(None)
+def check_answers(repo, repo_type="model"):
+    """
+    ConnectionError if the hub says nothing about this repository: one request, once per process.
+    A hub can be up and hang all the same, and its clients would then retry for minutes in silence.
+    """
+    url = f"{endpoint()}/api/{repo_type}s/{repo}"
+    try:
+        with waiting_for(f"the hub's answer about {repo}"):
+            urllib.request.urlopen(url, timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # it will tell the clients the same
+    except OSError as error:
+        raise ConnectionError(f"{repo}: the hub ({endpoint()}) is there, but did not answer within "
+                              f"{ANSWER_SECONDS} s ({error}). Give a local path, try again later, "
+                              f"or set HF_HUB_OFFLINE=1 to use what is cached") from error
+
+
+@contextmanager
+def waiting_for(what):
+    """Says on standard error what the block is waiting for, if it takes long."""
+    over = threading.Event()
+
+    def remind():
+        seconds = 0
+        pause = FIRST_WORD
+        while not over.wait(pause):
+            seconds += pause
+            print(f"still waiting for {what}, {seconds:.0f} s so far", file=sys.stderr, flush=True)
+            pause = NEXT_WORD
+
+    threading.Thread(target=remind, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def go_offline():
     """Puts the hub's clients into their offline mode, in which they read their cache only."""
     # The clients read the variable when they are imported. Those that have been imported already
@@ -55,7 +98,8 @@ def asked(what, call, *args, **kwargs):
     from huggingface_hub.errors import (
         HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
     try:
-        return call(*args, **kwargs)
+        with waiting_for(f"the hub: {what}"):
+            return call(*args, **kwargs)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         reason = f"the download failed ({error})"
         if not hub_answers:
@@ -94,7 +138,8 @@ def download(repo, filename, repo_type="model", revision=None):
             raise FileNotFoundError(f"{repo} has no {filename}: it holds {some}")
         return path
     check_name(repo)
-    online()  # before the import: offline mode is read from the environment there
+    if online():  # before the import: offline mode is read from the environment there
+        check_answers(repo, repo_type)
     from huggingface_hub import hf_hub_download
     what = f"{filename} of {repo}"
     return asked(what, hf_hub_download, repo, filename, repo_type=repo_type, revision=revision)
@@ -111,6 +156,7 @@ def list_files(repo, repo_type="model", revision=None):
     which = {"repo_type": repo_type, "revision": revision}
     # Offline there is no list, but the cached snapshot is a folder.
     if online():
+        check_answers(repo, repo_type)
         from huggingface_hub import list_repo_files
         return asked(repo, list_repo_files, repo, **which)
     from huggingface_hub import snapshot_download
@@ -123,9 +169,11 @@ def list_files(repo, repo_type="model", revision=None):
 
 def dataset(repo, config=None, split="train", streaming=False):
     """A `datasets` Dataset (or, streaming, an IterableDataset) of a hub name or a local copy."""
-    if not os.path.isdir(repo):
+    is_local = os.path.isdir(repo)
+    if not is_local:
         check_name(repo)
-    online()  # before the import, as above
+    if online() and not is_local:  # before the import, as above
+        check_answers(repo, "dataset")
     from datasets import config as settings
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -133,7 +181,7 @@ def dataset(repo, config=None, split="train", streaming=False):
     # datasets caches a local folder under its name and README alone, and would go on reading files
     # that have changed since. So each state of a local folder gets a cache of its own.
     cache_dir = None
-    if os.path.isdir(repo):
+    if is_local:
         cache_dir = os.path.join(settings.HF_DATASETS_CACHE, "local", folder_state(repo))
 
     what = f"data set {repo} ({config or 'default'}, {split})"

@@ -3,6 +3,7 @@ The named steps of a training run: train_step, evaluate, save, log. A stage's sc
 model, the optimizer and the data in the open and strings these together; it decides when each is
 due, what the learning rate is, and what is printed.
 """
+import argparse
 import math
 import time
 from collections import Counter
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat.common import all_reduce, banner, dist_info, gather, print0
+from nanochat.common import (
+    all_reduce, banner, dist_info, every_or_never, gather, integer, natural, positive, positive_int,
+    print0, real)
 from nanochat.local_loss import WithLocalLoss
 from nanochat.model import forward_flops
 
@@ -39,55 +42,75 @@ def add_training_arguments(parser, **defaults):
          help="compute dtype: auto (bfloat16 where the hardware has it), bfloat16, float32")
     flag("--compile", default="auto", choices=["auto", "yes", "no"],
          help="torch.compile; auto: on CUDA where a compiler is found")
-    flag("--seed", int, 0, help="seed of weights and data")
-    flag("--workers", int, 0, help="data loader processes per rank; -1 = this rank's share of the "
+    flag("--seed", natural, 0, help="seed of weights and data")
+    flag("--workers", integer(0, off=-1), 0, help="data loader processes per rank; -1 = this rank's share of the "
          "cores but two, at most 16")
     parser.add_argument("--recompute", action="store_true",
                         help="activation checkpointing: a third more compute, far less memory")
     # From conversations to rows of tokens
     flag("--mode", default="", help="image mode; several with commas are taken in turn, and "
          "validation uses the first; empty = the preset's first")
-    flag("--max-seq-len", int, 256, help="decoder positions per sample, image included")
-    flag("--max-images", int, 16, help="images per sample, and per packed row")
-    flag("--pack", int, 0, help="positions of a row that holds several samples; 0 = one a row")
+    flag("--max-seq-len", integer(2), 256, help="decoder positions per sample, image included")
+    flag("--max-images", positive_int, 16, help="images per sample, and per packed row")
+    flag("--pack", natural, 0, help="positions of a row that holds several samples; 0 = one a row")
     flag("--too-long", default="raise", choices=["raise", "clip", "drop"],
          help="samples over --max-seq-len or --max-images; clip cuts their text")
     flag("--bad-data", default="raise", choices=["raise", "skip"],
          help="samples that cannot be used: stop, or count them and go on")
     # Training horizon
-    flag("--num-iterations", int, help="optimizer steps")
-    flag("--max-minutes", float, -1, help="end the stage after this many minutes of steps, with "
-         "the learning rate at zero by then; -1 = no limit")
-    flag("--device-batch-size", int, 32,
+    flag("--num-iterations", positive_int, help="optimizer steps")
+    flag("--max-minutes", real(above=True, off=-1), -1, help="end the stage after this many "
+         "minutes of steps, with the learning rate at zero by then; -1 = no limit")
+    flag("--device-batch-size", positive_int, 32,
          help="samples per micro-batch and rank; lower it when out of memory")
-    flag("--total-batch-size", int, -1, help="samples per optimizer step over all ranks; "
+    flag("--total-batch-size", every_or_never, -1, help="samples per optimizer step over all ranks; "
          "-1 = one micro-batch per rank")
     # Optimizer
     flag("--optimizer", default="muon", choices=["muon", "adamw"],
          help="muon: Muon for the matrices of blocks, AdamW for the rest")
-    flag("--lr", float, 3e-3, help="AdamW's learning rate")
-    flag("--matrix-lr", float, 0.02, help="Muon's learning rate")
+    flag("--lr", positive, 3e-3, help="AdamW's learning rate")
+    flag("--matrix-lr", positive, 0.02, help="Muon's learning rate")
     flag("--part-lr", default="", help="AdamW's rate for single parts, Muon's follows in "
          "proportion, e.g. sam=5e-5,compressor=1e-3 (parts: sam, compressor, clip, projector, "
          "gpt, embedding, head)")
-    flag("--weight-decay", float, 0.0, help="AdamW's weight decay")
+    flag("--weight-decay", real(), 0.0, help="AdamW's weight decay")
     flag("--schedule", default="trapezoid", choices=["trapezoid", "cosine", "step"],
          help="learning rate over the run")
-    flag("--warmup-steps", int, 20, help="steps of linear warm-up")
-    flag("--grad-clip", float, 1.0, help="limit of the global gradient norm; -1 = off")
-    flag("--local-loss", float, 0.0, help="weight of the local reading loss, which asks each "
+    flag("--warmup-steps", natural, 20, help="steps of linear warm-up")
+    flag("--grad-clip", real(above=True, off=-1), 1.0,
+         help="limit of the global gradient norm; -1 = off")
+    flag("--local-loss", real(), 0.0, help="weight of the local reading loss, which asks each "
          "vision token of a rendered page which letters it shows; 0 = off, 1 is usual")
     # Evaluation
-    flag("--eval-every", int, 100, help="steps between evaluations; -1 = only at the end")
-    flag("--eval-pages", int, 64, help="held-out pages that validation takes")
-    flag("--statistics-pages", int, 256,
+    flag("--eval-every", every_or_never, 100, help="steps between evaluations; -1 = only at the end")
+    flag("--eval-pages", integer(2), 64, help="held-out pages that validation takes")
+    flag("--statistics-pages", integer(8), 256,
          help="pages that the compressor's statistics are re-estimated on")
     # Output
     flag("--model-tag", help="run folder under --checkpoints")
     flag("--checkpoints", default="checkpoints", help="where run folders are written")
-    flag("--save-every", int, 100, help="steps between checkpoints; -1 = only at the end")
+    flag("--save-every", every_or_never, 100, help="steps between checkpoints; -1 = only at the end")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the run folder's last checkpoint")
+
+
+# {flag: (the one with which it has no effect, its value or None for any)}
+WITHOUT_EFFECT = {
+    "matrix_lr": ("optimizer", "adamw"),  # Muon's
+    "tokenizer": ("gpt", None),           # a published decoder brings its own
+    "sam": ("encoder", None),             # has a SAM and a CLIP
+    "clip": ("encoder", None),
+}
+
+
+def refuse_without_effect(given, args):
+    """ValueError if a flag of `given`, names of those on the command line, is overruled."""
+    for flag, (other, value) in WITHOUT_EFFECT.items():
+        if flag not in given or other not in given:
+            continue
+        if value is None or getattr(args, other) == value:
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect beside "
+                             f"--{other}={getattr(args, other)}: leave one of them out")
 
 
 def parse_part_lrs(text):
@@ -96,8 +119,8 @@ def parse_part_lrs(text):
     for piece in filter(None, text.split(",")):
         part, _, rate = piece.partition("=")
         try:
-            rates[part] = float(rate)
-        except ValueError:
+            rates[part] = real()(rate)
+        except argparse.ArgumentTypeError:
             raise ValueError(f"--part-lr={text}: {piece!r} is not PART=RATE, "
                              f"e.g. compressor=1e-3") from None
     return rates
@@ -131,6 +154,7 @@ def wrap_model(model, compiled, local_head=None):
     one, DDP over several ranks.
     """
     if compiled:
+        print0("torch.compile: the first steps take from seconds to minutes")
         model.compile_blocks()
     net = model if local_head is None else WithLocalLoss(model, local_head)
     if dist_info()[2] == 1:

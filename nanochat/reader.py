@@ -11,7 +11,7 @@ import torch
 
 from nanochat import image_modes
 from nanochat.checkpoint import load_model
-from nanochat.common import choose_dtype, set_cuda_defaults
+from nanochat.common import choose_dtype, integer, print0, set_cuda_defaults
 from nanochat.conversation import OCR_PROMPT, ocr_conversation, open_image
 from nanochat.engine import Engine, NoRepeat
 from nanochat.image_modes import get_mode
@@ -121,7 +121,7 @@ def add_arguments(parser):
                         help="cuda, mps or cpu; empty = the best there is")
     parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
     # Generation
-    parser.add_argument("--max-new-tokens", type=int, default=-1,
+    parser.add_argument("--max-new-tokens", type=integer(1, off=-1), default=-1,
                         help="tokens a page may take; -1 = as many as there is room for, in an "
                              "evaluation half as many again as the longest truth")
     parser.add_argument("--no-repeat", default="",
@@ -131,6 +131,7 @@ def add_arguments(parser):
 
 def load_engine(args, device):
     """-> (Engine, meta) for the flags of `add_arguments`."""
+    print0(f"loading {args.checkpoint}")
     model, tokenizer, meta = load_to_read(args.checkpoint, device, args.dtype, needed=NEEDED)
     limit = model.cfg.gpt.sequence_len - 1  # at least one position is the prompt's
     if args.max_new_tokens != -1 and not 1 <= args.max_new_tokens <= limit:

@@ -217,6 +217,9 @@ class Run:
     def lock(self):
         """One process writes into a run folder. The lock goes with the process, however it ends."""
         self.lock_file = open(os.path.join(self.folder, ".lock"), "w")
+        # The loader's workers are forks, which outlive a killed run by seconds. With the lock they
+        # would keep it from being resumed.
+        os.register_at_fork(after_in_child=self.lock_file.close)
         try:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

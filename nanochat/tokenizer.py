@@ -115,7 +115,7 @@ class Tokenizer:
                 content = json.load(f)
             ranks = [base64.b64decode(token) for token in content["ranks"]]
             return cls(ranks, content["pattern"], content["special_tokens"])
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             advice = f"make it again with python -m scripts.tok_train --out {folder} --overwrite"
             if belongs_to_weights:
                 advice = "the weights beside it need it, copy it from another checkpoint of the run"

@@ -8,7 +8,6 @@ A variant is any flags of scripts.vis_tok_train without their dashes, separated 
 with spaces in quotes); variants are separated by semicolons. Finished runs are not repeated, and an
 interrupted one is resumed. The last line is JSON.
 """
-import argparse
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ import statistics
 import subprocess
 import sys
 
-from nanochat.common import git_commit, json_line, print0, read_json, run_main
+from nanochat.common import ArgumentParser, git_commit, json_line, positive_int, print0, read_record, run_main
 
 # What the decoder sees of the encoder, and what trains them: the two choices that decided most.
 VARIANTS = (
@@ -63,7 +62,7 @@ def run(name, flags, seed, args):
     folder = os.path.join(args.checkpoints, name)
     summary = os.path.join(folder, "summary.json")  # written at the very end of a run
     if os.path.exists(summary):
-        return read_json(summary)
+        return read_record(summary, FIGURES)
     # The variant comes last, so that it may also change what is set for all, e.g. num-iterations.
     command = [
         sys.executable, "-m", "scripts.vis_tok_train",
@@ -87,7 +86,7 @@ def run(name, flags, seed, args):
     if process.returncode:
         raise ValueError(f"{name} ended with status {process.returncode}: see the error above and "
                          f"{log_path}; run this again to go on")
-    return read_json(summary)
+    return read_record(summary, FIGURES)
 
 
 def tabulate(summaries):
@@ -115,12 +114,11 @@ def print_row(variant, row):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--variants", default=VARIANTS, help="flags of each variant")
     flag("--seeds", default="0,1,2", help="with commas")
-    flag("--steps", type=int, default=300, help="stage-1 steps of each run")
+    flag("--steps", type=positive_int, default=300, help="stage-1 steps of each run")
     flag("--checkpoints", default="checkpoints/ablation", help="where the runs are written")
     flag("--tokenizer", default="checkpoints/tokenizer", help="folder of scripts.tok_train")
     args = parser.parse_args(argv)
@@ -130,12 +128,15 @@ def main(argv=None):
     names = {run_name(variant, args.steps, seed="all") for variant in variants}
     if len(names) < len(variants):
         raise ValueError(f"--variants={args.variants}: two of them differ only in punctuation")
+    seeds = args.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds):
+        raise ValueError(f"--seeds={args.seeds}: give whole numbers with commas, e.g. 0,1,2")
     os.makedirs(args.checkpoints, exist_ok=True)
     table = []
     # All seeds of a variant before the next one, so that whole rows come early.
     for variant, flags in variants.items():
         summaries = []
-        for seed in args.seeds.split(","):
+        for seed in seeds:
             name = run_name(variant, args.steps, seed)
             summaries.append(run(name, flags, seed, args))
         row = tabulate(summaries)

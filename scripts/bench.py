@@ -10,7 +10,6 @@ Where time and memory go: training steps, generation, data, and the comparison w
 Prints one JSON line per measurement. MFU is the model's FLOPs (forward_flops, nanochat/model.py) as
 a share of a matrix product's rate in the same run; recomputation does not count as work.
 """
-import argparse
 import gc
 import json
 import os
@@ -25,8 +24,8 @@ from PIL import Image
 
 from nanochat.batch import IGNORE, Batch
 from nanochat.common import (
-    choose_compile, choose_dtype, compute_init, git_commit, json_line, matmul_rate, run_main,
-    synchronize)
+    ArgumentParser, choose_compile, choose_dtype, compute_init, git_commit, integer, json_line,
+    matmul_rate, positive_int, run_main, synchronize)
 from nanochat.config import PRESETS
 from nanochat.conversation import ocr_conversation
 from nanochat.dataloader import Sampler, ahead, loader, loader_workers
@@ -570,8 +569,7 @@ def run_row(flags):
 # Command line
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--what", default="stage1,stage2,generate", help=f"of {', '.join(MEASUREMENTS)}")
     flag("--suite", default="", help="FILE.jsonl: run the rows of SUITE it lacks, nothing else")
@@ -580,34 +578,31 @@ def parse_arguments(argv):
     flag("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
     flag("--compile", default="auto", choices=["auto", "yes", "no"],
          help="torch.compile for training steps; auto: on CUDA where a compiler is found")
-    flag("--repeats", type=int, default=7, help="timed steps, of which the median counts")
+    flag("--repeats", type=positive_int, default=7, help="timed steps, of which the median counts")
     # Model
     flag("--preset", default="nano", choices=sorted(PRESETS), help="sizes of the model")
     flag("--mode", default="", help="image mode; empty = the first of the preset or checkpoint")
     # Training steps and memory
-    flag("--batch", type=int, default=32, help="rows")
-    flag("--seq", type=int, default=72, help="decoder positions of a row, pages included")
-    flag("--pack", type=int, default=1, help="samples in a row, each with a page")
-    flag("--optimizer", default="muon", choices=["muon", "adamw"])
+    flag("--batch", type=positive_int, default=32, help="rows")
+    flag("--seq", type=positive_int, default=72, help="decoder positions of a row, pages included")
+    flag("--pack", type=positive_int, default=1, help="samples in a row, each with a page")
+    flag("--optimizer", default="muon", choices=["muon", "adamw"], help="of the training step")
     flag("--recompute", action="store_true", help="activation checkpointing")
     # Generation
-    flag("--new-tokens", type=int, default=200, help="tokens generated per page, at least 2")
+    flag("--new-tokens", type=integer(2), default=200, help="tokens generated per page, at least 2")
     flag("--checkpoint", default="checkpoints/stage2", help="for transformers: whose weights")
-    flag("--rounds", type=int, default=5, help="for transformers: rounds of both in turn")
+    flag("--rounds", type=positive_int, default=5, help="for transformers: rounds of both in turn")
     # Data
-    flag("--workers", type=int, default=0, help="loader processes; -1 = all cores but two, at most 16")
-    flag("--pages", type=int, default=100, help="dense pages to render per size")
-    flag("--steps", type=int, default=20, help="batches to load, and training steps on them")
+    flag("--workers", type=integer(0, off=-1), default=0,
+         help="loader processes; -1 = all cores but two, at most 16")
+    flag("--pages", type=positive_int, default=100, help="dense pages to render per size")
+    flag("--steps", type=positive_int, default=20,
+         help="batches to load, and training steps on them")
     args = parser.parse_args(argv)
 
     for what in args.what.split(","):
         if what not in MEASUREMENTS:
             raise ValueError(f"--what={what}: must be of {', '.join(MEASUREMENTS)}")
-    for name in ("batch", "repeats", "rounds", "pages", "steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}={getattr(args, name)}: must be at least 1")
-    if args.new_tokens < 2:  # the first comes from the prompt, decoding is what follows
-        raise ValueError(f"--new-tokens={args.new_tokens}: must be at least 2")
     args.workers = loader_workers(args.workers)
     return args
 

@@ -9,19 +9,18 @@ The sheet has the pixels after preprocessing, beside the supervised text. A samp
 used is counted, and its reason printed. --write-folder writes rendered pages as a folder in
 OmniDocBench's layout. Names of data sets: tasks/registry.py.
 """
-import argparse
 import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from nanochat.batch import IGNORE, collate
-from nanochat.common import json_line, run_main
+from nanochat.common import ArgumentParser, json_line, natural, positive_int, run_main
 from nanochat.config import PRESETS
 from nanochat.dataloader import Sampler
 from nanochat.image_modes import get_mode
 from nanochat.tokenizer import Tokenizer
-from tasks.registry import add_page_arguments, open_set, parse_data
+from tasks.registry import add_page_arguments, open_set, parse_data, refuse_ignored
 from tasks.fonts import font
 from tasks.synthpage import write_folder
 
@@ -132,15 +131,13 @@ def report(task_name, task, looked_at, found, sheet):
 # -----------------------------------------------------------------------------
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     # Data
     flag("task", help="NAME[:ARG] as in --data of training, or a benchmark")
     flag("--split", default="train", choices=["train", "val"], help="part of a set that has parts")
-    flag("--seed", type=int, default=0, help="seed of rendered pages")
-    flag("--samples", type=int, default=256, help="samples looked at, the first ones")
+    flag("--seed", type=natural, default=0, help="seed of rendered pages")
+    flag("--samples", type=positive_int, default=256, help="samples looked at, the first ones")
     add_page_arguments(parser)
     # Model that the data is for
     flag("--tokenizer", default="checkpoints/tokenizer",
@@ -151,14 +148,14 @@ def parse_arguments(argv):
     flag("--out", default="data_look.png", help=f"the sheet, of the first {SHOWN}")
     flag("--write-folder", default="",
          help=f"new folder for the pages of {', '.join(WRITABLE)}: OmniDocBench.json and images/")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_ignored(parser.given(argv), args.task)
+    return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     name, arg, _ = parse_data(args.task)[0]
-    if args.samples < 1:
-        raise ValueError(f"--samples={args.samples}: must be at least 1")
     if args.write_folder and name not in WRITABLE:
         writable = ", ".join(WRITABLE)
         raise ValueError(f"--write-folder: the pages of {name} are not annotated; use {writable}")

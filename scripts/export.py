@@ -10,17 +10,15 @@ Writes a checkpoint as a folder to share, and pushes it to the hub if asked.
 
 The model card shows the figures of --results, a summary.json of scripts.vision_eval.
 """
-import argparse
 import os
 
 from nanochat import pretrained
-from nanochat.common import json_line, print0, read_json, run_main
+from nanochat.common import ArgumentParser, json_line, print0, read_record, run_main
 from nanochat.reader import NanoDeepseekOCR
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", default="checkpoints/stage2",
                         help="model_<step> folder, run folder, saved folder or hub name")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
@@ -39,11 +37,12 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Model, and what was measured of it
+    print0(f"loading {args.checkpoint}")
     model = NanoDeepseekOCR.from_pretrained(args.checkpoint)
     results = None
     results_path = args.results or os.path.join(args.checkpoint, "eval", "summary.json")
     if args.results or os.path.exists(results_path):
-        results = read_json(results_path)
+        results = read_record(results_path)
         # A run folder keeps one summary, which may be of an earlier step than its last checkpoint.
         step = model.meta.get("step")
         if results.get("step") != step:
@@ -60,6 +59,7 @@ def main(argv=None):
     else:
         model.save_pretrained(args.out, results)
     if args.push:
+        print0(f"uploading {args.out} to {args.push}")
         pretrained.push(args.out, args.push)
     json_line({"exported": args.out, "format": args.format, "files": sorted(os.listdir(args.out)),
                "pushed": args.push or None})

@@ -8,12 +8,11 @@ Fine-tunes a trained checkpoint on pages of your own, and reads held-out pages b
 Weights, tokenizer, mode and page settings are the checkpoint's. Writes checkpoints/<model-tag>/
 as any training run does; summary.json has the scores before and after.
 """
-import argparse
 import os
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
-    choose_compile, choose_dtype, compute_init, dist_info, is_master, json_line,
+    ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, is_master, json_line,
     matmul_rate, print0, run_main, write_json)
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.engine import Engine
@@ -22,14 +21,14 @@ from nanochat.image_modes import get_mode
 from nanochat.local_loss import LABELS, loss_weights, make_head
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, save, train_step, wrap_model)
+    refuse_without_effect, row_multiple, save, train_step, wrap_model)
 from nanochat.metrics import score_page, summarize
 from nanochat.mixture import fingerprints
 from nanochat.optim import Optimizer, schedule
 from nanochat.pretrained import find
 from nanochat.reader import NEEDED
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, training_sets
+from tasks.registry import add_data_arguments, refuse_ignored, training_sets
 
 # Settings of the checkpoint's run that hold here too unless they are given on the command line.
 INHERITED = ("mode", "chars", "faces", "min_px", "random_share", "max_seq_len", "damage",
@@ -39,8 +38,7 @@ READ_BATCH = 32
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", default="checkpoints/stage2",
                         help="model_<step> folder, or a run folder (then its last)")
     parser.add_argument("--freeze-sam", action="store_true",
@@ -48,6 +46,7 @@ def make_parser():
     add_data_arguments(parser)
     add_training_arguments(parser, model_tag="finetune", num_iterations=150, lr=1e-3,
                            matrix_lr=0.005, save_every=50)
+    parser.inherits(INHERITED, "the checkpoint")
     return parser
 
 
@@ -68,6 +67,9 @@ def read_held_out(model, tokenizer, mode, task, indices):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
+    given = parser.given(argv)
+    refuse_without_effect(given, args)
+    refuse_ignored(given, args.data)
 
     # -------------------------------------------------------------------------
     # Compute init
@@ -80,10 +82,11 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Model and tokenizer; the settings of the checkpoint's run are this run's defaults
+    print0(f"loading {args.checkpoint}")
     model, tokenizer, meta = load_model(find(args.checkpoint), device, needed=NEEDED)
     theirs = {k: v for k, v in meta["user_config"].items() if k in INHERITED}
-    parser.set_defaults(**{**theirs, "mode": meta["mode"]})
-    args = parser.parse_args(argv)
+    theirs["mode"] = meta["mode"]  # the one validated in, where it was trained in several
+    args = parser.inherit(argv, theirs, os.path.join(args.checkpoint, "meta.json"))
     positions = model.cfg.gpt.sequence_len
     if args.max_seq_len > positions:
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder of {args.checkpoint} has "

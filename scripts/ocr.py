@@ -11,7 +11,6 @@ Text goes to standard output. Progress and remarks go to standard error: pages t
 or are low in confidence, and files that cannot be read. Those do not stop the others, but then the
 exit status is 1.
 """
-import argparse
 import contextlib
 import glob
 import io
@@ -24,7 +23,8 @@ from itertools import islice
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from nanochat.common import compute_init, run_main
+from nanochat.common import (
+    ArgumentParser, compute_init, integer, positive_int, real, run_main)
 from nanochat.conversation import FORMATS, MAX_PIXELS, OCR_PROMPT, ocr_conversation
 from nanochat.image_modes import to_rgb
 from nanochat.reader import add_arguments, load_engine
@@ -375,12 +375,11 @@ def turns_that_fit(engine, messages, max_new_tokens):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     # Input
     parser.add_argument("files", nargs="*",
                         help="pictures, PDFs, folders, patterns; - is standard input")
-    parser.add_argument("--dpi", type=int, default=144,
+    parser.add_argument("--dpi", type=integer(1, 10_000), default=144,
                         help="resolution at which PDF pages are drawn")
     parser.add_argument("--prompt", default="",
                         help="a question about each page, in place of reading it; or to the model "
@@ -389,8 +388,8 @@ def parse_arguments(argv):
                         help="talk: a line of standard input, an answer, and so on")
     # Model and generation
     add_arguments(parser)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    parser.add_argument("--batch-size", type=int, default=16, help="pages generated together")
+    parser.add_argument("--temperature", type=real(), default=0.0, help="0 = greedy")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="pages generated together")
     # Output
     parser.add_argument("--jsonl", action="store_true",
                         help="print a JSON object for each page: file, page, text, confidence, "
@@ -403,10 +402,10 @@ def parse_arguments(argv):
     if args.files and args.chat:
         raise ValueError("--chat talks without pictures: leave the files out, or ask about them "
                          "with --prompt")
+    if args.jsonl and not args.files:
+        raise ValueError("--jsonl is for files: leave it out, or name some")
     if args.stream and args.jsonl:
         raise ValueError("--stream prints text as it comes, --jsonl whole pages: give only one")
-    if min(args.batch_size, args.dpi) < 1:
-        raise ValueError("--batch-size and --dpi must be at least 1")
     return args
 
 

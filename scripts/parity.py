@@ -10,12 +10,10 @@ transformers; full size takes some minutes and 8 GB.
 
 The last line is JSON: the largest absolute difference per part and size, next to the largest value.
 """
-import argparse
-
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import git_commit, json_line, print0, run_main
+from nanochat.common import ArgumentParser, git_commit, json_line, print0, run_main
 from nanochat.config import PRESETS, GPTConfig
 from nanochat.gpt import EPS, GPT
 from nanochat.model import DeepseekOCR
@@ -149,13 +147,17 @@ def compare_decoder(record, cfg):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--preset", default="base", choices=sorted(PRESETS),
                         help="sizes of the model (nanochat/config.py)")
     parser.add_argument("--sizes", default="512,640,1024", help="px, with commas")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
+    sizes = args.sizes.split(",")
+    stride = PRESETS[args.preset]().token_stride
+    if not all(size.isdecimal() and int(size) and int(size) % stride == 0 for size in sizes):
+        raise ValueError(f"--sizes={args.sizes}: give px with commas, multiples of the token stride "
+                         f"{stride}")
 
     # Two models one after the other, to save memory: the encoder with an empty decoder of the right
     # width, then the decoder.
@@ -165,7 +167,7 @@ def main(argv=None):
     cfg.gpt = GPTConfig(n_layer=0, n_embd=gpt_cfg.n_embd, n_head=gpt_cfg.n_head,
                         n_kv_head=gpt_cfg.n_kv_head, vocab_size=1)
     record = {}
-    compare_encoder(record, cfg, [int(size) for size in args.sizes.split(",")])
+    compare_encoder(record, cfg, [int(size) for size in sizes])
     compare_decoder(record, gpt_cfg)
 
     worst = max(part["max_abs_diff"] for part in record.values())

@@ -5,11 +5,10 @@ and evaluations wrote.
     python -m scripts.speedrun_report --checkpoints=checkpoints --started=$(date +%s) \
         --evaluations=eval
 """
-import argparse
 import os
 import time
 
-from nanochat.common import json_line, read_json, run_main
+from nanochat.common import ArgumentParser, json_line, read_record, real, run_main
 
 TRAINING = ("steps", "minutes", "images_per_sec", "mfu", "data_wait", "vision/gap", "commit")
 # `samples` of `of` pages were read.
@@ -31,11 +30,10 @@ def scores_of(summary):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoints", default="checkpoints",
                         help="folder with the run folders stage1 and stage2")
-    parser.add_argument("--started", type=float, required=True,
+    parser.add_argument("--started", type=real(high=1e11), required=True,
                         help="unix time at which speedrun.sh began, s")
     parser.add_argument("--evaluations", default="eval",
                         help="folders below stage2 that scripts.vision_eval wrote, with commas")
@@ -44,7 +42,8 @@ def main(argv=None):
     # A missing file is an error here: the run before it did not end as it should.
     stages = {}
     for stage in ("stage1", "stage2"):
-        stages[stage] = read_json(os.path.join(args.checkpoints, stage, "summary.json"))
+        stages[stage] = read_record(
+            os.path.join(args.checkpoints, stage, "summary.json"), (*TRAINING, "params"))
 
     record = {
         "speedrun": args.checkpoints,
@@ -55,7 +54,7 @@ def main(argv=None):
         record[stage] = {name: summary[name] for name in TRAINING}  # all of them must be there
     for name in args.evaluations.split(","):
         path = os.path.join(args.checkpoints, "stage2", name, "summary.json")
-        record[name] = scores_of(read_json(path))
+        record[name] = scores_of(read_record(path))
     json_line(record)
 
 

@@ -4,12 +4,11 @@ Train the tokenizer on the training text of the embedded tasks. The held-out wor
     python -m scripts.tok_train
     python -m scripts.tok_train --vocab-size 300 --max-chars 200000 --out /tmp/tokenizer
 """
-import argparse
 import json
 import os
 import time
 
-from nanochat.common import run_main
+from nanochat.common import ArgumentParser, natural, positive_int, run_main
 from nanochat.tokenizer import Tokenizer, is_checkpoint
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import text_stream
@@ -50,17 +49,15 @@ def measure_chars_per_token(tokenizer, split, seed):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description="Train the tokenizer")
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--vocab-size", type=int, default=270, help="tokens in all, special ones included")
-    flag("--max-chars", type=int, default=2_000_000, help="characters of text to train on")
+    flag("--vocab-size", type=positive_int, default=270, help="tokens in all, special ones included")
+    flag("--max-chars", type=positive_int, default=2_000_000, help="characters of text to train on")
     flag("--out", default="checkpoints/tokenizer", help="folder for tokenizer.json")
     flag("--overwrite", action="store_true", help="replace an existing tokenizer")
-    flag("--seed", type=int, default=0, help="seed of the training text")
+    flag("--seed", type=natural, default=0, help="seed of the training text")
     args = parser.parse_args(argv)
 
-    if args.max_chars < 1:
-        parser.error(f"--max-chars is {args.max_chars}: give 1 or more")
     path = os.path.join(args.out, "tokenizer.json")
     if is_checkpoint(args.out):
         parser.error(f"--out={args.out} is a checkpoint, whose weights need the tokenizer that "
@@ -78,6 +75,7 @@ def main(argv=None):
 
     # Train
     t0 = time.time()
+    print(f"training on {args.max_chars:,} characters")
     tokenizer = Tokenizer.train(training_text(args.max_chars, args.seed), args.vocab_size)
     vocab_size = tokenizer.get_vocab_size()
     if vocab_size < args.vocab_size:

@@ -10,25 +10,25 @@ Stage 2: the encoder of stage 1 meets a fresh decoder, on pages and text-only ch
 SAM and compressor are frozen; the second stage of the encoder (CLIP), the projector and the
 decoder learn. Sizes come from the encoder's checkpoint. Writes checkpoints/<model-tag>/.
 """
-import argparse
+import os
 
 from nanochat import pretrained
 from nanochat.checkpoint import load_encoder, read_config, read_record, resuming
 from nanochat.common import (
-    choose_compile, choose_dtype, compute_init, dist_info, json_line, matmul_rate,
-    print0, run_main)
+    ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, integer, json_line,
+    matmul_rate, print0, run_main)
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
 from nanochat.local_loss import LABELS, loss_weights, make_head
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, save, train_step, wrap_model)
+    refuse_without_effect, row_multiple, save, train_step, wrap_model)
 from nanochat.mixture import Mixture, fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, training_sets
+from tasks.registry import add_data_arguments, refuse_ignored, training_sets
 from tasks.synthchat import SynthChat
 
 # Settings of stage 1 that hold here too unless they are given on the command line.
@@ -37,42 +37,30 @@ INHERITED = ("tokenizer", "mode", "chars", "faces", "min_px", "random_share", "m
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     # Model
     parser.add_argument("--encoder", default="checkpoints/stage1",
                         help="deepencoder_<step> folder, stage-1 run folder or hub name")
     parser.add_argument("--gpt", default="", help="nanochat checkpoint the decoder starts from, "
                         "hub name or folder; empty = random weights")
     parser.add_argument("--tokenizer", default="checkpoints/tokenizer",
-                        help="folder of scripts.tok_train; default: stage 1's")
+                        help="folder of scripts.tok_train")
     # Data
-    parser.add_argument("--text-share", type=int, default=10,
+    parser.add_argument("--text-share", type=integer(0, 99), default=10,
                         help="built-in text-only chat, in a hundred samples, beside --data")
     add_data_arguments(parser, ramp=4800)
     add_training_arguments(parser, model_tag="stage2", num_iterations=950, eval_every=150,
                            save_every=150)
+    parser.inherits(INHERITED, "stage 1")
     return parser
-
-
-def inherit(parser, argv, stage1_config):
-    """Parses the command line with stage 1's settings as the defaults of INHERITED."""
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(INHERITED)))
-    for name in INHERITED:
-        flag = f"--{name.replace('_', '-')}"
-        theirs = stage1_config.get(name, parser.get_default(name))
-        ours = getattr(given, name)
-        if ours is None:
-            setattr(given, name, theirs)
-            print0(f"inherited {flag}={theirs}")
-        elif ours != theirs:
-            print0(f"NOTE: {flag}={ours} overrides stage 1's {theirs}")
-    return given
 
 
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
+    given = parser.given(argv)
+    refuse_without_effect(given - {"encoder"}, args)
+    refuse_ignored(given, args.data)
 
     # -------------------------------------------------------------------------
     # Compute init
@@ -89,7 +77,8 @@ def main(argv=None):
     cfg = read_config(encoder_dir)
     stage1 = read_record(encoder_dir, "meta.json", keys={"user_config": dict, "tokenizer": str})
     print0(f"encoder: {encoder_dir}")
-    args = inherit(parser, argv, stage1["user_config"])
+    theirs = {k: v for k, v in stage1["user_config"].items() if k in INHERITED}
+    args = parser.inherit(argv, theirs, os.path.join(encoder_dir, "meta.json"))
     run = Run(args, "stage 2")
 
     # -------------------------------------------------------------------------
@@ -111,8 +100,6 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Data: pages and chat mixed, and how they become rows of tokens and pixels
-    if not 0 <= args.text_share < 100:
-        raise ValueError(f"--text-share={args.text_share}: percent of the samples, 0 to 99")
     mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
     modes = [get_mode(name) for name in mode_names]
     for mode in modes:

@@ -9,12 +9,10 @@ Stage 1: DeepEncoder, projector and a decoder learn to read together, by next-to
 Writes checkpoints/<model-tag>/model_<step>/, and beside each deepencoder_<step>/, the encoder
 alone, which stage 2 starts from.
 """
-import argparse
-
 from nanochat import pretrained
 from nanochat.checkpoint import resuming
 from nanochat.common import (
-    choose_compile, choose_dtype, compute_init, dist_info, json_line, matmul_rate,
+    ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, json_line, matmul_rate,
     print0, run_main)
 from nanochat.config import PRESETS
 from nanochat.dataloader import Sampler, ahead, loader
@@ -23,17 +21,16 @@ from nanochat.image_modes import get_mode
 from nanochat.local_loss import LABELS, loss_weights, make_head
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    row_multiple, save, train_step, wrap_model)
+    refuse_without_effect, row_multiple, save, train_step, wrap_model)
 from nanochat.mixture import fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, training_sets
+from tasks.registry import add_data_arguments, refuse_ignored, training_sets
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     # Model
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS),
                         help="sizes of the model (nanochat/config.py)")
@@ -52,7 +49,11 @@ def parse_args(argv):
     add_data_arguments(parser, chars="31-41x4,16-30x1", ramp=12800)
     add_training_arguments(parser, model_tag="stage1", num_iterations=1000, eval_every=150,
                            save_every=150)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = parser.given(argv)
+    refuse_without_effect(given, args)
+    refuse_ignored(given, args.data)
+    return args
 
 
 def check_frozen(parts, args):

@@ -14,7 +14,6 @@ after a page was changed, reads only what is missing), md/ for the official Omni
 <task>_official.json for Fox's script, and summary.json, which is also the last line printed. The
 exit status is 1 when every page of a task failed.
 """
-import argparse
 import copy
 import hashlib
 import importlib.util
@@ -25,8 +24,9 @@ import sys
 from PIL import Image
 
 from nanochat.common import (
-    banner, barrier, check_wandb, compute_init, dist_info, init_wandb, json_line, print0, read_json,
-    run_main, write_json)
+    ArgumentParser, banner, barrier, check_wandb, compute_init, dist_info, every_or_never,
+    init_wandb, json_line, natural, positive_int, print0, read_record, run_main,
+    write_json)
 from nanochat.conversation import OCR_PROMPT, Task
 from nanochat.scoring import Scorer, read_lines
 from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
@@ -41,12 +41,19 @@ from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
 
 # Flags that change a prediction or a page: results under others must not be mixed.
 SETTINGS = ("max_new_tokens", "no_repeat", "path", "chars", "seed", "kinds", "prompt")
+# The tasks that a flag has to do with. Elsewhere it would be ignored, which nobody expects.
+USED_BY = {
+    "path": ("fox", "fox-cn", "omnidocbench", "chartqa-test", "folder"),
+    "allow_outside": ("folder",),
+    "chars": SPLITS,
+    "kinds": ("omnidocbench",),
+    "prompt": ("omnidocbench",),
+}
 GENERATED = 256  # pages of a task that makes as many as it is asked for
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     # Model
     add_arguments(parser)
     # -1: as many tokens as the task needs (Scorer.token_limit). A fixed number would cut the
@@ -66,41 +73,40 @@ def parse_args(argv):
                         help="what the truth of OmniDocBench's pages holds: text, table, equation")
     parser.add_argument("--prompt", default="",
                         help="what is asked about OmniDocBench's pages; empty = Free OCR.")
-    parser.add_argument("--max-problems", type=int, default=-1,
+    parser.add_argument("--max-problems", type=every_or_never, default=-1,
                         help=f"pages per task, a seeded sample; -1 = all of a benchmark, "
                              f"{GENERATED} where they are made on the fly")
-    parser.add_argument("--controls", type=int, nargs="?", const=64, default=0,
+    parser.add_argument("--controls", type=natural, nargs="?", const=64, default=0,
                         help="pages per control: blank, another page, other words")
-    parser.add_argument("--seed", type=int, default=2,
+    parser.add_argument("--seed", type=natural, default=2,
                         help="seed of the synthetic pages (0 trains, 1 validates) and of samples")
-    parser.add_argument("--batch-size", type=int, default=64, help="pages generated together")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="pages generated together")
     # Output
     parser.add_argument("--against", default="",
                         help="--out of another evaluation, to compare with page by page")
     parser.add_argument("--run", default="dummy", help="W&B run name; dummy = no W&B")
-    parser.add_argument("--samples", type=int, default=3,
+    parser.add_argument("--samples", type=natural, default=3,
                         help="pages printed per task, truth and prediction")
-    parser.add_argument("--report-pages", type=int, default=256,
+    parser.add_argument("--report-pages", type=natural, default=256,
                         help="pages per task in report.html, the worst ones")
     parser.add_argument("--out", default="",
                         help="folder for the results; empty = eval_<task> beside the checkpoint")
     args = parser.parse_args(argv)
-    check_args(args)
+    check_args(args, parser.given(argv))
     return args
 
 
-def check_args(args):
+def check_args(args, given):
     check_wandb(args.run)  # now, and not after the evaluation
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size={args.batch_size}: must be at least 1")
-    if args.max_problems != -1 and args.max_problems < 1:
-        raise ValueError(f"--max-problems={args.max_problems}: must be at least 1, or -1 for all")
-    known = SPLITS + EVALUATED
     for name in args.task.split(","):
-        if name not in known:
-            raise ValueError(f"--task={name}: must be one of {', '.join(known)}")
+        if name not in SPLITS + EVALUATED:
+            raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}")
         if name == "folder" and not args.path:  # the other benchmarks are on the hub
             raise ValueError("--task=folder needs --path, the folder of your pages")
+    for flag, tasks in USED_BY.items():
+        if flag in given and not set(args.task.split(",")) & set(tasks):
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect on --task={args.task}: it "
+                             f"is for {', '.join(tasks)}; leave it out")
 
 
 # -----------------------------------------------------------------------------
@@ -240,7 +246,7 @@ def settings_of(args, engine, meta, by_character):
 def check_settings(settings, out):
     """Writes <out>/settings.json; ValueError if <out> was begun under other settings."""
     path = os.path.join(out, "settings.json")
-    earlier = read_json(path) if os.path.exists(path) else settings
+    earlier = read_record(path) if os.path.exists(path) else settings
     changes = []
     for key in settings:
         if earlier.get(key) != settings[key]:
@@ -444,8 +450,8 @@ def run(args, engine, meta):
     # two modes can be compared
     tasks = tasks_of(args, meta["user_config"], engine.model.cfg.sam.image_size)
     out = args.out or default_out(args)
-    check_settings(settings_of(args, engine, meta, by_character), out)
     against = rows_against(args, tasks)
+    check_settings(settings_of(args, engine, meta, by_character), out)
 
     # reading and figures
     scorer = Scorer(engine, out, args.batch_size, args.max_new_tokens, by_character)
@@ -463,6 +469,7 @@ def run(args, engine, meta):
 
     # report
     if dist_info()[0] == 0:
+        print0("writing the report")
         write_report(args, out, summary, sections)
     return summary
 

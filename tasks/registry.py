@@ -24,6 +24,7 @@ tuples below and two lines to open_training_set or open_benchmark.
 import argparse
 import math
 
+from nanochat.common import fraction, natural, positive, positive_int, real
 from nanochat.dataloader import UNUSABLE
 from nanochat.mixture import First, Mixture, Shuffled, Stream
 from tasks import chartqa, finevision, omnidocbench, smoltalk, synthpage
@@ -43,6 +44,7 @@ EVALUATED = (*BENCHMARKS, "folder", "synthchart")
 FACES = "sans,sans-bold,sans-oblique,serif,serif-bold,mono"
 VAL_PAGES = 1000  # held-out samples of a rendered set
 STATISTICS_SAMPLES = 1000  # training-like samples for the encoder's running statistics
+LARGEST_SHARE = 1000  # of a set in --data: a cycle of the mixture is a list of so many samples
 SEARCHED = 256  # samples in which a first picture is looked for
 STREAM_WINDOW = 1000  # rows of a stream that are shuffled among themselves
 STREAM_HELD = 256  # rows of a stream that validation, and the statistics, keep in memory
@@ -58,7 +60,7 @@ def add_data_arguments(parser, **defaults):
               "tasks/registry.py); validation uses held-out samples of the first")
     flag("--stream", action="store_true",
          help="read data sets from the hub as streams, which need no disk space")
-    flag("--ramp", type=int, default=0,
+    flag("--ramp", type=natural, default=0,
          help="curriculum: synthdoc's pages grow from large print to the full range over this many "
               "samples; 0 = none")
     add_page_arguments(parser)
@@ -68,17 +70,17 @@ def add_data_arguments(parser, **defaults):
 def add_page_arguments(parser, **defaults):
     """The part of these flags that shapes the pages of a set, whatever they are used for."""
     flag = parser.add_argument
-    flag("--val-share", type=float, default=0.1, help="share of a folder's pages that is held out")
+    flag("--val-share", type=fraction, default=0.1, help="share of a folder's pages that is held out")
     flag("--allow-outside", action="store_true",
          help="let the JSON lines of a folder set name pictures outside of their folder")
     # Rendered pages
     flag("--chars", default="31-41",
          help="characters per page, 10 or more: LO-HI or LO-HIxWEIGHT, several with commas")
     flag("--faces", default=FACES, help="faces of the print (tasks/synthdoc.py), with commas")
-    flag("--min-px", type=int, default=10, help="smallest print in px, where the text fits at it")
-    flag("--random-share", type=float, default=0.2,
+    flag("--min-px", type=positive_int, default=10, help="smallest print in px, where the text fits at it")
+    flag("--random-share", type=fraction, default=0.2,
          help="share of words replaced by random strings, so that reading beats guessing")
-    flag("--damage", type=float, default=0.0,
+    flag("--damage", type=fraction, default=0.0,
          help="scan damage (skew, blur, uneven light, noise, JPEG): 0 = clean to 1")
     flag("--text-files", default="",
          help="synthpage: your own UTF-8 text files, with commas, instead of the built-in words")
@@ -109,8 +111,9 @@ def parse_data(text):
         else:
             spec = piece
             share = 1
-        if share < 1:
-            raise ValueError(f"--data={text}: the share of {spec} is {share}, it must be 1 or more")
+        if not 1 <= share <= LARGEST_SHARE:
+            raise ValueError(f"--data={text}: the share of {spec} is {share}, it must be 1 or more, "
+                             f"at most {LARGEST_SHARE}")
         name, _, arg = spec.partition(":")
         sets.append((name, arg, share))
     return sets
@@ -123,8 +126,8 @@ def parse_chars(text):
         span, _, weight = part.partition("x")  # no "x": weight ""
         low, _, high = span.partition("-")
         try:
-            ranges.append((int(low), int(high), float(weight or 1)))
-        except ValueError:
+            ranges.append((positive_int(low), positive_int(high), positive(weight or "1")))
+        except argparse.ArgumentTypeError:
             raise ValueError(f"--chars={text}: {part!r} is not LO-HI or LO-HIxWEIGHT, "
                              "e.g. 24-48x4,64-96x1") from None
     return ranges
@@ -136,11 +139,36 @@ def parse_parts(text):
     for piece in text.split(","):
         name, _, value = piece.partition("=")
         try:
-            odds[name] = float(value)
-        except ValueError:
+            odds[name] = real()(value)
+        except argparse.ArgumentTypeError:
             raise ValueError(f"--page-parts={text}: {piece!r} is not NAME=ODDS, "
                              "e.g. paragraph=10,table=1") from None
     return odds
+
+
+# The sets that a flag has to do with. Elsewhere it would be ignored, which nobody expects.
+USED_BY = {
+    "stream": ("finevision", "chartqa", "smoltalk"),
+    "ramp": ("synthdoc",),
+    "val_share": ("folder",),
+    "allow_outside": ("folder",),
+    "chars": ("synthdoc", "synthpage"),
+    "faces": ("synthdoc",),
+    "min_px": ("synthdoc",),
+    "random_share": ("synthdoc",),
+    "damage": ("synthdoc", "synthpage", "fox_like", "omnidocbench_like"),
+    "text_files": ("synthpage",),
+    "page_parts": ("synthpage",),
+}
+
+
+def refuse_ignored(given, data):
+    """ValueError if a flag of `given`, names of those on the command line, concerns no set."""
+    names = {name for name, _, _ in parse_data(data)}
+    for flag, sets in USED_BY.items():
+        if flag in given and not names & set(sets):
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect on {', '.join(sorted(names))}"
+                             f": it is for {', '.join(sets)}; leave it out")
 
 
 # -----------------------------------------------------------------------------

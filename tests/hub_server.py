@@ -9,6 +9,7 @@ import json
 import os
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -22,11 +23,13 @@ class HubServer:
 
     log       [(method, path)] of every request
     truncate  names of files whose downloads break off half-way
+    hangs     whether it answers nothing but the probe of its front page
     """
     def __init__(self, root):
         self.root = str(root)
         self.log = []
         self.truncate = set()
+        self.hangs = False
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -111,6 +114,10 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         self.hub.log.append((self.command, path))
+        if self.hub.hangs and path != "/":
+            time.sleep(3)  # more than the test waits
+            self.close_connection = True
+            return
         if match := INFO.fullmatch(path):
             self.send_info(*match.groups())
         elif match := TREE.fullmatch(path):

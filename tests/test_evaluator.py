@@ -132,7 +132,9 @@ def test_held_out_samples_may_be_bad_or_text(model, tokenizer, cfg, pages, chats
     figures, rows = evaluator(model)
     assert [c["id"] for c, _, _ in rows] == [page["id"] for page in pages[:6]]
     assert figures["val/loss"] > 0 and -1 <= figures["vision/cosine_sam"] <= 1
-    assert "leaves out 12 samples that have no picture or cannot be used" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "preparing 6 pages for validation and 8 for the encoder's statistics" in out  # a wait
+    assert "leaves out 12 samples that have no picture or cannot be used" in out
     with pytest.raises(BadSample, match="mixed row 1: broken"):
         evaluator_of(task, tokenizer, cfg, "raise")
 

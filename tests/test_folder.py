@@ -196,7 +196,6 @@ def test_data_that_makes_no_sense(data, error):
     (["--chars=10"], "'10' is not LO-HI"),
     (["--data=synthpage", "--page-parts=table"], "'table' is not NAME=ODDS"),
     (["--data=synthpage", "--page-parts=paragraph=1,poem=1"], "poem"),
-    (["--data=synthpage", "--damage=2"], "damage"),
 ])
 def test_pages_that_make_no_sense(flags, error):
     with pytest.raises(ValueError, match=error):

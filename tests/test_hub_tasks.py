@@ -450,6 +450,27 @@ def test_omnidocbench_by_a_path_that_is_none():
     fails(FileNotFoundError, neither, lambda: OmniDocBench("/no/such/folder"))
 
 
+def test_a_hub_that_hangs(tmp_path, monkeypatch, capsys):
+    """It answers the probe and nothing else. The clients would retry for minutes without a word."""
+    with HubServer(tmp_path) as server:
+        server.hangs = True
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+        monkeypatch.setattr(hub, "FIRST_WORD", 0.1)
+        for cached in (hub.online, hub.check_answers):
+            cached.cache_clear()
+        try:
+            for ask in (hub.list_files, hub.dataset):
+                fails(ConnectionError, "did not answer within 0.3 s.* HF_HUB_OFFLINE=1",
+                      lambda: ask("some/repo"))
+            fails(ConnectionError, "try again later", lambda: hub.download("some/repo", "x.json"))
+        finally:
+            hub.online.cache_clear()
+            hub.check_answers.cache_clear()
+    assert "still waiting for the hub's answer about some/repo" in capsys.readouterr().err
+
+
 def test_a_mistyped_path_is_no_question_to_the_hub():
     for path in ("/nope", "./nope/x", "~/nope", "nope", "a/b/c"):
         fails(FileNotFoundError, f"no such folder {path}", lambda: hub.list_files(path))

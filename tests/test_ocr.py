@@ -449,7 +449,6 @@ def test_a_chat_keeps_the_latest_turns_that_fit(run, engine, tokenizer, monkeypa
     ([], "nothing to do: give files"),
     (["a.png", "--chat"], "--chat talks without pictures"),
     (["a.png", "--stream", "--jsonl"], "--stream prints text as it comes, --jsonl whole pages"),
-    (["a.png", "--dpi=0"], "--batch-size and --dpi must be at least 1"),
 ])
 def test_flags_that_make_no_sense(engine, flags, message):
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 
 import pytest
 from PIL import Image
@@ -58,6 +59,23 @@ def test_wandb_is_asked_for_before_there_is_a_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="pip install wandb"):
         vision_eval.parse_args(["--run=mine"])
+
+
+def test_a_fork_does_not_hold_the_lock(tmp_path, tokenizer):
+    """A worker of the loader outlives a killed run by seconds, in which it can be resumed."""
+    run = Run(make_args(tmp_path), "stage 1")
+    run.begin(tokenizer, argparse.Namespace(name="64px"))
+    with pytest.raises(ValueError, match="is being trained by another process"):
+        Run(make_args(tmp_path, "--resume"), "stage 1").lock()
+    worker = os.fork()
+    if not worker:
+        signal.pause()
+    try:
+        run.lock_file.close()  # as when the process is killed
+        Run(make_args(tmp_path, "--resume"), "stage 1").lock()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 # -----------------------------------------------------------------------------
