@@ -18,7 +18,7 @@
 # GPUS=...              GPUs of the node that full uses; default all
 # FLAGS=...             extra flags for both stages
 # MINUTES1=, MINUTES2=  minutes of training at most in the stages of small (10 and 6)
-# TRIAL=1               runs small's commands at toy size, on a CPU
+# TRIAL=1               runs small's or full's commands at toy size, on a CPU
 set -euo pipefail
 cd "$(dirname "$0")"
 STARTED=$(date +%s)
@@ -49,6 +49,7 @@ PACKAGES=""
 . ./setup_env.sh $PACKAGES
 
 DEVICE=""
+[ -z "${TRIAL:-}" ] || DEVICE="--device-type cpu"
 if [ -n "$NEEDS_GPU" ]; then
     # A driver that is older than the CUDA version of torch's build makes torch fall back to the
     # CPU without a word. Find out now, and ask for cuda by name below.
@@ -63,9 +64,6 @@ if [ "$KIND" = full ] && [ -z "${TRIAL:-}" ]; then
         die "speedrun.sh full needs the Hugging Face hub (published weights and data sets), which does" \
             "not answer. Without it: bash speedrun.sh nano (a CPU) or small (a GPU)"
 fi
-# Loader processes per GPU: as many as the cores this process may use, but not over 16, since each
-# keeps batches in shared memory.
-WORKERS=$("$PYTHON" -c 'import os; print(max(1, min(16, len(os.sched_getaffinity(0)) - 2)))')
 
 # -----------------------------------------------------------------------------
 # Steps
@@ -82,7 +80,8 @@ tokenizer() {  # trains a tokenizer of $1 tokens, unless there is one
 launch() {  # launch MODULE FLAGS...: one process, or one per GPU for full
     local module=$1; shift
     if [ "$KIND" = full ]; then
-        local gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+        local gpus=${GPUS:-}
+        [ -n "$gpus" ] || gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
         # The -- keeps torchrun from taking our flags for its own (--run is short for --run-path).
         "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$gpus" -m "$module" -- "$@"
     else
@@ -124,7 +123,8 @@ small|gpu)
         SIZE=(--preset mini --num-iterations 2 --device-batch-size 8)
         READ=(--max-problems 2 --max-new-tokens 20)
     fi
-    COMMON=(--mode "$MODES" --workers "$WORKERS" --max-seq-len 1536 --random-share 0.1
+    # Rows are filled 24-51 % with one page each, so several share a row.
+    COMMON=(--mode "$MODES" --workers -1 --max-seq-len 1536 --pack 1536 --random-share 0.1
             --save-every 1000 --eval-every 500)
     STATUS=0
     if [ "$KIND" = gpu ] && [ -z "${TRIAL:-}" ]; then
@@ -160,21 +160,31 @@ full)
     # The paper's two stages (section 3.5) on FineVision's document sets, from the published SAM,
     # CLIP and nanochat weights.
     GPT=${GPT:-nanochat-students/base-d20}
+    PRESET=base
     COMMON=(--optimizer adamw --mode 1024px --recompute --too-long clip --bad-data skip
-            --workers "$WORKERS" --eval-every 500 --save-every 1000)
+            --workers -1 --eval-every 500 --save-every 1000 --num-iterations 5000)
+    SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 10)
+    SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 4)
+    READ=(--max-new-tokens 4096)
+    if [ -n "${TRIAL:-}" ]; then  # against a hub of tiny weights: python -m tests.full_trial
+        PRESET=tiny
+        COMMON=(--optimizer adamw --mode 64px --recompute --too-long clip --bad-data skip
+                --workers 1 --num-iterations 2 --eval-pages 8 --statistics-pages 16)
+        SIZE1=(--max-seq-len 256 --pack 256 --device-batch-size 8)
+        SIZE2=(--max-seq-len 384 --pack 384 --device-batch-size 4)
+        READ=(--max-new-tokens 8)
+    fi
     echo "== stage 1"
-    stage vis_tok_train --preset base --standardize channel \
+    stage vis_tok_train --preset "$PRESET" --standardize channel \
         --sam facebook/sam-vit-base --clip openai/clip-vit-large-patch14 --gpt "$GPT" \
         --data finevision:olmOCR-mix-0225-documents=9,finevision:olmOCR-mix-0225-books=1 \
-        --lr 5e-5 --schedule cosine --max-seq-len 4096 --device-batch-size 10 \
-        --num-iterations 5000 "${COMMON[@]}" $(resume stage1)
+        --lr 5e-5 --schedule cosine "${SIZE1[@]}" "${COMMON[@]}" $(resume stage1)
     echo "== stage 2"
     stage vis_mid_train --encoder "$OUT/stage1" --gpt "$GPT" --text-share 0 \
         --data finevision:olmOCR-mix-0225-documents=7,chartqa=2,smoltalk=1 \
-        --lr 3e-5 --schedule step --max-seq-len 8192 --pack 8192 --device-batch-size 4 \
-        --num-iterations 5000 "${COMMON[@]}" $(resume stage2)
+        --lr 3e-5 --schedule step "${SIZE2[@]}" "${COMMON[@]}" $(resume stage2)
     echo "== evaluation"
     launch scripts.vision_eval --checkpoint "$OUT/stage2" $DEVICE \
-        --task fox,omnidocbench,chartqa-test --max-new-tokens 4096 --out "$OUT/stage2/eval"
+        --task fox,omnidocbench,chartqa-test --out "$OUT/stage2/eval" "${READ[@]}"
     ;;
 esac

@@ -45,7 +45,6 @@ class Batch:
     state: dict = None  # a stream's worker after this batch: what `loader` resumes from
     # {kind: (values, {side: image_modes.TokenPoints})} of each image, {} without labels
     labels: list = field(default_factory=list)
-    label_kinds: tuple = ()  # kinds that were asked for, whether or not this batch has any
     # (n,) int64: where targets are not IGNORE, as indices into B * T
     supervised_at: torch.Tensor = field(init=False)
 
@@ -61,19 +60,20 @@ class Batch:
     def supervised(self):
         return len(self.supervised_at)
 
-    def loss_counts(self):
+    def labelled_views(self, kind):
         """
-        {name of a loss: how many terms the model sums}, known on the host before a forward pass.
-        Every kind of label that was asked for is there, even with 0: all ranks have equal names.
-        A point counts once for each view that shows it.
+        {side in px: indices into Batch.views[side]} of the views of all images with labels of that
+        kind. An image whose list of labels is empty is one of them: it is known to show nothing.
         """
-        counts = {"text": self.supervised()}
-        for kind in self.label_kinds:
-            counts[kind] = 0
-            for labels in self.labels:
-                _, points = labels.get(kind, NO_POINTS)
-                counts[kind] += sum(len(at.index) for at in points.values())
-        return counts
+        found = {}
+        first_view = Counter()  # {side: number of the current image's first view}
+        for plan, labels in zip(self.plans, self.labels):
+            for side, n_views in plan.views.items():
+                if kind in labels:
+                    first = first_view[side]
+                    found.setdefault(side, []).extend(range(first, first + n_views))
+                first_view[side] += n_views
+        return found
 
     def label_points(self, kind):
         """
@@ -178,7 +178,6 @@ class Sample(NamedTuple):
     characters: int = 0    # supervised ones
     counts: dict = {}
     labels: list = ()      # per image {kind: (values, {side: TokenPoints})}; () = none
-    label_kinds: tuple = ()
 
     @property
     def positions(self):
@@ -241,10 +240,8 @@ def collate(samples, pack=0, max_images=0, multiple=1):
     """
     samples = [Sample(*sample) for sample in samples]  # plain tuples are welcome
     counts = Counter()
-    label_kinds = {}  # a dict keeps the order
     for sample in samples:
         counts.update(sample.counts)
-        label_kinds.update(dict.fromkeys(sample.label_kinds))
     samples = [sample for sample in samples if sample.ids]
     if not samples:
         samples = [Sample([0, 0], [0, 0])]  # a row that supervises nothing; ranks need a batch
@@ -273,7 +270,6 @@ def collate(samples, pack=0, max_images=0, multiple=1):
         owners=images.owners,
         counts=dict(counts),
         labels=images.labels,
-        label_kinds=tuple(label_kinds),
     )
     if pack:
         # Attention and rotary positions then go by sample, not by row.

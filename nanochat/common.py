@@ -39,12 +39,14 @@ def barrier():
         dist.barrier()
 
 
-def all_reduce(value, device, op=dist.ReduceOp.SUM):
-    """A Python number, or a list of them, reduced over ranks, as float(s)."""
-    if not dist.is_initialized():  # a single process: no copy to a GPU, and no wait for it
+def all_reduce(value, op=dist.ReduceOp.SUM):
+    """
+    A Python number, or a list of them, reduced over ranks, as float(s). Numbers of the host stay
+    on the host: the GPU is neither used nor waited for.
+    """
+    if not dist.is_initialized():
         return [float(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
-    reduce_on = device if device.type == "cuda" else "cpu"  # gloo takes CPU tensors only
-    tensor = torch.tensor(value, dtype=torch.float64, device=reduce_on)
+    tensor = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(tensor, op=op)
     return tensor.tolist()
 
@@ -91,8 +93,8 @@ def compute_init(device_type=""):
     if world_size > 1 and not dist.is_initialized():
         # Rank 0 may spend long in an evaluation or a checkpoint while the others wait for it.
         timeout = datetime.timedelta(hours=2)
-        if device_type == "cuda":
-            dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        if device_type == "cuda":  # gloo for numbers that are on the host
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
         else:
             dist.init_process_group("gloo", timeout=timeout)
     return device
@@ -138,17 +140,36 @@ def choose_dtype(device, name="auto"):
 
 def choose_compile(device, name="auto"):
     """
-    Whether to torch.compile. auto: on CUDA where a compiler is found, and never on a CPU, where
-    compiling takes as long as it saves in a short run (python -m scripts.bench --compile=both).
+    Whether to torch.compile. auto: on CUDA where a compiler is found and works, and never on a
+    CPU, where compiling takes as long as it saves in a short run (scripts.bench --compile=yes).
     """
+    if name == "no" or (name == "auto" and device.type != "cuda"):
+        return False
+    reason = why_not_compile(device)
+    if reason is None:
+        return True
+    if name == "yes":
+        raise ValueError(f"--compile=yes: {reason}; or use --compile=no")
+    banner(f"torch.compile does not work here, so training runs eagerly, more slowly:\n{reason}")
+    return False
+
+
+def why_not_compile(device):
+    """What torch.compile lacks on this machine, or None if it works: a trivial function is tried."""
     compilers = ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")
-    found = any(shutil.which(compiler) for compiler in compilers)
-    if name == "yes" and not found:
-        raise ValueError("--compile=yes needs a C++ compiler (on CUDA a C compiler), and none is "
-                         "on the PATH: install gcc, or use --compile=no")
-    if name == "auto":
-        return device.type == "cuda" and found
-    return name == "yes"
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"it needs one of {', '.join(compilers)} and none is on the PATH: install gcc"
+
+    # Triton compiles a C file against Python.h when it first launches a kernel. Better to find out
+    # now that it, or Triton itself, is missing than in the first step.
+    x = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda t: (t * 2).relu().sum())(x).backward()
+    except Exception as error:  # torch wraps whatever went wrong in classes of its own
+        last_line = str(error).strip().splitlines()[-1]
+        return (f"{type(error).__name__}: {last_line} (a C compiler, Python's headers, e.g. the "
+                f"package python3-dev, and Triton are needed)")
+    return None
 
 
 def synchronize(device):
@@ -157,6 +178,13 @@ def synchronize(device):
         torch.cuda.synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def to_device(tensor, device):
+    """A small tensor of the host on the device; a GPU is not waited for."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # copies from other memory may wait
+    return tensor.to(device, non_blocking=True)
 
 
 def matmul_rate(device, dtype):
@@ -209,6 +237,9 @@ def run_main(main):
     """
     try:
         main()
+        # Only here, when DDP and all else in main's frame is gone: the process group must not be
+        # destroyed with DDP, which holds Python's lock while gloo's threads wait for it.
+        compute_cleanup()
     except (ValueError, OSError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK"):
             raise

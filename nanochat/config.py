@@ -9,12 +9,12 @@ from functools import partial
 
 from nanochat.clip import CLIP, CLIPConfig
 
-# The second stage of the encoder: {kind: its class}. nanochat/clip.py says what such a class must
-# have.
+# The second stage of the encoder: {kind: its class}. How to write another: see nanochat/clip.py.
 SECOND_STAGES = {"clip": CLIP}
 
+# DeepSeek-OCR's (paper, table 1). Other modes work too, if their sizes fit the token stride.
 PUBLISHED_MODES = (
-    "tiny", "small", "base", "large", "gundam", "gundam-m", "gundam-9", "gundam-m-9")
+    "512px", "640px", "1024px", "1280px", "gundam", "gundam-m", "gundam-9", "gundam-m-9")
 
 
 @dataclass
@@ -117,6 +117,7 @@ class ModelConfig:
         return TokenLayout(self.token_stride, partial(stage.tokens, self.second_stage))
 
     def to_dict(self):
+        """Plain dicts and tuples, for config.json."""
         return asdict(self)
 
     @classmethod
@@ -130,6 +131,7 @@ class ModelConfig:
             raise ValueError(f"second stage of the encoder {kind!r}: must be one of "
                              f"{sorted(SECOND_STAGES)}")
 
+        # A missing part is left to the last `build`, which names it.
         parts = {
             "sam": SAMConfig,
             "second_stage": SECOND_STAGES[kind].config_class,
@@ -168,7 +170,7 @@ def nano():
         second_stage=CLIPConfig(grid=4, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(
             sequence_len=512, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=192),
-        standardize="position", modes=("nano",))
+        standardize="position", modes=("64px",))
 
 
 def dense():
@@ -179,7 +181,7 @@ def dense():
     cfg = nano()
     cfg.sam.image_size = 128
     cfg.sam.patch_size = 8
-    cfg.modes = ("dense",)
+    cfg.modes = ("128px",)
     return cfg
 
 
@@ -195,7 +197,7 @@ def mini():
         second_stage=CLIPConfig(grid=8, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(
             sequence_len=2048, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=256),
-        standardize="position", modes=("tiny",))
+        standardize="position", modes=("512px",))
 
 
 def small():
@@ -210,7 +212,7 @@ def small():
         second_stage=CLIPConfig(grid=10, width=512, depth=3, n_head=8, ffn=2048, patch_size=0),
         gpt=GPTConfig(
             sequence_len=4096, vocab_size=1024, n_layer=5, n_head=6, n_kv_head=6, n_embd=384),
-        standardize="position", modes=("small", "tiny"))
+        standardize="position", modes=("640px", "512px"))
 
 
 def tiny():
@@ -222,7 +224,7 @@ def tiny():
         second_stage=CLIPConfig(grid=2, width=32, depth=1, n_head=2, ffn=64, patch_size=0),
         gpt=GPTConfig(
             sequence_len=256, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32),
-        standardize="position", modes=("test",))
+        standardize="position", modes=("64px",))
 
 
 PRESETS = {

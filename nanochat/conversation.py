@@ -68,6 +68,10 @@ class Task:
         """File name of sample i's picture, or None where the pictures are not files."""
         return None
 
+    def attributes(self, i):
+        """What is known of sample i without opening its picture (language, layout, ...), a dict."""
+        return {}
+
     def fingerprint(self):
         """
         What tells whether the samples are those of another time, as a short text; None for samples

@@ -6,6 +6,7 @@ a resumed run sees exactly what the unbroken one would have seen. Where a set ca
 order (Stream), every batch carries the state from which reading goes on.
 """
 import os
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 
 from nanochat.batch import COUNTS, Sample, collate
+from nanochat.common import banner
 from nanochat.conversation import BadSample, open_image
 from nanochat.image_modes import plan, preprocess, to_tokens, upright_size
 from nanochat.mixture import Mixture, Stream, draws
@@ -38,18 +40,18 @@ class Sampler:
                one shape each, so there should be few shapes
     labels     kinds of labels to carry along, e.g. ("glyphs",), of those in conversation["labels"]
     """
-    def __init__(self, task, tokenizer, mode, stride, max_tokens, bad_data="raise",
+    def __init__(self, task, tokenizer, mode, layout, max_tokens, bad_data="raise",
                  too_long="raise", max_images=16, pack=0, multiple=1, labels=()):
         if pack and pack < max_tokens:
             raise ValueError(f"--pack={pack}: a packed row must hold the longest sample, "
                              f"--max-seq-len={max_tokens} positions")
         self.modes = mode if isinstance(mode, list) else [mode]
         for mode in self.modes:
-            # A stride that does not fit raises here; later it would pass for bad data.
-            plan(mode, 1, 1, stride)
+            # A layout that does not fit raises here; later it would pass for bad data.
+            plan(mode, 1, 1, layout)
         self.task = task
         self.tokenizer = tokenizer
-        self.stride = stride
+        self.layout = layout
         self.max_tokens = max_tokens
         self.bad_data = bad_data
         self.too_long = too_long
@@ -91,18 +93,14 @@ class Sampler:
                 raise
             # One write for the whole line: print() makes two, and several workers write at once.
             sys.stderr.write(f"skipped {bad}\n")
-            return self.unusable({**drawn, "bad": 1})
+            return Sample([], counts={**drawn, "bad": 1})
 
         # Outside of the try: a sample that is too long is sound, so --bad-data must not skip it.
         sample, cut = self.fit(sample, with_id(where, conversation))
         if sample is None:
-            return self.unusable({**drawn, **cut})
+            return Sample([], counts={**drawn, **cut})
         characters = self.supervised_characters(sample)  # after the cut
         return sample._replace(characters=characters, counts={**drawn, **cut})
-
-    def unusable(self, counts):
-        # The kinds are there also where a whole batch is skipped: ranks need equal names of losses.
-        return Sample([], counts=counts, label_kinds=self.labels)
 
     def mode_of(self, i):
         """
@@ -134,7 +132,7 @@ class Sampler:
         sizes = []
         for source in conversation["images"]:
             image = open_image(source, where)
-            images.append(preprocess(image, mode, self.stride))
+            images.append(preprocess(image, mode, self.layout))
             if self.labels:
                 sizes.append(upright_size(image))
 
@@ -147,7 +145,7 @@ class Sampler:
         labels = ()
         if self.labels:
             labels = self.map_labels(conversation, plans, sizes, where)
-        return Sample(ids, mask, images, labels=labels, label_kinds=self.labels)
+        return Sample(ids, mask, images, labels=labels)
 
     def map_labels(self, conversation, plans, sizes, where):
         """conversation["labels"], in page px -> Sample.labels, in tokens of each image's views."""
@@ -236,20 +234,73 @@ def says_something(part):
 # -----------------------------------------------------------------------------
 # Batches
 
+MAX_WORKERS = 16  # per rank: more would only fill memory with batches that wait
+PREFETCH = 2  # batches each worker is ahead, so that one slow page does not stop a step
+
+
+def loader_workers(asked):
+    """
+    Data loader processes of this rank. -1: its share of the cores that this process may use, but
+    two, which training itself takes, and MAX_WORKERS at most.
+    """
+    if asked >= 0:
+        return asked
+    if asked != -1:
+        raise ValueError(f"--workers={asked}: must be -1 (as many as the cores allow), 0 or more")
+    # What a container or a batch system leaves us, not what the machine has
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS
+        cores = os.cpu_count()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MAX_WORKERS, cores // ranks_here - 2))
+
+
+def batch_bytes(sampler, size):
+    """Roughly what a batch takes in memory if every sample has one large page."""
+    pixels = 0
+    for mode in sampler.modes:
+        side = 2 * mode.size  # large enough for a tiled mode to cut tiles
+        views = plan(mode, side, side, sampler.layout).views
+        pixels = max(pixels, sum(n * 3 * side ** 2 for side, n in views.items()))
+    numbers = 3 * 8 * sampler.max_tokens  # ids, targets and positions
+    return size * (pixels + numbers)
+
+
+def check_shared_memory(sampler, size, workers, free=None):
+    """
+    A warning if the batches that wait in the workers' queues do not fit into shared memory, where
+    workers put them. In a full one a worker dies with a bus error, hours into a run.
+    free: bytes; default: what is free in /dev/shm.
+    """
+    if free is None:
+        if not workers or not os.path.isdir("/dev/shm"):
+            return
+        free = shutil.disk_usage("/dev/shm").free
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    waiting = ranks_here * workers * (PREFETCH + 1)  # one more is being made
+    needed = waiting * batch_bytes(sampler, size)
+    if needed > free:
+        banner(f"--workers={workers} on {ranks_here} ranks may put {waiting} batches of "
+               f"{batch_bytes(sampler, size) / 1e6:,.0f} MB, {needed / 1e9:.1f} GB together, into "
+               f"/dev/shm,\nwhich has {free / 1e9:.1f} GB free: lower --workers or "
+               f"--device-batch-size, or give the container more (docker run --shm-size)")
+
+
 def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=False, states=None):
     """
     Iterator of Batch: micro-batches start..stop-1 of this rank, of `size` samples each. A task with
     indices must be long enough, since no sample is repeated.
-    states: {worker: Batch.state of its last batch}, from which a stream goes on.
+    workers: as for loader_workers. states: {worker: Batch.state of its last batch}, from which a stream goes on.
     """
+    workers = loader_workers(workers)
+    check_shared_memory(sampler, size, workers)
     make_batch = partial(collate, pack=sampler.pack, max_images=sampler.max_images,
                          multiple=sampler.multiple)
     common = {
         "num_workers": workers,
         "pin_memory": pin_memory,
-        # Batches each worker is ahead, so that one slow page does not stop a step. Without workers
-        # DataLoader insists on None.
-        "prefetch_factor": 4 if workers else None,
+        "prefetch_factor": PREFETCH if workers else None,  # without workers it has to be None
     }
     if sampler.mixture.streams:
         states = states or {}

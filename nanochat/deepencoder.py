@@ -7,6 +7,8 @@ are the published checkpoint's.
 Shapes: B images, S px a side, C channels, D = C / heads channels of a head,
         (H, W) patches = S / patch_size, (h, w) tokens = (H, W) / 4.
 """
+import re
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -14,7 +16,8 @@ import torch.nn.functional as F
 
 from nanochat.image_modes import get_mode
 from nanochat.layers import (
-    Conv2d, LayerNorm, Linear, attention, resample_grid, run_blocks, trunc_normal_linears)
+    Conv2d, LayerNorm, Linear, attention, cudnn_pays, resample_grid, run_blocks,
+    trunc_normal_linears)
 
 # -----------------------------------------------------------------------------
 # SAM ViT
@@ -47,9 +50,11 @@ class SAMAttention(nn.Module):
     def __init__(self, width, n_head, grid):
         super().__init__()
         self.n_head = n_head
+        self.head_dim = width // n_head
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        table = (2 * grid - 1, width // n_head)
+        self.cudnn = False  # see SAM.choose_kernels
+        table = (2 * grid - 1, self.head_dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(table))
         self.rel_pos_w = nn.Parameter(torch.zeros(table))
 
@@ -61,7 +66,7 @@ class SAMAttention(nn.Module):
         """What happens between the two projections: (B, H, W, 3C) -> (B, H, W, C)."""
         B, H, W, C3 = qkv.shape
         C = C3 // 3
-        D = C // self.n_head
+        D = self.head_dim
         qkv = qkv.view(B, H * W, 3, self.n_head, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, HW, D)
 
@@ -73,12 +78,15 @@ class SAMAttention(nn.Module):
         code = code.expand(B, self.n_head, -1, -1)
         k = torch.cat([k, code], -1)  # (B, heads, HW, D + H + W)
 
-        # Fused kernels want head sizes in multiples of 8.
-        padding = -(D + H + W) % 8
+        padding = self.padding(H, W)
         q = F.pad(q, (0, padding))
         k = F.pad(k, (0, padding))
-        y = attention(q, k, v, scale=1.0)  # (B, heads, HW, D)
+        y = attention(q, k, v, scale=1.0, cudnn=self.cudnn)  # (B, heads, HW, D)
         return y.transpose(1, 2).reshape(B, H, W, C)
+
+    def padding(self, H, W):
+        """Channels of zeros behind queries and keys: fused kernels want multiples of 8."""
+        return -(self.head_dim + H + W) % 8
 
     def position_bias(self, q, H, W):
         """Bias of each query to every row (B, heads, HW, H) and every column (B, heads, HW, W)."""
@@ -223,6 +231,18 @@ class SAM(nn.Module):
             return self.pos_embed
         return resample_grid(self.pos_embed[0], H, H)[None]
 
+    def choose_kernels(self, x):
+        """
+        Chooses the kernel of global attention over patches (B, H, W, C), which is a quarter of a
+        step of the published size. Out here, since the choice must not be part of compiled blocks.
+        """
+        _, H, W, _ = x.shape
+        for block in self.blocks:
+            if block.window == 0:
+                attn = block.attn
+                width = attn.head_dim + H + W + attn.padding(H, W)
+                attn.cudnn = cudnn_pays(x.device, x.dtype, H * W, width, attn.head_dim)
+
     def forward(self, x, taps=None):
         # A frozen ViT needs no graph. Its parameters are frozen together: one stands for all.
         vit_trains = self.pos_embed.requires_grad
@@ -230,6 +250,7 @@ class SAM(nn.Module):
             x = self.patch_embed(x)  # (B, H, W, C)
             positions = self.positions(x.size(1))
             x = x + positions.to(x.dtype)
+            self.choose_kernels(x)
             x = run_blocks(self.blocks, x, recompute=self.recompute)
             if taps is not None:
                 taps["sam"] = x
@@ -281,16 +302,16 @@ class Standardize(nn.Module):
         """Gives pages of grid x grid tokens statistics of their own, if they have none yet."""
         if self.kind == "none" or grid in self.grids:
             return
-        if self.grids:
-            self.grids[grid] = f"_{grid}"
-            device = self.mean.device
-            var = UNTRAINED
-        else:
-            self.grids[grid] = ""
+        if not self.grids:
+            suffix = ""
             device = None
-            var = 1.0
+            var = 1.0  # of a fresh model's output
+        else:
+            suffix = f"_{grid}"
+            device = self.mean.device  # the model may have been moved already
+            var = UNTRAINED
+        self.grids[grid] = suffix
         shape = self.shape_of(grid)
-        suffix = self.grids[grid]
         self.register_buffer(f"mean{suffix}", torch.zeros(shape, device=device))
         self.register_buffer(f"var{suffix}", torch.full(shape, var, device=device))
 
@@ -311,13 +332,14 @@ class Standardize(nn.Module):
             if not is_first and f"mean{suffix}" not in tensors:
                 self.drop_grid(grid)
         for name, tensor in tensors.items():
-            grid = name.removeprefix("mean_")
-            if not grid.isdecimal():
+            match = re.fullmatch(r"mean_([1-9]\d{0,5})", name)
+            if not match:
                 continue
+            grid = int(match[1])
             # A wrong shape is left to the loader, which reports it as an unknown key. A name alone
             # must not decide how much memory is reserved.
-            if tuple(tensor.shape) == self.shape_of(int(grid)):
-                self.add_grid(int(grid))
+            if tuple(tensor.shape) == self.shape_of(grid):
+                self.add_grid(grid)
 
     def shape_of(self, grid):
         """Shape of a grid's statistics: (C, grid, grid), or (C, 1, 1) per channel."""
@@ -353,7 +375,8 @@ class Standardize(nn.Module):
             return kept
 
         # What to use where this grid was never trained on
-        mean, var = self.mean, self.var
+        mean = self.mean
+        var = self.var
         if self.kind == "position":
             size = (grid, grid)
             mean = F.interpolate(mean[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -371,7 +394,7 @@ class Standardize(nn.Module):
         if self.kind == "none":
             return x
         grid = x.size(-1)
-        y = x.float()
+        y = x.float()  # statistics are fp32, whatever the compute dtype
         if self.training and not self.frozen and x.size(0) >= MIN_BATCH_FOR_STATISTICS:
             mean, var = self.batch_statistics(y)
             self.update(grid, mean, var)
@@ -385,8 +408,9 @@ class Standardize(nn.Module):
         """Moves the running statistics of a grid towards a batch's."""
         running = self.kept(grid)
         if running is not None:
-            running[0].lerp_(mean, MOMENTUM)
-            running[1].lerp_(var, MOMENTUM)
+            running_mean, running_var = running
+            running_mean.lerp_(mean, MOMENTUM)
+            running_var.lerp_(var, MOMENTUM)
 
     @torch.no_grad()
     def reestimate(self, batches, grid=None):
@@ -414,7 +438,7 @@ class Standardize(nn.Module):
             if tuple(x.shape[2:]) != (grid, grid):
                 raise ValueError(f"re-estimating the statistics of {grid}x{grid} outputs on some "
                                  f"of {tuple(x.shape[1:])}")
-            x = x.double().cpu()
+            x = x.double().cpu()  # MPS has no fp64, and this runs once per evaluation
             images += x.size(0)
             count += x.numel() / total.numel()
             total += x.sum(self.batch_dims, keepdim=True)[0]
@@ -426,8 +450,9 @@ class Standardize(nn.Module):
                              f"images, got {int(images)}")
         mean = total / count
         var = (square / count - mean.square()).clamp(min=0)
-        running[0].copy_(mean)
-        running[1].copy_(var)
+        running_mean, running_var = running
+        running_mean.copy_(mean)
+        running_var.copy_(var)
 
     def over_ranks(self, *sums):
         """The sums of all ranks, on the module's device."""
@@ -465,6 +490,7 @@ class DeepEncoder(nn.Module):
         self.layout = cfg.second_stage_class.layout
         self.width = cfg.feature_width
         self.sam_model = SAM(cfg.sam)
+        # The grid that the position tables are stored for: its buffers' names have no suffix.
         first_grid = cfg.sam.image_size // cfg.token_stride
         self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, first_grid)
         # The published name, whatever the second stage is
@@ -499,6 +525,7 @@ class DeepEncoder(nn.Module):
         if not is_square or x.size(2) % self.stride:
             raise ValueError(f"pixels of shape {tuple(x.shape)}: need (B, 3, S, S) with S a "
                              f"multiple of {self.stride}")
+        # Without a graph where nothing before the second stage learns
         sam_trains = any(p.requires_grad for p in self.sam_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and sam_trains):
             x = self.sam_model(x, taps)  # (B, C, h, w)

@@ -214,21 +214,21 @@ class LiveRows:
         self.rows = [Row(number) for number in range(len(lengths))]
         # Prompts differ in length: what a row generates overwrites the padding of its own prompt.
         self.position = torch.tensor(lengths, device=device)
-        room = {"room": GRAPH_ROOM} if graphs else {}
+        room = {"room": GRAPH_ROOM, "doubling": True} if graphs else {}
         positions = self.longest + max_new_tokens
         self.cache = KVCache(model.gpt.cfg, len(lengths), positions, device, model.dtype, **room)
 
     def prefill(self, batch):
-        """
-        The prompts go through the decoder, and every row gets its first token.
-        -> its token and logprob on the host: two lists of L numbers.
-        """
+        """The prompts go through the decoder, and every row gets its first token."""
         self.cache.reserve(self.longest)
         hidden = self.model.gpt(self.model.embed(batch), cache=self.cache)    # (L, T, C)
         every_row = torch.arange(len(self.rows), device=hidden.device)
         last = hidden[every_row, self.position - 1]                           # (L, C)
         self.token, self.logprob = self.choose_next(last)
         self.steps = 1
+
+    def newest(self):
+        """The newest token of each row and its logprob, on the host: two lists of L numbers."""
         return self.token.tolist(), self.logprob.tolist()
 
     def choose_next(self, hidden):
@@ -332,14 +332,14 @@ class Engine:
         for image in conversation["images"]:
             width, height = ImageOps.exif_transpose(image).size
             image_mode = mode(width, height) if callable(mode) else mode
-            plans.append(plan(image_mode, width, height, self.model.cfg.token_stride))
+            plans.append(plan(image_mode, width, height, self.model.cfg.layout))
         return plans
 
     def prompt_sample(self, conversation):
         """The prompt of one conversation, ready for `collate`."""
         images = []
         for image, p in zip(conversation["images"], self.plans(conversation)):
-            images.append(preprocess(image, p.mode, self.model.cfg.token_stride))
+            images.append(preprocess(image, p.mode, self.model.cfg.layout))
         positions = [p.positions for p, _, _ in images]
         ids = self.tokenizer.render_for_completion(conversation, positions)
         # collate makes pairs of a token and the next one, so a last id, never seen by the model, is
@@ -348,10 +348,10 @@ class Engine:
         return Sample(ids, mask=[0] * len(ids), images=images)
 
     def prompt_batch(self, conversations):
-        """-> (Batch on the model's device, prompt length of each row in positions)."""
+        """-> (Batch on the host, prompt length of each row in positions)."""
         samples = [self.prompt_sample(c) for c in conversations]
         lengths = [len(sample.ids) - 1 for sample in samples]
-        return collate(samples).to(self.model.device), lengths
+        return collate(samples), lengths
 
     # --- generation
 
@@ -436,7 +436,8 @@ class Engine:
         choose = TokenChoice(self.banned, self.no_repeat, temperature, seed, self.model.device)
         graphs = self.graphs and choose.on_device
         live = LiveRows(self.model, choose, self.end, graphs, lengths, max_new_tokens)
-        yield live.record(*live.prefill(batch))
+        live.prefill(batch)
+        yield live.record(*live.newest())
 
         while live.steps < max_new_tokens and not live.all_finished():
             n = min(GRAPH_STEPS if graphs else 1, max_new_tokens - live.steps)

@@ -12,6 +12,7 @@ from nanochat.batch import collate
 from nanochat.common import all_reduce, dist_info, print0
 from nanochat.dataloader import Sampler
 from nanochat.engine import Engine
+from nanochat.local_loss import LABELS, count_cells, local_accuracy
 from nanochat.metrics import one_minus_ned
 from nanochat.mixture import task_name
 
@@ -27,13 +28,17 @@ class Evaluator:
                       the compressor's output are re-estimated in each
     sampler_settings  keyword arguments of Sampler: limits and what happens to bad samples
     val_task          held-out pages; statistics_task: pages like those trained on
+    local_head        of the local reading loss, whose accuracy is then measured too
     """
-    def __init__(self, tokenizer, modes, stride, sampler_settings, val_task, statistics_task,
-                 val_pages=64, statistics_pages=256):
+    def __init__(self, tokenizer, modes, layout, sampler_settings, val_task, statistics_task,
+                 val_pages=64, statistics_pages=256, local_head=None):
         self.tokenizer = tokenizer
         self.mode = modes[0]
-        self.stride = stride
-        self.sampler_settings = sampler_settings
+        self.layout = layout
+        self.sampler_settings = dict(sampler_settings)
+        self.local_head = local_head
+        if local_head is not None:
+            self.sampler_settings["labels"] = LABELS
         print0(f"preparing {val_pages} pages for validation and {statistics_pages} for the "
                f"encoder's statistics, in {len(modes)} mode(s)")
         self.val_batches, usable = self.batches(val_task, val_pages, self.mode)
@@ -43,13 +48,18 @@ class Evaluator:
             self.statistics_batches.append(batches)
         self.pages = [val_task[i] for i in usable[:READ_PAGES]]
         self.pixels = self.val_batches[0].views[self.mode.size][:READ_PAGES]
+        if local_head is not None:
+            ink = [count_cells(local_head.targets(batch))[0] for batch in self.val_batches]
+            if not any(ink):
+                print0("NOTE: no validation page has labels of its letters: "
+                       "vision/local_accuracy is not measured")
 
     def usable(self, task, n, mode):
         """
         -> (indices of the first n samples that have a picture and that --bad-data and --too-long
         let pass, their Samples). On text alone there would be nothing to see.
         """
-        sampler = Sampler(task, self.tokenizer, mode, self.stride, **self.sampler_settings)
+        sampler = Sampler(task, self.tokenizer, mode, self.layout, **self.sampler_settings)
         indices = []
         samples = []
         for i in range(len(task)):
@@ -89,6 +99,10 @@ class Evaluator:
         figures = validate(model, self.val_batches)
         for depth, cosine in cosines(model, self.pixels).items():
             figures[f"vision/cosine_{depth}"] = cosine
+        if self.local_head is not None:
+            accuracy = local_accuracy(model, self.local_head, self.val_batches)
+            if accuracy is not None:
+                figures["vision/local_accuracy"] = accuracy
         pages_read = read_pages(Engine(model, self.tokenizer, self.mode), self.pages)
         figures["val/one_minus_ned"] = sum(score for *_, score in pages_read) / len(pages_read)
         model.train()
@@ -153,7 +167,7 @@ def validate(model, batches):
         tokens += count
         characters += batch.characters
     totals = [own_pages, other_pages, tokens, characters]
-    own_pages, other_pages, tokens, characters = all_reduce(totals, model.device)
+    own_pages, other_pages, tokens, characters = all_reduce(totals)
     return {
         "val/loss": own_pages / tokens,
         "val/loss_per_char": own_pages / characters,

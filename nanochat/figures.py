@@ -1,5 +1,5 @@
 """
-What the rows of an evaluation add up to (dicts, one per page, as nanochat/evaluation.py makes
+What the rows of an evaluation add up to (dicts, one per page, as nanochat/scoring.py makes
 them): means, spread, speed and compression of a task, breakdowns by attribute of its pages, and the
 compression curve in the form of DeepSeek-OCR's table.
 """

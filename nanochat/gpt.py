@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from nanochat.layers import Linear, Packing, attention, run_blocks
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
-SOFTCAP = 15.0
+SOFTCAP = 15.0  # logits stay within +-15
+# nanochat's 65,536 tokens and <|image|> make rows of logits that are not aligned in memory, for
+# which cuBLAS has slow kernels only.
+HEAD_ROWS = 64
+DOUBLING_BYTES = 1 << 28  # 0.1 ms to read at 3 TB/s; capturing a CUDA graph again takes over 10 ms
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+    channels = (x.size(-1),)
+    return F.rms_norm(x, channels, eps=EPS)  # nanochat's norms have no weights
 
 
 def rotary_tables(length, head_dim, base=10000.0):
@@ -30,7 +35,7 @@ def rotary_tables(length, head_dim, base=10000.0):
 
 def rotate(x, cos, sin):
     """(B, T, H, D) turned by its position, in fp32. cos, sin: (B or 1, T, 1, D / 2) fp32."""
-    a, b = x.float().chunk(2, -1)
+    a, b = x.float().chunk(2, -1)  # halves, not neighbours, are pairs: (B, T, H, D / 2)
     turned_a = a * cos + b * sin
     turned_b = b * cos - a * sin
     return torch.cat([turned_a, turned_b], -1)
@@ -44,13 +49,17 @@ class KVCache:
     Rows may have different lengths. The next token of a row is written at that row's own
     position, over whatever padding its prompt had there. Positions are reserved `room` at a time,
     so that a step attends to little more than what has been written, in memory without gaps.
+
+    doubling: a cache of up to DOUBLING_BYTES grows to twice its size, since growing costs more
+    there than reading positions that nothing has been written to.
     """
-    def __init__(self, cfg, rows, length, device, dtype, room=64):
+    def __init__(self, cfg, rows, length, device, dtype, room=64, doubling=False):
         if length > cfg.sequence_len:
             raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; "
                              f"shorten prompt or max_new_tokens")
-        self.length = length
-        self.room = room
+        self.length = length  # no row gets longer than this
+        self.room = room  # positions reserved at a time
+        self.doubling = doubling
         shape = (cfg.n_layer, rows, cfg.n_kv_head, 0, cfg.n_embd // cfg.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
@@ -64,10 +73,12 @@ class KVCache:
         Makes room for n positions in the longest row. -> whether the tensors were replaced, in
         which case a CUDA graph that uses them has to be captured again.
         """
-        rounded_up = -(-n // self.room) * self.room
-        more = min(rounded_up, self.length) - self.reserved
-        if more <= 0:
+        if min(n, self.length) <= self.reserved:
             return False
+        enough = -(-n // self.room) * self.room  # rounded up
+        if self.doubling and self.k.nbytes + self.v.nbytes <= DOUBLING_BYTES:
+            enough = max(enough, 2 * self.reserved)
+        more = min(enough, self.length) - self.reserved
         self.k = F.pad(self.k, (0, 0, 0, more))
         self.v = F.pad(self.v, (0, 0, 0, more))
         return True
@@ -113,8 +124,9 @@ class Attention(nn.Module):
         self.c_v = Linear(C, kv_width, bias=False)
         self.c_proj = Linear(C, C, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, positions, packing):
-        B, T, C = x.shape
+    def project(self, x, cos, sin):
+        """(B, T, C) -> queries, keys and values, each (B, its heads, T, D)."""
+        B, T, _ = x.shape
         # Queries and keys are rotated and normed together: half as many kernels.
         qk = torch.cat([self.c_q(x), self.c_k(x)], -1)
         qk = qk.view(B, T, -1, self.head_dim)  # (B, T, heads of q and of k, D)
@@ -124,15 +136,17 @@ class Attention(nn.Module):
         q, k = qk.split([self.n_head, self.n_kv_head], 1)  # (B, H, T, D)
         v = self.c_v(x)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        return q, k, v
 
+    def attend(self, q, k, v, mask, cache, positions):
+        """Each query sees the keys up to its own position: (B, H, T, D) -> (B, H, T, D)."""
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # all keys so far, (B, H, reserved, D)
-        if packing is not None:
-            y = packing.attention(q, k, v)
-        else:
-            y = attention(q, k, v, mask=mask, causal=mask is None)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.c_proj(y)
+        return attention(q, k, v, mask=mask, causal=mask is None)
+
+    def merge(self, y):
+        """What the heads found (B, H, T, D) -> (B, T, C)."""
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -142,7 +156,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        x = F.relu(self.c_fc(x)).square()
+        x = F.relu(self.c_fc(x)).square()  # (B, T, 4 * C)
         return self.c_proj(x)
 
 
@@ -152,8 +166,15 @@ class Block(nn.Module):
         self.attn = Attention(cfg, layer)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, *attention_args):
-        x = x + self.attn(norm(x), *attention_args)
+    def forward(self, x, cos, sin, mask, cache, positions, packing):
+        q, k, v = self.attn.project(norm(x), cos, sin)
+        # Compiled blocks are cut in two here when rows are packed. One call further down,
+        # torch.compile would cut them in four.
+        if packing is None:
+            y = self.attn.attend(q, k, v, mask, cache, positions)
+        else:
+            y = packing.attention(q, k, v)
+        x = x + self.attn.merge(y)
         return x + self.mlp(norm(x))
 
 
@@ -179,6 +200,7 @@ class GPT(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 fan_out, fan_in = m.weight.shape
+                # Spectral norms that do not depend on the width (arXiv 2310.17813)
                 aspect = min(1.0, (fan_out / fan_in) ** 0.5)
                 nn.init.normal_(m.weight, std=fan_in ** -0.5 * aspect)
         # A fresh model gives every token the same probability, and its blocks are the identity.
@@ -211,16 +233,36 @@ class GPT(nn.Module):
 
         # Without a cache, attention is causal and needs no mask. With one, all layers share it.
         mask = None if cache is None else cache.mask(positions)
-        packing = Packing(lengths) if lengths else None
-        x = run_blocks(self.transformer.h, norm(x), cos, sin, mask, cache, positions, packing,
-                       recompute=self.recompute)
-        return norm(x)
+        x = norm(x)
+        packing = None
+        if lengths:
+            packing = Packing(lengths, T, x.device)
+            x = packing.flatten(x)  # (1, B * T, C)
+            cos = packing.flatten(cos.expand(B, -1, -1, -1))
+            sin = packing.flatten(sin.expand(B, -1, -1, -1))
+        x = run_blocks(self.transformer.h, x, cos, sin, mask, cache, positions, packing,
+                       recompute=self.recompute, varies=1 if packing else 0)
+        return norm(x).view(B, T, -1)
+
+    def head_weight(self, dtype):
+        """
+        The head's weights (vocab, C) in the compute dtype; on a GPU with rows of zeros up to a
+        multiple of HEAD_ROWS, which `logits` cuts off again.
+        """
+        weight = self.lm_head.weight.to(dtype)
+        missing = -weight.size(0) % HEAD_ROWS
+        if missing and weight.device.type != "cpu":
+            weight = F.pad(weight, (0, 0, 0, missing))
+        return weight
 
     def logits(self, x, head_weight=None):
-        """(..., C) -> (..., vocab) in fp32. head_weight: the head's, if already cast."""
+        """
+        (..., C) -> (..., vocab) in fp32. head_weight: of `head_weight`, if it is cast already.
+        Without it nothing is padded, since a decoding step is short and the padding is a copy.
+        """
         if head_weight is None:
             x = self.lm_head(x)
         else:
-            x = F.linear(x, head_weight)
-        x = x.float()
+            x = F.linear(x, head_weight)[..., :self.cfg.vocab_size]
+        x = x.float()  # cap and softmax are in fp32, whatever the compute dtype
         return SOFTCAP * torch.tanh(x / SOFTCAP)

@@ -5,11 +5,13 @@ those views take. The geometry is one pure function, `plan`, shared by tokenizer
 rules and tiling are DeepSeek-OCR's (paper, table 1).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+
+from nanochat.config import TokenLayout
 
 PAD_COLOR = (127, 127, 127)  # int(0.5 * 255): zero after the model's normalization
 
@@ -95,6 +97,7 @@ class Plan:
     rows: int
     side: int       # tokens along a side of the global view
     tile_side: int  # tokens along a side of a tile
+    layout: TokenLayout = field(compare=False, repr=False)  # of the model; the same for all plans
 
     @property
     def tiles(self):
@@ -103,16 +106,16 @@ class Plan:
     @property
     def tokens(self):
         """Vision tokens as the paper counts them (table 1): no newlines, no separator."""
-        return self.side ** 2 + self.tiles * self.tile_side ** 2
+        global_view = self.layout.tokens(1, 1, self.side)
+        return global_view + self.layout.tokens(self.rows, self.cols, self.tile_side)
 
     @property
     def positions(self):
-        """Decoder positions: the tokens, a newline after each row of them, one separator."""
-        global_view = self.side * (self.side + 1)
+        """Decoder positions: the tokens, on a grid a newline after each row, one separator."""
+        global_view = self.layout.positions(1, 1, self.side)
         # Tiles are laid out as one large grid: a newline ends a row of tokens across all tiles.
-        height = self.rows * self.tile_side
-        width = self.cols * self.tile_side
-        return height * (width + 1) + global_view + 1
+        tiles = self.layout.positions(self.rows, self.cols, self.tile_side)
+        return tiles + global_view + 1
 
     @property
     def views(self):
@@ -148,8 +151,14 @@ def best_grid(width, height, tile, max_tiles):
     return best
 
 
-def plan(mode, width, height, stride):
-    """Plan for a page of width x height px in `mode`; a vision token covers stride x stride px."""
+def plan(mode, width, height, layout):
+    """
+    Plan for a page of width x height px in `mode`. layout: the model's TokenLayout (cfg.layout), or
+    just the px that a token covers along a side, if tokens form a grid.
+    """
+    if isinstance(layout, int):
+        layout = TokenLayout(layout)
+    stride = layout.stride
     if width < 1 or height < 1:
         raise ValueError(f"image of {width}x{height} px: both sides must be at least 1")
     if mode.size % stride or mode.tile % stride:
@@ -160,7 +169,7 @@ def plan(mode, width, height, stride):
     # A page that fits one tile gets none: the global view shows it as well.
     if mode.tile and max(width, height) > mode.tile:
         cols, rows = best_grid(width, height, mode.tile, mode.max_tiles)
-    return Plan(mode, cols, rows, mode.size // stride, mode.tile // stride)
+    return Plan(mode, cols, rows, mode.size // stride, mode.tile // stride, layout)
 
 
 def valid_tokens(plan, width, height):
@@ -168,7 +177,7 @@ def valid_tokens(plan, width, height):
     Vision tokens that show the page (width x height px) and not gray padding (paper, equation 1).
     A padded global view keeps the share min / max of its tokens; tiles are stretched, always full.
     """
-    global_view = plan.side ** 2
+    global_view = plan.layout.tokens(1, 1, plan.side)
     tiles = plan.tokens - global_view
     if not plan.mode.stretch:
         longer = max(width, height)
@@ -337,12 +346,12 @@ def cut_tiles(image, cols, rows, tile):
     return tiles.reshape(rows * cols, 3, tile, tile)
 
 
-def preprocess(image, mode, stride):
+def preprocess(image, mode, layout):
     """
     PIL image -> (plan, global view (3, S, S) uint8, tiles (rows * cols, 3, t, t) uint8).
     Normalization to [-1, 1] is left to the model, on the device: bytes travel faster than floats.
     """
     image = to_rgb(image)
-    image_plan = plan(mode, *image.size, stride)
+    image_plan = plan(mode, *image.size, layout)
     tiles = cut_tiles(image, image_plan.cols, image_plan.rows, mode.tile)
     return image_plan, to_array(square_view(image, mode)), tiles

@@ -6,10 +6,18 @@ autocast).
 
 Shapes: B rows or images, H heads, T positions, D channels per head, C = H * D.
 """
+import inspect
+import time
+from functools import lru_cache
+from itertools import accumulate
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from nanochat.common import banner, to_device
 
 # -----------------------------------------------------------------------------
 # fp32 parameters, cast where they are used. The casts and their backward are 0.7 % of a nano step
@@ -45,13 +53,17 @@ WRITTEN_OUT_ON = {"cpu"}  # device types
 WRITTEN_OUT_SCORES = 512 ** 2
 
 
-def attention(q, k, v, scale=None, mask=None, causal=False):
+def attention(q, k, v, scale=None, mask=None, causal=False, cudnn=False):
     """
     softmax(q k^T * scale + mask) v over (B, H, T, D) -> (B, H, T, D of v).
 
     `scale` defaults to D ** -0.5. `mask` is added to the scores. k and v may have fewer heads
     than q (grouped queries), and v may have fewer channels than q and k.
+    cudnn: cuDNN's kernel does it, without a mask; see cudnn_pays.
     """
+    if cudnn:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     same_heads = q.size(1) == k.size(1)
     few_scores = q.size(2) * k.size(2) <= WRITTEN_OUT_SCORES
     if q.device.type in WRITTEN_OUT_ON and same_heads and few_scores:
@@ -63,6 +75,42 @@ def attention(q, k, v, scale=None, mask=None, causal=False):
     y = F.scaled_dot_product_attention(
         q, k, padded_v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=not same_heads)
     return y[..., :v.size(-1)]
+
+
+@lru_cache(None)
+@torch.inference_mode(False)  # whoever asks first, a gradient is needed
+@torch.enable_grad()
+def cudnn_pays(device, dtype, positions, width, value_width):
+    """
+    Whether cuDNN's kernel beats `attention` for queries and keys of `width` channels and narrower
+    values: it takes them as they are, where flash attention's want padding to `width`. Both are
+    timed once per size, forward and backward. Only for shapes that seldom change: cuDNN makes a
+    plan for every new one.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    shape = (2, 8, positions)  # images and heads enough to fill a GPU
+    q = torch.randn(*shape, width, device=device, dtype=dtype, requires_grad=True)
+    k = torch.randn(*shape, width, device=device, dtype=dtype, requires_grad=True)
+    v = torch.randn(*shape, value_width, device=device, dtype=dtype, requires_grad=True)
+    scale = width ** -0.5
+    seconds = {}
+    outputs = {}
+    for cudnn in (False, True):
+        try:
+            for repeat in range(6):
+                if repeat == 2:  # the first two warm up
+                    torch.cuda.synchronize(device)
+                    start = time.perf_counter()
+                y = attention(q, k, v, scale=scale, cudnn=cudnn)
+                y.sum().backward()
+            torch.cuda.synchronize(device)
+        except RuntimeError:  # no cuDNN, or one that does not take these sizes
+            return False
+        seconds[cudnn] = time.perf_counter() - start
+        outputs[cudnn] = y
+    same = torch.allclose(outputs[True], outputs[False], atol=0.05)
+    return same and seconds[True] < seconds[False]
 
 
 def written_out_attention(q, k, v, scale, mask, causal):
@@ -105,33 +153,107 @@ def packed_attention(q, k, v, lengths):
     return torch.cat(rows)
 
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+
+@lru_cache(None)
+@torch.inference_mode(False)  # whoever asks first, a gradient is needed
+@torch.enable_grad()
+def varlen_works(device):
+    """
+    Whether one kernel takes samples of any lengths on this device: tried once per process, since
+    it depends on torch (2.11 and later), on how it was built, and on the GPU.
+    """
+    if device.type != "cuda" or varlen_attn is None:
+        return False
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        return False
+    q, k, v = torch.randn(3, 1, 2, 48, 64, device=device, dtype=torch.bfloat16).unbind()
+    q.requires_grad_()
+    packing = Packing([[16, 29]], 48, device)
+    try:
+        y = packing.varlen_attention(q, k, v)
+        y.sum().backward()
+    except RuntimeError as error:
+        banner(f"torch's attention kernel for packed rows does not run on this GPU:\n{error}\n"
+               f"Packed samples are attended to one by one, more slowly.")
+        return False
+    expected = packed_attention(q, k, v, [packing.samples])
+    return torch.allclose(y, expected, atol=0.05) and bool(q.grad.isfinite().all())
+
+
+def takes_varlen(q, k):
+    """Whether these queries and keys, (1, H, T, D), can go through that one kernel."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    same_heads = q.size(1) == k.size(1)
+    return half and same_heads and varlen_works(q.device)
+
+
 class Packing:
     """
-    The `lengths` of packed rows, out of torch.compile's sight: it would compile a graph for every
-    list of lengths, and every batch has others.
-    """
-    def __init__(self, lengths):
-        self.lengths = lengths
+    The `lengths` of packed rows, in a form that compiled kernels and one attention kernel for all
+    samples can use.
 
+    All rows are laid end to end as one row of B * T positions: which row a sample is in means
+    nothing to it. So every batch has one shape of which a single size varies, and torch.compile
+    needs one kernel for all.
+    """
+    def __init__(self, lengths, T, device):
+        self.samples = []  # length of each sample in that one row; padding is one more sample
+        for row in lengths:
+            self.samples.extend(row)
+            padding = T - sum(row)
+            if padding:
+                self.samples.append(padding)
+        # Sample i takes positions starts[i] to starts[i + 1] - 1.
+        starts = list(accumulate(self.samples, initial=0))
+        self.starts = to_device(torch.tensor(starts, dtype=torch.int32), device)
+
+    def flatten(self, x):
+        """(B, T, ...) -> (1, B * T, ...)"""
+        x = x.flatten(0, 1)[None]
+        torch._dynamo.maybe_mark_dynamic(x, 1)  # the one size that varies between batches
+        return x
+
+    # The lists and numbers in here are others in every batch. torch.compile must not see them: it
+    # would compile a graph for each.
     @torch.compiler.disable
     def attention(self, q, k, v):
-        return packed_attention(q, k, v, self.lengths)
+        """Causal attention inside each sample: (1, H, B * T, D) -> the same shape."""
+        if takes_varlen(q, k):
+            y = self.varlen_attention(q, k, v)
+        else:
+            y = packed_attention(q, k, v, [self.samples])
+        torch._dynamo.maybe_mark_dynamic(y, 2)
+        return y
+
+    def varlen_attention(self, q, k, v):
+        longest = max(self.samples)
+        # The kernel wants (positions, H, D).
+        q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+        causal = (-1, 0)  # any number of positions to the left, none to the right
+        y = varlen_attn(q, k, v, self.starts, self.starts, longest, longest, window_size=causal)
+        return y.transpose(0, 1)[None]
 
 
 # -----------------------------------------------------------------------------
 # Helpers
 
-def run_blocks(blocks, x, *args, recompute=False):
+def run_blocks(blocks, x, *args, recompute=False, varies=0):
     """
     x through `blocks` one after the other. recompute is activation checkpointing: only the input
-    of each block is kept for the backward pass, which computes the rest again.
+    of each block is kept for the backward pass, which computes the rest again. varies: the
+    dimension of x whose size changes from batch to batch, which matters to compiled blocks only.
     """
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
         is_compiled = block._compiled_call_impl is not None
         if is_compiled:
             # One kernel for any number of rows or images. All other sizes are static.
-            torch._dynamo.maybe_mark_dynamic(x, 0)
+            torch._dynamo.maybe_mark_dynamic(x, varies)
         if recompute:
             x = checkpoint(block, x, *args, use_reentrant=False)
         else:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nanochat.common import (
     all_reduce, banner, dist_info, every_or_never, gather, integer, natural, positive, positive_int,
     print0, real)
+from nanochat.local_loss import WithLocalLoss
 from nanochat.model import forward_flops
 
 BLIND_GAP = 0.05  # nats per character: with a smaller gap the page is as good as ignored
@@ -42,7 +43,8 @@ def add_training_arguments(parser, **defaults):
     flag("--compile", default="auto", choices=["auto", "yes", "no"],
          help="torch.compile; auto: on CUDA where a compiler is found")
     flag("--seed", natural, 0, help="seed of weights and data")
-    flag("--workers", natural, 0, help="data loader processes per rank")
+    flag("--workers", integer(0, off=-1), 0, help="data loader processes per rank; -1 = this rank's share of the "
+         "cores but two, at most 16")
     parser.add_argument("--recompute", action="store_true",
                         help="activation checkpointing: a third more compute, far less memory")
     # From conversations to rows of tokens
@@ -75,7 +77,10 @@ def add_training_arguments(parser, **defaults):
     flag("--schedule", default="trapezoid", choices=["trapezoid", "cosine", "step"],
          help="learning rate over the run")
     flag("--warmup-steps", natural, 20, help="steps of linear warm-up")
-    flag("--grad-clip", real(above=True, off=-1), 1.0, help="limit of the global gradient norm; -1 = off")
+    flag("--grad-clip", real(above=True, off=-1), 1.0,
+         help="limit of the global gradient norm; -1 = off")
+    flag("--local-loss", real(), 0.0, help="weight of the local reading loss, which asks each "
+         "vision token of a rendered page which letters it shows; 0 = off, 1 is usual")
     # Evaluation
     flag("--eval-every", every_or_never, 100, help="steps between evaluations; -1 = only at the end")
     flag("--eval-pages", integer(2), 64, help="held-out pages that validation takes")
@@ -130,25 +135,41 @@ def due(step, every):
 # Set-up
 
 
-def row_multiple(longest, compiled):
+def row_multiple(args, compiled):
     """
     Rows are padded to a multiple of this many positions. Compiled kernels are made for one shape
     each, so there rows come in four lengths only; eager ones take any.
     """
     if not compiled:
         return 1
+    if args.pack:
+        return 64  # compiled blocks take any number of packed positions; products like round ones
+    longest = args.max_seq_len
     return longest if longest % 4 else longest // 4
 
 
-def wrap_model(model, compiled):
-    """The model as the step calls it: blocks compiled if asked for, DDP over several ranks."""
+def wrap_model(model, compiled, local_head=None):
+    """
+    The model as the step calls it: blocks compiled if asked for, with its local head if there is
+    one, DDP over several ranks.
+    """
     if compiled:
         print0("torch.compile: the first steps take from seconds to minutes")
         model.compile_blocks()
+    net = model if local_head is None else WithLocalLoss(model, local_head)
     if dist_info()[2] == 1:
-        return model
+        return net
     # Running statistics differ between ranks until a checkpoint averages them: not broadcast.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    # Gradients live in the buckets that travel, so there is no second copy of them (2.2 GB in
+    # `base`).
+    return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def unwrap(net):
+    """Of what `wrap_model` gives: -> (what computes the losses, the model)."""
+    learner = net.module if isinstance(net, DistributedDataParallel) else net
+    model = learner.model if isinstance(learner, WithLocalLoss) else learner
+    return learner, model
 
 
 # -----------------------------------------------------------------------------
@@ -173,7 +194,7 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     """
     One optimizer step: draw micro-batches, accumulate gradients, check, update. -> StepResult
 
-    net            the model, or DDP around it
+    net            the model, as of wrap_model
     batches        iterator of Batch; `accumulate` of them make a step on this rank
     lr_scale       multiplies every learning rate
     counters       names of the counts that are summed up over the micro-batches
@@ -183,8 +204,7 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     The host waits for the GPU once, for losses and gradient norm; the update then runs while the
     next batch is prepared. ValueError if a loss or the gradient is not finite: nothing is updated.
     """
-    model = net.module if isinstance(net, DistributedDataParallel) else net
-    device = model.device
+    learner, model = unwrap(net)
     loss_weights = loss_weights or {"text": 1.0}
     graphs_before = compiled_graphs()
 
@@ -192,21 +212,21 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     micro_batches = [next(batches) for _ in range(accumulate)]
     waited = time.perf_counter() - start
 
-    loss_counts = count_losses(micro_batches, loss_weights, device)
+    loss_counts = count_losses(learner, micro_batches, loss_weights)
     if not loss_counts["text"]:
         raise ValueError(f"step {step}: no supervised token in the whole batch")
     losses, flops = accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights)
     grad_norm = optimizer.clip_grad_norm(grad_clip)
-    losses, grad_norm = to_host(losses, grad_norm, device)
+    losses, grad_norm = to_host(losses, grad_norm)
     check_finite(step, losses, grad_norm)
     optimizer.step(lr_scale)
     optimizer.zero_grad()
 
     seconds = time.perf_counter() - start
     if agree_on_time:
-        seconds = all_reduce(seconds, device, dist.ReduceOp.MAX)
+        seconds = all_reduce(seconds, dist.ReduceOp.MAX)
     counts = sum((Counter(batch.counts) for batch in micro_batches), Counter())
-    totals = all_reduce([counts[name] for name in counters], device)
+    totals = all_reduce([counts[name] for name in counters])
     states = [batch.state for batch in micro_batches if batch.state]
     return StepResult(
         losses=losses,
@@ -225,11 +245,14 @@ def compiled_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def count_losses(micro_batches, names, device):
+def count_losses(learner, micro_batches, names):
     """{name: what the loss is summed over, in all micro-batches of all ranks}"""
-    names = list(names)
-    counts = [sum(batch.loss_counts().get(name, 0) for batch in micro_batches) for name in names]
-    return dict(zip(names, all_reduce(counts, device)))
+    totals = dict.fromkeys(names, 0)
+    for batch in micro_batches:
+        counts = learner.loss_counts(batch)
+        for name in totals:
+            totals[name] += counts[name]
+    return dict(zip(totals, all_reduce(list(totals.values()))))
 
 
 def accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights):
@@ -245,10 +268,14 @@ def accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights):
             net.require_backward_grad_sync = i == len(micro_batches) - 1
         weighted = 0.0
         for name, (nats, _) in net(batch).items():
-            if name not in loss_weights or not loss_counts[name]:
+            if name not in loss_weights:
                 continue
-            loss = nats / loss_counts[name]
+            # A loss that has no term in the whole step is zero, and still gives its parameters
+            # the gradient that DDP waits for.
+            loss = nats / max(1, loss_counts[name])
             weighted = weighted + loss_weights[name] * loss
+            if not loss_counts[name]:
+                continue  # there is no mean to log
             # fp64 where there is any: a sum of many small numbers
             part = loss.detach() if loss.device.type == "mps" else loss.detach().double()
             totals[name] = totals.get(name, 0.0) + part
@@ -268,12 +295,12 @@ def training_flops(model, batch):
     return 3 * sum(forward.values()) - frozen
 
 
-def to_host(losses, grad_norm, device):
+def to_host(losses, grad_norm):
     """({name: float over all ranks}, float): the one wait for the GPU in a step."""
     names = list(losses)
     first = next(iter(losses.values()))
     values = torch.stack([*losses.values(), grad_norm.to(first)]).tolist()
-    totals = all_reduce(values[:-1], device)
+    totals = all_reduce(values[:-1])
     return dict(zip(names, totals)), values[-1]
 
 
@@ -312,8 +339,11 @@ def evaluate(run, step, model, evaluator, eager=False):
     prefix = "vision/cosine_"
     cosines = [f"{name.removeprefix(prefix)} {value:.3f}"
                for name, value in figures.items() if name.startswith(prefix)]
+    local = ""
+    if "vision/local_accuracy" in figures:
+        local = f"local accuracy {figures['vision/local_accuracy']:.3f} | "
     print0(f"step {step:05d} | val loss {val_loss:.4f} | 1-NED {figures['val/one_minus_ned']:.3f} "
-           f"| gap {figures['vision/gap']:.3f} nats/char | cosine {' '.join(cosines)}")
+           f"| gap {figures['vision/gap']:.3f} nats/char | {local}cosine {' '.join(cosines)}")
     show_pages(run, step, pages_read)
     if run.progress(step) >= 0.3 and figures["vision/gap"] < BLIND_GAP:
         banner(f"step {step}: vision/gap is {figures['vision/gap']:.4f} nats per character. The "

@@ -5,6 +5,7 @@ placeholders among the token embeddings (`fuse`); from there on the decoder read
 Shapes: N views of S px a side, (h, w) vision tokens of a view, P image positions in all rows,
         B rows, T positions, C = n_embd.
 """
+import math
 from collections import Counter
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.common import to_device
 from nanochat.deepencoder import DeepEncoder, below
 from nanochat.gpt import GPT
 from nanochat.layers import Linear
@@ -19,18 +21,17 @@ from nanochat.layers import Linear
 LOSS_CHUNK = 1 << 26  # logits that the loss holds at a time: 256 MB in fp32
 
 
-def fuse(embeddings, is_image, features, features_per_row, placeholders=None):
+def fuse(embeddings, is_image, features, features_per_row):
     """
     Puts image features where the placeholders are.
 
-    embeddings (B, T, C); is_image (B, T) bool; features (P, C), those of all rows in order;
-    features_per_row and placeholders: B ints each. placeholders are counted from is_image if not
-    given, which on a GPU means waiting for it.
+    embeddings (B, T, C); is_image (B, T) bool, on the host, or a GPU is waited for; features (P, C),
+    those of all rows in order; features_per_row: B ints.
 
     Counts are compared per row, not in total. Otherwise a surplus in one row and a lack in the
-    next would give a page's features to its neighbour, and masked_scatter would not complain.
+    next would give a page's features to its neighbour, and no error would tell.
     """
-    placeholders = placeholders or is_image.sum(1).tolist()
+    placeholders = is_image.sum(1).tolist()
     for row, (slots, given) in enumerate(zip(placeholders, features_per_row, strict=True)):
         if slots != given:
             raise ValueError(
@@ -40,7 +41,12 @@ def fuse(embeddings, is_image, features, features_per_row, placeholders=None):
     if sum(features_per_row) != features.size(0):
         raise ValueError(f"{features.size(0)} image features for {sum(features_per_row)} "
                          f"placeholders")
-    return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
+    # Where they go is known on the host. masked_scatter would find it out on the GPU, and its
+    # backward pass waits for that.
+    at = is_image.flatten().nonzero()[:, 0]  # (P,)
+    at = to_device(at, embeddings.device)
+    fused = embeddings.flatten(0, 1).index_copy(0, at, features.to(embeddings.dtype))
+    return fused.view_as(embeddings)
 
 
 class Projector(nn.Module):
@@ -71,7 +77,7 @@ class DeepseekOCR(nn.Module):
         layer = self.projector.layers
         nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
         nn.init.zeros_(layer.bias)
-        for vector in (self.image_newline, self.view_seperator):
+        for vector in (self.image_newline, self.view_seperator):  # as published
             nn.init.normal_(vector, std=vector.numel() ** -0.5)
         self.gpt.init_weights()
         return self
@@ -86,20 +92,28 @@ class DeepseekOCR(nn.Module):
     # -------------------------------------------------------------------------
     # From pixels to the decoder's input
 
-    def project(self, pixels, taps=None):
-        """
-        (N, 3, S, S) uint8 -> vision tokens as the decoder sees them: (N, h, w, C) on a grid, or
-        (N, n, C) where the second stage gives a sequence. `taps`: see DeepEncoder.
-        """
+    def features(self, pixels, taps=None):
+        """(N, 3, S, S) uint8 -> the encoder's features (N, n, its width); taps: see DeepEncoder."""
         pixels = pixels.to(self.device, non_blocking=True)
         x = pixels.to(self.dtype) / 127.5 - 1.0  # mean = std = 0.5, as published
-        y = self.projector(self.encoder(x, taps))  # (N, n, C)
+        return self.encoder(x, taps)
+
+    def to_tokens(self, features, taps=None):
+        """
+        Features -> vision tokens as the decoder sees them: (N, h, w, C) on a grid, or (N, n, C)
+        where the second stage gives a sequence.
+        """
+        y = self.projector(features)  # (N, n, C)
         if taps is not None:
             taps["projector"] = y
         if self.encoder.layout == "grid":
-            side = pixels.size(-1) // self.cfg.token_stride
+            side = math.isqrt(y.size(1))  # views are square
             y = y.unflatten(1, (side, side))
         return y
+
+    def project(self, pixels, taps=None):
+        """(N, 3, S, S) uint8 -> vision tokens, as of `to_tokens`."""
+        return self.to_tokens(self.features(pixels, taps), taps)
 
     def encode_views(self, views):
         """{side in px: (N, 3, side, side) uint8} -> {side: vision tokens, as of `project`}."""
@@ -113,9 +127,11 @@ class DeepseekOCR(nn.Module):
         if self.encoder.layout == "sequence":
             return tokens.flatten(0, 1)
         _, h, w, C = tokens.shape
-        page = tokens.view(rows, cols, h, w, C).transpose(1, 2).reshape(rows * h, cols * w, C)
+        page = tokens.view(rows, cols, h, w, C).transpose(1, 2)  # (rows, h, cols, w, C)
+        page = page.reshape(rows * h, cols * w, C)
         newlines = self.image_newline.to(page.dtype).expand(rows * h, 1, C)
-        return torch.cat([page, newlines], 1).flatten(0, 1)  # (rows * h * (cols * w + 1), C)
+        page = torch.cat([page, newlines], 1)  # (rows * h, cols * w + 1, C)
+        return page.flatten(0, 1)
 
     def arrange(self, tokens, plans):
         """
@@ -132,6 +148,7 @@ class DeepseekOCR(nn.Module):
         if given != dict(used):
             raise ValueError(f"views given per size {given}, used by the plans {dict(used)}")
 
+        # Views of one size are stacked over all images, so each image takes the next ones.
         first = dict.fromkeys(tokens, 0)  # {side: its first view that no image has taken yet}
 
         def take(side, n):
@@ -161,18 +178,17 @@ class DeepseekOCR(nn.Module):
         Token embeddings (B, T, C) of a batch with its images in place. tokens: its views as
         `encode_views` gives them, if the caller has encoded them already.
         """
-        # Placeholders are counted where the ids are. A training batch is on the host: no GPU sync.
-        placeholders = (batch.ids == self.cfg.image_token_id).sum(1).tolist()
+        # Looked for where the ids are: on the host, unless the caller has moved the batch.
+        is_image = batch.ids == self.cfg.image_token_id
         ids = batch.ids.to(self.device, non_blocking=True)
         x = self.gpt.transformer.wte(ids).to(self.dtype)
 
         if batch.plans:
             tokens = tokens or self.encode_views(batch.views)
             features = self.arrange(tokens, batch.plans)
-            is_image = ids == self.cfg.image_token_id
-            return fuse(x, is_image, features, batch.features_per_row, placeholders)
+            return fuse(x, is_image, features, batch.features_per_row)
 
-        for row, n in enumerate(placeholders):
+        for row, n in enumerate(is_image.sum(1).tolist()):
             if n:
                 raise ValueError(f"row {row} has <|image|> placeholders but the batch has no "
                                  f"images")
@@ -184,24 +200,33 @@ class DeepseekOCR(nn.Module):
     # -------------------------------------------------------------------------
     # Losses
 
-    def forward(self, batch):
+    def loss_counts(self, batch):
+        """
+        {name of a loss: how many terms it is summed over in `forward`}, known on the host before
+        the forward pass. Every name is there for every batch, so that ranks agree on them.
+        """
+        return {"text": batch.supervised()}
+
+    def forward(self, batch, features=None):
         """
         -> {name of a loss: (sum in nats, number of things it is summed over)}. The numbers are
-        those of Batch.loss_counts.
+        those of `loss_counts`.
 
         "text": next-token loss over the supervised positions (targets != -1).
 
-        The batch may be on the host. No host-device sync in here.
+        The batch may be on the host. No host-device sync in here. features: {side in px: those of
+        its views}, if the caller has them; another loss than the text's may be taken of them.
         """
-        # Another loss on what the vision tokens show would take them from here, before they are
-        # mixed with text: {side: (N, h, w, C)}.
-        tokens = self.encode_views(batch.views)
+        if features is None:
+            tokens = self.encode_views(batch.views)
+        else:
+            tokens = {side: self.to_tokens(f) for side, f in features.items()}
         x = self.embed(batch, tokens)  # (B, T, C)
         positions = batch.positions
         if positions is not None:
             positions = positions.to(self.device, non_blocking=True)
         hidden = self.gpt(x, positions=positions, lengths=batch.lengths)  # (B, T, C)
-        return {"text": (self.text_loss(hidden, batch), batch.loss_counts()["text"])}
+        return {"text": (self.text_loss(hidden, batch), batch.supervised())}
 
     def text_loss(self, hidden, batch):
         """Sum of next-token losses, in nats. The head runs on the supervised positions only."""
@@ -210,25 +235,25 @@ class DeepseekOCR(nn.Module):
         hidden = hidden.flatten(0, 1).index_select(0, at)  # (supervised, C)
         targets = targets.flatten()[at]  # (supervised,)
 
+        # The head is cast once and not twice per chunk: 11 % of the loss at 65,536 x 1,280 on a
+        # CPU. Its gradient is then summed over chunks in the compute dtype (9e-4 off with three,
+        # in bf16).
+        head = self.gpt.head_weight(hidden.dtype)
+        if self.compiled:
+            torch._dynamo.mark_static(head)  # as parameters are; only the positions vary
+
         # With a large vocabulary the logits of a batch are gigabytes: only a chunk of them exists
         # at a time, and is computed again in the backward pass.
         chunk = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
         if len(targets) <= chunk:
-            return self.chunk_loss(hidden, targets)
-
-        # The head is cast once and not twice per chunk: 11 % of the loss at 65,536 x 1,280 on a
-        # CPU. Its gradient is then summed over chunks in the compute dtype (9e-4 off with three,
-        # in bf16).
-        head = self.gpt.lm_head.weight.to(hidden.dtype)
-        if self.compiled:
-            torch._dynamo.mark_static(head)  # as parameters are; only the positions vary
+            return self.chunk_loss(hidden, targets, head)
         loss = 0.0
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
             loss = loss + checkpoint(self.chunk_loss, h, t, head, use_reentrant=False)
         return loss
 
-    def chunk_loss(self, hidden, targets, head_weight=None):
-        """(n, C), (n,) -> sum of n next-token losses, in nats. head_weight: see GPT.logits."""
+    def chunk_loss(self, hidden, targets, head_weight):
+        """(n, C), (n,) -> sum of n next-token losses, in nats. head_weight: of GPT.head_weight."""
         logits = self.gpt.logits(hidden, head_weight)
         return F.cross_entropy(logits, targets, reduction="sum")
 
@@ -297,11 +322,11 @@ class DeepseekOCR(nn.Module):
         torch.compile for every block, forward and backward. Blocks of one kind and shape share
         their kernels, so this takes seconds where the whole network would take minutes.
 
-        Shapes are static but for the number of images or rows. So a training script should ask
-        for rows of few different lengths (Sampler's `multiple`). Run evaluation eagerly: its
-        shapes always change.
+        Shapes are static but for the number of images or rows, and of positions in packed rows.
+        So a training script should ask for rows of few different lengths (Sampler's `multiple`).
+        Run evaluation eagerly: its shapes always change.
         """
-        # A graph per length of rows, grid of patches (several modes) and number of packed rows
+        # A graph per length of rows and per grid of patches (several modes)
         torch._dynamo.config.recompile_limit = 32
         # DDP's optimizer would split a block's graph wherever a bucket of gradients is full.
         torch._dynamo.config.optimize_ddp = False

@@ -55,9 +55,9 @@ def write_fox(path, rows):
     """The JSON list that Fox's script scores."""
     records = []
     for row in rows:
-        # An empty answer would crash the script. A word that is on no page scores the same: no
+        # An empty answer would crash the script. A sign that is on no page scores the same: no
         # word in common, and an edit distance of 1.
-        answer = row["prediction"].strip() or "<empty>"
+        answer = row["prediction"].strip() or "\u2205"
         records.append({"image": row["id"], "question": row["prompt"], "label": row["truth"],
                         "answer": answer})
     write_json(path, records)

@@ -21,7 +21,8 @@ def orthogonalize(G, dtype, steps=5):
     tall = X.size(1) > X.size(2)
     if tall:
         X = X.mT  # the products below are then of the smaller size
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # largest singular value at most 1
+    # Newton-Schulz only converges from singular values of at most 1.
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         # X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X
         A = X @ X.mT
@@ -95,22 +96,32 @@ class Optimizer:
     part_lrs: {part: AdamW's rate} for parts of the model that learn at a rate of their own (names:
     DeepseekOCR.parts). Muon's rate of such a part follows in proportion: matrix_lr * part_lr / lr.
 
+    local_head: a module that learns beside the model, by AdamW at `lr`, and is no part of it. It is
+    saved nowhere else, so its weights are in `state_tensors`.
+
     Every trainable parameter is in exactly one group of one of `optimizers`.
     """
     def __init__(self, model, kind, lr, matrix_lr=0.02, weight_decay=0.0, betas=(0.9, 0.95),
-                 dtype=torch.float32, part_lrs=None):
+                 dtype=torch.float32, part_lrs=None, local_head=None):
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimizer {kind!r}: must be muon or adamw")
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("nothing to train: every part of the model is frozen")
         rates = parameter_rates(model, lr, part_lrs or {})
+        self.beside = {}  # parameters that are not the model's
+        if local_head is not None:
+            for name, p in local_head.named_parameters(prefix="local_head"):
+                self.beside[name] = p
+                rates[name] = lr
+        self.params.update(self.beside)
 
-        # One group for each rate, not for each part: Muon stacks equal shapes within a group.
+        # One group for each rate, and not for each part: Muon stacks equal shapes of a group.
         adamw_groups = {}  # {rate: [parameter]}
         muon_groups = {}
         for name, p in self.params.items():
-            is_muons = kind == "muon" and is_block_matrix(name, p)
+            in_model = name not in self.beside
+            is_muons = kind == "muon" and in_model and is_block_matrix(name, p)
             groups = muon_groups if is_muons else adamw_groups
             groups.setdefault(rates[name], []).append(p)
 
@@ -118,15 +129,22 @@ class Optimizer:
         self.optimizers = []
         if adamw_groups:
             groups = [{"params": params, "lr": rate} for rate, params in adamw_groups.items()]
-            fused = device.type in ("cpu", "cuda")
+            fused = device.type in ("cpu", "cuda")  # one kernel for all parameters of a group
             self.optimizers.append(torch.optim.AdamW(
-                groups, betas=betas, eps=1e-10, weight_decay=weight_decay, fused=fused))
+                groups,
+                betas=betas,
+                eps=1e-10,  # nanochat's
+                weight_decay=weight_decay,
+                fused=fused,
+            ))
         if muon_groups:
             groups = []
             for rate, params in muon_groups.items():
+                # A part that shall learn ten times as slowly does so in both optimizers.
                 proportion = 1.0 if rate == lr else rate / lr
                 groups.append({"params": params, "lr": matrix_lr * proportion})
             self.optimizers.append(Muon(groups, lr=matrix_lr, dtype=dtype))
+        # The schedule multiplies these at every step.
         for group in self.groups():
             group["base_lr"] = group["lr"]
 
@@ -141,7 +159,9 @@ class Optimizer:
             optimizer.step()
 
     def num_params(self):
-        return sum(p.numel() for p in self.params.values())
+        """Parameters of the model that are trained."""
+        in_model = [p for name, p in self.params.items() if name not in self.beside]
+        return sum(p.numel() for p in in_model)
 
     def zero_grad(self):
         for optimizer in self.optimizers:
@@ -149,14 +169,19 @@ class Optimizer:
 
     def clip_grad_norm(self, limit):
         """-> the global norm before clipping, a float tensor. limit <= 0 only measures."""
+        # All parameters at once, over both optimizers. A tensor is returned: no GPU sync in here.
         params = list(self.params.values())
         return torch.nn.utils.clip_grad_norm_(params, limit if limit > 0 else float("inf"))
 
     def state_tensors(self):
-        """{"<parameter name>.<state name>": tensor}"""
-        tensors = {}
+        """
+        {"<parameter name>.<state name>": tensor}, and {"<parameter name>": tensor} of the local
+        head's weights.
+        """
+        tensors = {name: p.detach().clone() for name, p in self.beside.items()}
         for name, p in self.params.items():
             for optimizer in self.optimizers:
+                # A parameter has no state before its first step, nor in the other optimizer.
                 for key, value in optimizer.state.get(p, {}).items():
                     tensors[f"{name}.{key}"] = value.detach().clone()
         return tensors
@@ -164,6 +189,12 @@ class Optimizer:
     def load_state_tensors(self, tensors):
         """Inverse of `state_tensors`. The state of another model or optimizer raises."""
         left = dict(tensors)
+        for name, p in self.beside.items():
+            if name not in left or left[name].shape != p.shape:
+                raise ValueError(f"optimizer state lacks {name} of shape {tuple(p.shape)}: it "
+                                 f"belongs to a run without this head, or with another one")
+            with torch.no_grad():
+                p.copy_(left.pop(name))
         names = {id(p): name for name, p in self.params.items()}
         for optimizer in self.optimizers:
             is_muon = isinstance(optimizer, Muon)

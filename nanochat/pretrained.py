@@ -322,6 +322,9 @@ def load_clip(model, source=CLIP):
     """CLIP's ViT from a transformers CLIPModel, without its last norm."""
     def source_keys(key):
         return ["vision_model." + name for name in clip_keys(key)]
+    if model.encoder.kind != "clip":
+        raise ValueError(f"--clip={source}: the second stage of this encoder is "
+                         f"{model.encoder.kind}, not clip")
     found = find_tensors(source)
     path, theirs = vision_config_of(source)
     check_network(theirs, clip_sizes(model.cfg), CLIP_DEFAULTS, path)
@@ -632,6 +635,8 @@ def results_table(results):
         cells = []  # empty where a task has no such figure
         for figure in CARD_FIGURES:
             cells.append(f"{summary[figure]:.4g}" if figure in summary else "")
+        if summary.get("of", 0) > summary.get("samples", 0):  # a number of a part is no benchmark's
+            cells[0] += f" of {summary['of']}"
         rows.append(f"| {task} | {' | '.join(cells)} |\n")
     if not rows:
         return "Not measured.\n"

@@ -11,7 +11,7 @@ import torch
 
 from nanochat import image_modes
 from nanochat.checkpoint import load_model
-from nanochat.common import choose_dtype, positive_int, print0, set_cuda_defaults
+from nanochat.common import choose_dtype, integer, print0, set_cuda_defaults
 from nanochat.conversation import OCR_PROMPT, ocr_conversation, open_image
 from nanochat.engine import Engine, NoRepeat
 from nanochat.image_modes import get_mode
@@ -109,8 +109,8 @@ def choose_mode(name, supported):
     return get_mode(name)
 
 
-def add_arguments(parser, token_limit=positive_int):
-    """The flags that load_engine reads. token_limit: argparse type of --max-new-tokens."""
+def add_arguments(parser):
+    """The flags that load_engine reads."""
     # Model
     parser.add_argument("--checkpoint", default="checkpoints/stage2",
                         help="model_<step> folder, run folder (its last checkpoint), or hub name")
@@ -121,7 +121,9 @@ def add_arguments(parser, token_limit=positive_int):
                         help="cuda, mps or cpu; empty = the best there is")
     parser.add_argument("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
     # Generation
-    parser.add_argument("--max-new-tokens", type=token_limit, default=200, help="tokens a page may take")
+    parser.add_argument("--max-new-tokens", type=integer(1, off=-1), default=-1,
+                        help="tokens a page may take; -1 = as many as there is room for, in an "
+                             "evaluation half as many again as the longest truth")
     parser.add_argument("--no-repeat", default="",
                         help="N,WINDOW: no N tokens twice in a row within WINDOW, e.g. 30,90; "
                              "empty = off")
@@ -132,9 +134,9 @@ def load_engine(args, device):
     print0(f"loading {args.checkpoint}")
     model, tokenizer, meta = load_to_read(args.checkpoint, device, args.dtype, needed=NEEDED)
     limit = model.cfg.gpt.sequence_len - 1  # at least one position is the prompt's
-    if not 1 <= args.max_new_tokens <= limit:
+    if args.max_new_tokens != -1 and not 1 <= args.max_new_tokens <= limit:
         raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {limit}, "
-                         f"the decoder's positions")
+                         f"the decoder's positions, or -1")
     mode = choose_mode(args.mode or meta["mode"], model.cfg.modes)
     no_repeat = NoRepeat.parse(args.no_repeat, tokenizer)
     return Engine(model, tokenizer, mode, no_repeat), meta

@@ -180,8 +180,11 @@ def cell(value):
 
 
 def table_line(tag, values):
-    cells = [marked(tag, html.escape(cell(value)) or " ") for value in values]
-    return marked("tr", "".join(cells))
+    cells = ""
+    for value in values:
+        text = html.escape(cell(value))
+        cells += marked(tag, text or " ")  # an empty cell must stay, or the row would shift
+    return marked("tr", cells)
 
 
 def html_table(rows):
@@ -209,9 +212,10 @@ def folded(title, content):
 def against_line(against):
     """The comparison with another evaluation (verdict.compare), as one line."""
     low, high = against["ci95"]
-    return (f"against {against['out']}: 1-NED {against['difference']:+.3f} (95 % {low:+.3f} to "
-            f"{high:+.3f}), paired on {against['pages']} of {against['of']} pages; better on "
-            f"{against['better']}, worse on {against['worse']}")
+    difference = f"1-NED {against['difference']:+.3f} (95 % {low:+.3f} to {high:+.3f})"
+    pages = f"paired on {against['pages']} of {against['of']} pages"
+    counts = f"better on {against['better']}, worse on {against['worse']}"
+    return f"against {against['out']}: {difference}, {pages}; {counts}"
 
 
 def verdict_html(name, figures):
@@ -276,11 +280,12 @@ def breakdown_tables(tasks):
     """Every breakdown of every task."""
     text = ""
     for name, figures in tasks.items():
+        title = f"{html.escape(name)}: {pages_of(figures)} pages"
         for score, attribute, groups in breakdowns_in(figures):
             lines = []
             for value, (mean_score, pages, ci95) in groups.items():
                 lines.append({attribute: value, score: mean_score, "95 %": ci95, "pages": pages})
-            text += marked("p", f"{html.escape(name)}: {pages_of(figures)} pages")
+            text += marked("p", title)
             text += html_table(lines)
     return text
 

@@ -314,16 +314,17 @@ class Run:
 
 
 def draw_curves(records, path):
-    """Loss, gap, cosines and 1-NED over steps, as a PNG."""
+    """Loss, gap, cosines, 1-NED and local accuracy over steps, as a PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     names = dict.fromkeys(name for record in records for name in record)
+    accuracies = ["val/one_minus_ned", "vision/local_accuracy"]  # the second not in every run
     panels = [
         ("loss, nats per token", ["train/loss", "val/loss"]),
         ("gap, nats per character", ["vision/gap"]),
         ("cosine between pages", [n for n in names if n.startswith("vision/cosine_")]),
-        ("1-NED on fixed pages", ["val/one_minus_ned"]),
+        ("accuracy on fixed pages", [name for name in accuracies if name in names]),
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5))
     for axis, (title, curves) in zip(axes, panels):

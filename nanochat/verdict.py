@@ -1,7 +1,7 @@
 """
 One line on what a model does with the pages of a task: it reads them, loops, recites, writes the
 text of another page, or does so on some of them. Judged from the rows of an evaluation (dicts, one
-per page, as nanochat/evaluation.py makes them) and from the rows of its controls. And two models
+per page, as nanochat/scoring.py makes them) and from the rows of its controls. And two models
 compared page by page.
 """
 from collections import Counter, defaultdict

@@ -28,8 +28,8 @@ from nanochat.common import (
     matmul_rate, positive_int, run_main, synchronize)
 from nanochat.config import PRESETS
 from nanochat.conversation import ocr_conversation
-from nanochat.dataloader import Sampler, ahead, loader
-from nanochat.engine import Engine
+from nanochat.dataloader import Sampler, ahead, loader, loader_workers
+from nanochat.engine import GRAPH_ROOM, Engine, LiveRows, TokenChoice
 from nanochat.image_modes import get_mode, plan
 from nanochat.measure import (
     PeakMemory, flash_attention, median_and_range, memory_bandwidth, seconds)
@@ -77,8 +77,10 @@ def page_plan(mode, stride):
 def make_config(args, mode):
     cfg = PRESETS[args.preset]()
     cfg.image_token_id = byte_tokenizer().image_token_id  # a preset leaves it open
+    if args.preset == "base":
+        cfg.gpt.vocab_size += 1  # nanochat's decoder has no <|image|>; a row is added for it
     # The decoder gets as many positions as the flags ask for, whatever the preset says.
-    generating = page_plan(mode, cfg.token_stride).positions + PROMPT_ROOM + args.new_tokens
+    generating = page_plan(mode, cfg.layout).positions + PROMPT_ROOM + args.new_tokens
     cfg.gpt.sequence_len = max(cfg.gpt.sequence_len, args.seq, generating)
     return cfg
 
@@ -99,7 +101,7 @@ def make_batch(model, mode, rows, seq, pack=1):
     A Batch of `rows` rows of `seq` positions, its pixels on the model's device. A row holds `pack`
     samples of equal length: a page of noise, and random text behind it, all of it supervised.
     """
-    page = page_plan(mode, model.cfg.token_stride)
+    page = page_plan(mode, model.cfg.layout)
     length = seq // pack
     if page.positions >= length:
         raise ValueError(
@@ -323,7 +325,7 @@ def page_sampler(cfg, mode):
         task = SynthPage("train", endless, mode.size, chars=(400, 1300), columns=(1, 2), parts=TEXT)
     else:
         task = SynthDoc("train", endless, mode.size, chars=(31, 41))
-    return Sampler(task, byte_tokenizer(), mode, cfg.token_stride, cfg.gpt.sequence_len)
+    return Sampler(task, byte_tokenizer(), mode, cfg.layout, cfg.gpt.sequence_len)
 
 
 def dense_pages_per_cpu_second(pages):
@@ -407,6 +409,42 @@ def measure_memory(args, cfg, mode, stage):
     }
 
 
+@torch.inference_mode()
+def measure_generation_memory(args, cfg, mode):
+    """
+    The same for generating --new-tokens for each of --batch pages: the prompt, and the step before
+    which the cache grows for the last time.
+    """
+    dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
+    meta = torch.device("meta")
+    prompt = page_plan(mode, cfg.token_stride).positions + PROMPT_ROOM
+    fused = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
+    with PeakMemory() as memory, fused:
+        model = build(cfg, meta, dtype).eval()
+        cast_decoder(model)
+        weights = memory.live
+        batch = make_batch(model, mode, args.batch, prompt)
+        choose = TokenChoice([], None, temperature=0.0, seed=0, device=meta)
+        live = LiveRows(model, choose, end=0, graphs=False, lengths=[prompt] * args.batch,
+                        max_new_tokens=args.new_tokens)
+        live.prefill(batch)
+        prefill_peak = memory.peak
+        # As with CUDA graphs, whose cache grows in larger pieces
+        live.cache.room = GRAPH_ROOM
+        last = prompt + args.new_tokens - 1
+        live.cache.reserve(last - GRAPH_ROOM)
+        live.cache.reserve(last)
+        live.step()
+    return {
+        "new_tokens": args.new_tokens,
+        "stage": "generate",
+        "dtype": str(dtype)[6:],
+        "predicted_gb": memory.peak / 1e9,
+        "prefill_gb": prefill_peak / 1e9,
+        "weights_gb": weights / 1e9,
+    }
+
+
 # -----------------------------------------------------------------------------
 # --what=transformers
 
@@ -448,7 +486,8 @@ def generate_by_transformers(engine, twin, pages, new_tokens):
     batch, _ = engine.prompt_batch(pages)
     ids = twin.generate(
         inputs_embeds=engine.model.embed(batch),
-        attention_mask=torch.ones_like(batch.ids),  # every prompt is as long: no padding
+        # Every prompt is as long: no padding
+        attention_mask=torch.ones_like(batch.ids, device=engine.model.device),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
@@ -554,16 +593,17 @@ def parse_arguments(argv):
     flag("--checkpoint", default="checkpoints/stage2", help="for transformers: whose weights")
     flag("--rounds", type=positive_int, default=5, help="for transformers: rounds of both in turn")
     # Data
-    flag("--workers", type=integer(0, off=-1), default=0, help="loader processes; -1 = all cores but two, <= 16")
+    flag("--workers", type=integer(0, off=-1), default=0,
+         help="loader processes; -1 = all cores but two, at most 16")
     flag("--pages", type=positive_int, default=100, help="dense pages to render per size")
-    flag("--steps", type=positive_int, default=20, help="batches to load, and training steps on them")
+    flag("--steps", type=positive_int, default=20,
+         help="batches to load, and training steps on them")
     args = parser.parse_args(argv)
 
     for what in args.what.split(","):
         if what not in MEASUREMENTS:
             raise ValueError(f"--what={what}: must be of {', '.join(MEASUREMENTS)}")
-    if args.workers < 0:
-        args.workers = min(16, max(1, os.cpu_count() - 2))
+    args.workers = loader_workers(args.workers)
     return args
 
 
@@ -585,6 +625,7 @@ def measure(what, args, device, peak):
     elif what == "memory":
         for stage in ("stage1", "stage2"):
             yield common | measure_memory(args, cfg, mode, stage)
+        yield common | measure_generation_memory(args, cfg, mode)
 
 
 def main(argv=None):

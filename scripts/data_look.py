@@ -167,7 +167,7 @@ def main(argv=None):
     # samples as in training, but of any length
     tokenizer = Tokenizer.load(args.tokenizer)
     mode = get_mode(args.mode or cfg.modes[0])
-    sampler = Sampler(task, tokenizer, mode, cfg.token_stride, max_tokens=10 ** 9)
+    sampler = Sampler(task, tokenizer, mode, cfg.layout, max_tokens=10 ** 9)
     looked_at = min(args.samples, len(task))
     found = look(sampler, looked_at)
 

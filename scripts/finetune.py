@@ -12,12 +12,13 @@ import os
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
-    ArgumentParser, choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, is_master, json_line,
+    ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, is_master, json_line,
     matmul_rate, print0, run_main, write_json)
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.engine import Engine
 from nanochat.evaluator import Evaluator, read_pages
 from nanochat.image_modes import get_mode
+from nanochat.local_loss import LABELS, loss_weights, make_head
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
     refuse_without_effect, row_multiple, save, train_step, wrap_model)
@@ -95,26 +96,33 @@ def main(argv=None):
         model.encoder.freeze_sam()
     model.recompute(args.recompute)
     model.dtype = dtype
+    # Of the local reading loss, for training only: not saved with the model. None where it is off.
+    local_head = make_head(model, args.local_loss)
 
     # -------------------------------------------------------------------------
     # Data: conversations, and how they become rows of tokens and pixels
     modes = [get_mode(name) for name in args.mode.split(",")]
-    stride = model.cfg.token_stride
+    for mode in modes:
+        model.encoder.add_mode(mode)
+    layout = model.cfg.layout
     n_samples = args.num_iterations * batch_size
     task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, n_samples,
                                                     args.ramp)
     run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
-    multiple = row_multiple(args.pack or args.max_seq_len, compiled)
-    sampler = Sampler(task, tokenizer, modes, stride, pack=args.pack, multiple=multiple, **limits)
-    evaluator = Evaluator(tokenizer, modes, stride, limits, val_task, statistics_task,
-                          args.eval_pages, args.statistics_pages)
+    multiple = row_multiple(args, compiled)
+    labels = LABELS if local_head is not None else ()
+    sampler = Sampler(task, tokenizer, modes, layout, pack=args.pack, multiple=multiple,
+                      labels=labels, **limits)
+    evaluator = Evaluator(tokenizer, modes, layout, limits, val_task, statistics_task,
+                          args.eval_pages, args.statistics_pages, local_head)
 
     # -------------------------------------------------------------------------
     # Optimizer and schedule
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
-                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr))
+                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr),
+                          local_head=local_head)
 
     def lr_scale(step, progress):
         """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
@@ -136,7 +144,7 @@ def main(argv=None):
                      args.num_iterations * accumulate, rank, world_size, args.workers,
                      pin_memory=device.type == "cuda", states=streams)
     batches = ahead(batches, device)
-    net = wrap_model(model, compiled)
+    net = wrap_model(model, compiled, local_head)
     peak_flops = matmul_rate(device, dtype)
     run.begin(tokenizer, modes[0])
     model.train()
@@ -157,7 +165,8 @@ def main(argv=None):
             break
         scale = lr_scale(step, progress)
         result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
-                            sampler.counters, agree_on_time=args.max_minutes > 0)
+                            sampler.counters, loss_weights(args.local_loss),
+                            agree_on_time=args.max_minutes > 0)
         streams.update(result.streams)
         account(run, result)
         figures = figures_of_step(run, result, args.lr * scale, peak_flops)
@@ -174,7 +183,6 @@ def main(argv=None):
     if is_master():
         write_json(os.path.join(run.folder, "summary.json"), summary)
     json_line(summary)
-    compute_cleanup()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from nanochat.image_modes import to_rgb
 from nanochat.reader import add_arguments, load_engine
 
 POINTS_PER_INCH = 72  # the unit of PDF pages
+CHAT_ROOM = 200       # positions that the answer to a line of --chat has, at least
 PDF_HEAD = 1024       # bytes in which a PDF's signature may begin; readers allow for junk before it
 
 # -----------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def read_batch(engine, batch, args):
     if args.stream:
         answers = [say(engine, conversation, args) for conversation in conversations]
     else:
-        answers = engine.generate_each(conversations, args.max_new_tokens, args.temperature)
+        answers = engine.generate_each(conversations, token_limit(args), args.temperature)
     # Back in the order of the batch, with the pages that have no answer.
     answers = iter(answers)
     results = []
@@ -239,9 +240,14 @@ def read_batch(engine, batch, args):
     return results
 
 
+def token_limit(args):
+    """Tokens that an answer may take; None = as many as the decoder has room for."""
+    return None if args.max_new_tokens == -1 else args.max_new_tokens
+
+
 def say(engine, conversation, args):
     """Prints the answer as its tokens come. -> Result, or the ValueError of what is too long."""
-    pieces = engine.stream(conversation, args.max_new_tokens, args.temperature)
+    pieces = engine.stream(conversation, token_limit(args), args.temperature)
     try:
         for piece, result in pieces:
             print(piece, end="", flush=True)
@@ -340,7 +346,7 @@ def chat(engine, args):
     messages = []
     for line in sys.stdin:
         question = {"role": "user", "content": line.strip()}
-        asked = turns_that_fit(engine, [*messages, question], args.max_new_tokens)
+        asked = turns_that_fit(engine, [*messages, question], token_limit(args) or CHAT_ROOM)
         result = say(engine, {"messages": asked, "images": [], "id": "chat"}, args)
         if isinstance(result, Exception):
             # Too long even without the turns before it: only this line is forgotten.

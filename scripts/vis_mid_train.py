@@ -15,11 +15,12 @@ import os
 from nanochat import pretrained
 from nanochat.checkpoint import load_encoder, read_config, read_record, resuming
 from nanochat.common import (
-    ArgumentParser, choose_compile, choose_dtype, compute_cleanup, compute_init, dist_info, integer, json_line,
+    ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, integer, json_line,
     matmul_rate, print0, run_main)
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.evaluator import Evaluator
 from nanochat.image_modes import get_mode
+from nanochat.local_loss import LABELS, loss_weights, make_head
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
     refuse_without_effect, row_multiple, save, train_step, wrap_model)
@@ -94,11 +95,15 @@ def main(argv=None):
     model.recompute(args.recompute)
     model.to(device)
     model.dtype = dtype
+    # Of the local reading loss, for training only: not saved with the model. None where it is off.
+    local_head = make_head(model, args.local_loss)
 
     # -------------------------------------------------------------------------
     # Data: pages and chat mixed, and how they become rows of tokens and pixels
     mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
     modes = [get_mode(name) for name in mode_names]
+    for mode in modes:
+        model.encoder.add_mode(mode)
     n_samples = args.num_iterations * batch_size + 100  # whole cycles of the mixture need a few more
     task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
     if args.text_share:
@@ -107,16 +112,18 @@ def main(argv=None):
     run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
-    multiple = row_multiple(args.pack or args.max_seq_len, compiled)
-    sampler = Sampler(task, tokenizer, modes, cfg.token_stride, pack=args.pack, multiple=multiple,
-                      **limits)
-    evaluator = Evaluator(tokenizer, modes, cfg.token_stride, limits, val_task, statistics_task,
-                          args.eval_pages, args.statistics_pages)
+    multiple = row_multiple(args, compiled)
+    labels = LABELS if local_head is not None else ()
+    sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
+                      labels=labels, **limits)
+    evaluator = Evaluator(tokenizer, modes, cfg.layout, limits, val_task, statistics_task,
+                          args.eval_pages, args.statistics_pages, local_head)
 
     # -------------------------------------------------------------------------
     # Optimizer and schedule
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
-                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr))
+                          dtype=dtype, part_lrs=parse_part_lrs(args.part_lr),
+                          local_head=local_head)
 
     def lr_scale(step, progress):
         """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
@@ -134,7 +141,7 @@ def main(argv=None):
                      args.num_iterations * accumulate, rank, world_size, args.workers,
                      pin_memory=device.type == "cuda", states=streams)
     batches = ahead(batches, device)
-    net = wrap_model(model, compiled)
+    net = wrap_model(model, compiled, local_head)
     peak_flops = matmul_rate(device, dtype)
     print0(f"stage 2: {model.num_params():,} parameters, {optimizer.num_params():,} trained; "
            f"{device.type} x {world_size}, {str(dtype)[6:]}, "
@@ -159,7 +166,8 @@ def main(argv=None):
             break
         scale = lr_scale(step, progress)
         result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
-                            sampler.counters, agree_on_time=args.max_minutes > 0)
+                            sampler.counters, loss_weights(args.local_loss),
+                            agree_on_time=args.max_minutes > 0)
         streams.update(result.streams)
         account(run, result)
         figures = figures_of_step(run, result, args.lr * scale, peak_flops)
@@ -170,7 +178,6 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     summary = run.finish(step, model, peak_flops)
     json_line(summary)
-    compute_cleanup()
 
 
 if __name__ == "__main__":

@@ -23,13 +23,12 @@ import sys
 
 from PIL import Image
 
-from nanochat import evaluation
 from nanochat.common import (
-    ArgumentParser, banner, barrier, check_wandb, compute_cleanup, compute_init, dist_info,
-    every_or_never, init_wandb, integer, json_line, natural, positive_int, print0,
-    read_record, run_main, write_json)
-from nanochat.conversation import OCR_PROMPT
-from nanochat.evaluation import Evaluator, read_lines
+    ArgumentParser, banner, barrier, check_wandb, compute_init, dist_info, every_or_never,
+    init_wandb, json_line, natural, positive_int, print0, read_record, run_main,
+    write_json)
+from nanochat.conversation import OCR_PROMPT, Task
+from nanochat.scoring import Scorer, read_lines
 from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
 from nanochat.official import write_fox, write_markdown
 from nanochat.pretrained import fetch
@@ -56,10 +55,9 @@ GENERATED = 256  # pages of a task that makes as many as it is asked for
 def parse_args(argv):
     parser = ArgumentParser(__doc__)
     # Model
-    add_arguments(parser, integer(1, off=-1))
-    # -1: as many tokens as the task needs (Evaluator.token_limit). A fixed number would cut the
+    add_arguments(parser)
+    # -1: as many tokens as the task needs (Scorer.token_limit). A fixed number would cut the
     # pages of one task short and let the loops of another run on.
-    parser.set_defaults(max_new_tokens=-1)
     # Pages
     parser.add_argument("--task", default="heldout,heldout_words,random_chars",
                         help=f"with commas: {', '.join(SPLITS + EVALUATED)}")
@@ -101,21 +99,14 @@ def parse_args(argv):
 def check_args(args, given):
     check_wandb(args.run)  # now, and not after the evaluation
     for name in args.task.split(","):
-        if name not in SPLITS + EVALUATED or (name == "folder" and not args.path):
-            raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}; "
-                             "folder needs --path")
+        if name not in SPLITS + EVALUATED:
+            raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}")
+        if name == "folder" and not args.path:  # the other benchmarks are on the hub
+            raise ValueError("--task=folder needs --path, the folder of your pages")
     for flag, tasks in USED_BY.items():
         if flag in given and not set(args.task.split(",")) & set(tasks):
             raise ValueError(f"--{flag.replace('_', '-')} has no effect on --task={args.task}: it "
                              f"is for {', '.join(tasks)}; leave it out")
-
-
-def load(args, device):
-    """-> (engine, meta) for the flags; --max-new-tokens=-1 is this script's own matter."""
-    args = copy.copy(args)
-    if args.max_new_tokens == -1:
-        args.max_new_tokens = 1  # load_engine only checks its range
-    return load_engine(args, device)
 
 
 # -----------------------------------------------------------------------------
@@ -165,7 +156,7 @@ def sample(pages, wanted, seed):
     return sorted(order[:wanted])
 
 
-class Control:
+class Control(Task):
     """A task whose pictures are replaced: by blank ones, or by the next page's ("another")."""
 
     def __init__(self, task, kind):
@@ -173,7 +164,10 @@ class Control:
         self.kind = kind
 
     def truth(self, i):  # what the model would have to say of the picture that it does not see
-        return evaluation.truth(self.task, i)
+        return self.task.truth(i)
+
+    def __len__(self):
+        return len(self.task)
 
     def __getitem__(self, i):
         conversation = self.task[i]
@@ -233,7 +227,9 @@ def default_out(args):
 
 def settings_of(args, engine, meta, by_character):
     """What the predictions and scores depend on, besides the pages and their number."""
-    with open(os.path.join(fetch(args.checkpoint), "model.safetensors"), "rb") as f:
+    # The weights and not the checkpoint's name: a run folder stands for its last checkpoint.
+    path = os.path.join(fetch(args.checkpoint), "model.safetensors")
+    with open(path, "rb") as f:
         weights = hashlib.file_digest(f, "sha256").hexdigest()
     settings = {
         "weights": weights,
@@ -339,10 +335,12 @@ def log_wandb(args, summary, sections, png):
 
 def print_reuse(name, counts, pages):
     """How much of a task is of an earlier run, if any."""
-    if counts["reused"]:
-        print0(f"{name}: {counts['reused']} of {pages} predictions are of an earlier run "
-               f"({counts['rescored']} scored anew as their truth changed, "
-               f"{counts['renamed']} renamed), {pages - counts['reused']} read now")
+    reused = counts["reused"]
+    if reused:
+        changed = (f"{counts['rescored']} scored anew as their truth changed, "
+                   f"{counts['renamed']} renamed")
+        print0(f"{name}: {reused} of {pages} predictions are of an earlier run ({changed}), "
+               f"{pages - reused} read now")
 
 
 def print_figures(name, figures):
@@ -357,8 +355,8 @@ def print_figures(name, figures):
 
     for kind, control in figures["controls"].items():
         pages = f"{control['samples']} of {figures['of']} pages"
-        print0(f"  control {kind} ({CONTROLS[kind]}): 1-NED {control['one_minus_ned']:.4f} on "
-               f"{pages}")
+        score = f"1-NED {control['one_minus_ned']:.4f}"
+        print0(f"  control {kind} ({CONTROLS[kind]}): {score} on {pages}")
     for score, attribute, groups in breakdowns_in(figures):
         print_breakdown(f"{score} by {attribute}", groups)
     if "against" in figures:
@@ -367,7 +365,8 @@ def print_figures(name, figures):
 
 def print_breakdown(title, groups):
     parts = []
-    for value, (score, pages, (low, high)) in groups.items():
+    for value, (score, pages, ci95) in groups.items():
+        low, high = ci95
         parts.append(f"{value} {score:.3f} ({low:.3f}-{high:.3f}, {pages})")
     print0(f"  {title}: {', '.join(parts)}")
 
@@ -375,25 +374,31 @@ def print_breakdown(title, groups):
 def print_pages(rows, number):
     """The first pages, truth above prediction."""
     for row in rows[:number]:
-        print0(f"  {row['one_minus_ned']:.2f}  truth {(row['truth'] or '')[:200]!r}")
-        print0(f"        reads {row['prediction'][:200]!r}")
+        truth = row["truth"] or ""  # None if the page could not be opened
+        prediction = row["prediction"]
+        print0(f"  {row['one_minus_ned']:.2f}  truth {truth[:200]!r}")
+        print0(f"        reads {prediction[:200]!r}")
 
 
 def print_warnings(figures, rows, limit):
     """What must not be overlooked: pages that failed, were cut short or were not read at all."""
+    total = len(rows)
     failed = [row for row in rows if row["failed"]]
-    cut = [row for row in rows if not row["failed"] and not row["finished"]]
+    cut = [row for row in rows if not row.get("finished", True)]  # a failed page has no end
     lines = []
     if failed:
-        lines.append(f"{len(failed)} of {len(rows)} pages failed and count as wrong; the first: "
-                     f"{failed[0]['error']}")
-    if len(cut) > SAID * len(rows):
-        lines.append(f"{len(cut)} of {len(rows)} pages were cut short by the limit of {limit} "
-                     f"tokens (or the decoder's room), so their scores are too low unless they "
-                     f"loop: raise --max-new-tokens. The first: {cut[0]['id']}")
-    if len(rows) < figures["of"]:
-        lines.append(f"{figures['task']} was read in part: {pages_of(figures)} pages. Not a "
-                     "benchmark's number")
+        first = failed[0]["error"]
+        lines.append(f"{len(failed)} of {total} pages failed and count as wrong; the first: "
+                     f"{first}")
+    if len(cut) > SAID * total:
+        first = cut[0]["id"]
+        lines.append(f"{len(cut)} of {total} pages were cut short by the limit of {limit} tokens "
+                     f"(or the decoder's room), so their scores are too low unless they loop: "
+                     f"raise --max-new-tokens. The first: {first}")
+    if total < figures["of"]:
+        name = figures["task"]
+        lines.append(f"{name} was read in part: {pages_of(figures)} pages. Not a benchmark's "
+                     "number")
     if lines:
         banner("\n".join(lines))
 
@@ -402,29 +407,32 @@ def print_warnings(figures, rows, limit):
 # The evaluation
 
 
-def evaluate_task(evaluator, name, task, args, against):
+def evaluate_task(scorer, name, task, args, against):
     """Reads a task and its controls, and prints what came of it. -> (figures, rows)."""
     # the task
     indices = sample(len(task), args.max_problems, args.seed)
-    limit = evaluator.token_limit(task, indices)
-    rows, counts = evaluator.evaluate(name, task, indices, limit)
+    limit = scorer.token_limit(task, indices)
+    rows, counts = scorer.score_pages(name, task, indices, limit)
     print_reuse(name, counts, len(rows))
 
     # its controls, on some of the pages read: scores are compared page by page
     controls = {}
     if args.controls:
-        some = sample(len(task), min(args.controls, len(rows)), args.seed)
+        wanted = min(args.controls, len(rows))
+        some = sample(len(task), wanted, args.seed)  # part of `indices`, by the same seed
         for kind, other in controls_of(task).items():
             # Random letters take more tokens than words, so the limit is the control's own.
-            other_limit = evaluator.token_limit(other, some)
-            controls[kind], _ = evaluator.evaluate(f"{name}.{kind}", other, some, other_limit)
+            other_limit = scorer.token_limit(other, some)
+            other_name = f"{name}.{kind}"
+            controls[kind], _ = scorer.score_pages(other_name, other, some, other_limit)
 
     # what came of it
     figures = figures_of(name, rows, controls, of=len(task))
     figures["reused"] = counts["reused"]
     figures["max_new_tokens"] = limit
     if name in against:
-        figures["against"] = {"out": args.against, **compare(rows, against[name])}
+        comparison = compare(rows, against[name])
+        figures["against"] = {"out": args.against, **comparison}
     print_figures(name, figures)
     print_pages(rows, args.samples)
     print_warnings(figures, rows, limit)
@@ -446,12 +454,12 @@ def run(args, engine, meta):
     check_settings(settings_of(args, engine, meta, by_character), out)
 
     # reading and figures
-    evaluator = Evaluator(engine, out, args.batch_size, args.max_new_tokens, by_character)
+    scorer = Scorer(engine, out, args.batch_size, args.max_new_tokens, by_character)
     summary = {"checkpoint": args.checkpoint, "step": meta["step"],
                "mode": args.mode or meta["mode"], "seed": args.seed}
     sections = []
     for name, task in tasks:
-        figures, rows = evaluate_task(evaluator, name, task, args, against)
+        figures, rows = evaluate_task(scorer, name, task, args, against)
         summary[name] = figures
         sections.append((name, task, rows))
     if len(tasks) == 1:  # of the only task, also where a script that reads one number looks
@@ -469,10 +477,9 @@ def run(args, engine, meta):
 def main(argv=None):
     args = parse_args(argv)
     device = compute_init(args.device_type)
-    engine, meta = load(args, device)
+    engine, meta = load_engine(args, device)
     summary = run(args, engine, meta)
     json_line(summary)
-    compute_cleanup()
 
     # A benchmark that is broken as a whole gives a number too: 0. A shell script must notice.
     for figures in summary.values():

@@ -16,15 +16,18 @@ def accepted_answers(row, where):
     return answers
 
 
+def asked_by(row, where):
+    by_machine = column(row, "human_or_machine", where, int)  # 0 = human, 1 = machine
+    return {"kind": "augmented" if by_machine else "human"}
+
+
 def to_conversation(row, where):
     """The first answer is the truth. attributes["kind"] says who wrote the question."""
     question = column(row, "query", where, str)
     answers = accepted_answers(row, where)
-    by_machine = column(row, "human_or_machine", where, int)  # 0 = human, 1 = machine
     image = open_image(column(row, "image", where), where)
-    attributes = {"kind": "augmented" if by_machine else "human"}
     return ocr_conversation(image, answers[0], where, prompt="\n" + question,
-                            answers=answers, attributes=attributes)
+                            answers=answers, attributes=asked_by(row, where))
 
 
 class ChartQA(Rows):
@@ -38,3 +41,9 @@ class ChartQA(Rows):
             return accepted_answers(self.row(i), self.where(i))[0]
         except BadSample:
             return None  # task[i] says what is wrong with the row
+
+    def attributes(self, i):
+        try:
+            return asked_by(self.row(i), self.where(i))
+        except BadSample:
+            return {}

@@ -86,6 +86,9 @@ class Fox(Task):
     def truth(self, i):
         return self.records[i].text
 
+    def attributes(self, i):
+        return {"language": self.language, "len": self.records[i].length}
+
     def image_name(self, i):
         return self.records[i].image
 
@@ -95,9 +98,8 @@ class Fox(Task):
         # Beside this folder Fox has the same pages with boxes drawn on them (_pdf_png_onbox).
         data = self.read(f"{self.language}_pdf_png/{record.image}")
         image = open_image(data, f"Fox: record {i}, {record.image}")
-        attributes = {"language": self.language, "len": record.length}
         return ocr_conversation(image, record.text, record.image, self.prompt,
-                                image_name=record.image, attributes=attributes)
+                                image_name=record.image, attributes=self.attributes(i))
 
 
 def parse_record(record, where):

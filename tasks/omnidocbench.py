@@ -161,6 +161,9 @@ class OmniDocBench(Task):
     def image_name(self, i):
         return self.pages[i]["page_info"]["image_path"]
 
+    def attributes(self, i):
+        return self.pages[i]["page_info"].get("page_attribute") or {}
+
     @property
     def empty_pages(self):
         return self.truths.count("")
@@ -168,9 +171,8 @@ class OmniDocBench(Task):
     def __getitem__(self, i):
         self.check_index(i)
         name = self.image_name(i)
-        attributes = self.pages[i]["page_info"].get("page_attribute") or {}
         return ocr_conversation(self.picture(i), self.truths[i], name, self.prompt,
-                                attributes=attributes, image_name=name)
+                                attributes=self.attributes(i), image_name=name)
 
     def picture(self, i):
         """The page upright and in RGB."""

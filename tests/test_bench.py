@@ -163,7 +163,7 @@ def test_peak_memory_counts_what_is_alive_at_one_time():
 
 def test_memory_grows_with_the_batch_and_shrinks_with_recomputation(measure):
     def predicted(*flags):
-        stage1, stage2 = measure("--what=memory", "--optimizer=adamw", *flags)
+        stage1, stage2, _ = measure("--what=memory", "--optimizer=adamw", *flags)
         assert stage2["predicted_gb"] < stage1["predicted_gb"]  # a frozen SAM keeps no activations
         return stage1
 
@@ -178,21 +178,54 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputation(measure):
     assert few["between_steps_gb"] == pytest.approx(3 * few["weights_gb"], rel=0.05)
 
 
+def test_memory_of_generation_is_that_of_the_cache():
+    def predicted(new_tokens):
+        args = bench.parse_arguments([*TOY, "--batch=64", f"--new-tokens={new_tokens}"])
+        mode = get_mode("64px")
+        return bench.measure_generation_memory(args, bench.make_config(args, mode), mode)
+
+    cfg = config.tiny().gpt
+    bytes_per_position = 64 * 2 * cfg.n_layer * cfg.n_embd * 4  # keys and values of 64 rows, fp32
+    cache = 1000 * bytes_per_position / 1e9
+    more = predicted(1020)["predicted_gb"] - predicted(20)["predicted_gb"]
+    assert cache < more < 2.5 * cache  # while it grows, the old one is there beside the new one
+
+
 # -----------------------------------------------------------------------------
 # Compiling
 
-def test_compile_needs_a_compiler(monkeypatch):
+def test_compile_needs_a_compiler(monkeypatch, capsys):
     cpu = torch.device("cpu")
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(common.shutil, "which", lambda name: name in ("gcc", "g++"))
-    assert choose_compile(cuda)
-    assert not choose_compile(cuda, "no")
-    assert not choose_compile(cpu)
-    assert choose_compile(cpu, "yes")
     monkeypatch.setattr(common.shutil, "which", lambda name: None)
-    assert not choose_compile(cuda)
-    with pytest.raises(ValueError, match="--compile=yes needs a C"):
-        choose_compile(cuda, "yes")
+    with pytest.raises(ValueError, match="--compile=yes: it needs one of .* and none is on the"):
+        choose_compile(cpu, "yes")
+    assert not choose_compile(cpu)  # auto never compiles on a CPU, so it says nothing
+    assert not choose_compile(cpu, "no")
+    assert capsys.readouterr().out == ""
+
+
+def test_compiling_is_tried_before_it_is_relied_on(monkeypatch, capsys):
+    """A machine that has a compiler, but neither Triton nor Python's headers."""
+    def compile_nothing(function):
+        raise RuntimeError("while compiling:\nPython.h: No such file or directory")
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(common.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert choose_compile(cpu, "yes")
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with pytest.raises(ValueError, match="--compile=yes: RuntimeError: Python.h: No such file"):
+        choose_compile(cpu, "yes")
+
+    class FakeGPU:
+        """Only the name is asked for: tensors are made on the CPU."""
+        type = "cuda"
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda n, device, **kwargs: ones(n, **kwargs))
+    assert not choose_compile(FakeGPU())
+    out = capsys.readouterr().out
+    assert out.startswith("!!!!") and "runs eagerly" in out and "Python.h" in out
 
 
 # -----------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from PIL import Image
 
 from nanochat.batch import collate, pack_rows
 from nanochat.conversation import BadSample, ocr_conversation
-from nanochat.dataloader import Sampler, ahead, loader, micro_batches
+from nanochat.dataloader import (
+    Sampler, ahead, batch_bytes, check_shared_memory, loader, loader_workers, micro_batches)
 from nanochat.image_modes import MODES, Mode
-from nanochat.layers import attention, packed_attention
+from nanochat.layers import Packing, attention, packed_attention, varlen_works
 from nanochat.mixture import Mixture, Stream
 from scripts import vis_tok_train
 from tasks.synthchat import SynthChat
@@ -73,7 +74,6 @@ def test_targets_are_the_answers(make_batch, tokenizer, pages, chats):
     assert batch.characters == sum(map(len, answers))
     assert batch.images == len(pages)
     assert batch.supervised() == sum(len(tokenizer.encode(a)) + 1 for a in answers)
-    assert batch.loss_counts() == {"text": batch.supervised()}
 
 
 def test_rows_are_padded_on_the_right(make_batch, pages, chats):
@@ -246,6 +246,36 @@ def test_too_many_images(make_sampler, pages):
 
 
 # -----------------------------------------------------------------------------
+# Workers
+
+def test_workers_by_the_cores_that_are_ours(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(208)))
+    assert loader_workers(-1) == 16  # not 206: their batches would fill the memory
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert loader_workers(-1) == 6  # eight ranks share the cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert loader_workers(-1) == 1
+    assert loader_workers(0) == 0 and loader_workers(30) == 30
+    with pytest.raises(ValueError, match="--workers=-2: must be -1"):
+        loader_workers(-2)
+
+
+def test_shared_memory_is_looked_at_before_the_start(make_sampler, pages, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    sampler = make_sampler(pages)
+    [batch] = loader(sampler, 10, 0, 1)
+    stored = batch.views[64].nbytes + batch.ids.nbytes
+    assert stored < batch_bytes(sampler, 10) < 3 * stored
+    needed = 2 * 4 * 3 * batch_bytes(sampler, 10)  # 2 ranks, 4 workers, 2 batches ahead and 1
+    check_shared_memory(sampler, 10, 4, free=needed)
+    assert capsys.readouterr().out == ""
+    check_shared_memory(sampler, 10, 4, free=needed - 1)
+    out = capsys.readouterr().out
+    assert "--workers=4 on 2 ranks may put 24 batches" in out and "/dev/shm" in out
+
+
+# -----------------------------------------------------------------------------
 # Packing
 
 def test_packed_attention_is_attention_under_a_block_diagonal_mask():
@@ -256,6 +286,46 @@ def test_packed_attention_is_attention_under_a_block_diagonal_mask():
         allowed = torch.block_diag(*blocks).bool()
         mask = torch.where(allowed, 0.0, float("-inf"))
         torch.testing.assert_close(y[row], attention(q, k, v, mask=mask)[row])
+
+
+def varlen_by_masks(q, k, v, starts_q, starts_k, longest_q, longest_k, window_size):
+    """Stands in for torch's varlen_attn, which runs on CUDA only: (positions, H, D)."""
+    assert starts_q.dtype == torch.int32 and torch.equal(starts_q, starts_k)
+    lengths = starts_q.diff().tolist()
+    assert sum(lengths) == len(q) and max(lengths) == longest_q == longest_k
+    assert window_size == (-1, 0)  # causal
+    blocks = [torch.ones(n, n).tril() for n in lengths]
+    mask = torch.where(torch.block_diag(*blocks).bool(), 0.0, float("-inf"))
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return attention(q, k, v, mask=mask)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("lengths", [
+    [[3, 2], [7]],     # two positions of padding behind the first row
+    [[1], [4, 2, 1]],  # almost a whole row of padding
+    [[7], [7]],        # none
+])
+def test_one_kernel_for_all_samples_gets_the_right_arguments(lengths, monkeypatch):
+    monkeypatch.setattr("nanochat.layers.varlen_attn", varlen_by_masks)
+    q, k, v = torch.randn(3, 2, 4, 7, 8)  # 2 rows, 4 heads, 7 positions
+    packing = Packing(lengths, 7, q.device)
+    # As the decoder has them: all rows laid end to end, heads before positions
+    flat = [packing.flatten(t.transpose(1, 2)).transpose(1, 2) for t in (q, k, v)]
+    by_kernel = packing.varlen_attention(*flat)
+    assert by_kernel.shape == (1, 4, 14, 8)
+    by_sample = packed_attention(q, k, v, lengths)
+    torch.testing.assert_close(by_kernel[0].unflatten(1, (2, 7)).transpose(0, 1), by_sample)
+    assert torch.equal(packing.attention(*flat)[0].unflatten(1, (2, 7)).transpose(0, 1), by_sample)
+
+
+def test_the_kernel_takes_these_arguments():
+    """torch's own varlen_attn, forward and backward, on tensors without memory."""
+    q, k, v = torch.empty(3, 1, 4, 14, 8, device="meta", dtype=torch.bfloat16).unbind()
+    q.requires_grad_()
+    y = Packing([[3, 2], [7]], 7, q.device).varlen_attention(q, k, v)
+    y.sum().backward()
+    assert y.shape == q.shape == q.grad.shape
+    assert not varlen_works(torch.device("cpu"))
 
 
 def test_rows_hold_all_samples_within_their_limits():
@@ -473,7 +543,6 @@ def assert_labels_are_on_their_spots(batch, stride, values):
             assert red > 200
             assert abs(blue - 20 * int(name.split(".")[0])) <= 1
     assert found == values
-    assert batch.loss_counts() == {"text": batch.supervised(), "glyphs": n_points}
     return n_points
 
 
@@ -534,15 +603,25 @@ def test_labels_are_carried_only_where_wanted(make_sampler):
     conversations = labelled_conversations([(64, 64)])
     batch = collate(all_of(make_sampler(conversations)))
     assert batch.labels == [{}] * batch.images
-    assert batch.label_points("glyphs") == {} and list(batch.loss_counts()) == ["text"]
-    # A batch has the names of all losses, also those that it has nothing for.
+    assert batch.label_points("glyphs") == {} and batch.labelled_views("glyphs") == {}
     text_only = collate([make_sampler(conversations, labels=("glyphs", "words"))[2]])
     assert text_only.labels == [] and text_only.label_points("words") == {}
-    assert text_only.loss_counts() == {"text": text_only.supervised(), "glyphs": 0, "words": 0}
     dropping = make_sampler(conversations, max_tokens=1, too_long="drop", labels=("glyphs",))
     nothing = collate(all_of(dropping))
     assert nothing.counts["dropped"] == len(conversations)
-    assert nothing.loss_counts() == {"text": 0, "glyphs": 0}
+    assert nothing.label_points("glyphs") == nothing.labelled_views("glyphs") == {}
+
+
+def test_views_of_pages_with_labels(make_sampler):
+    """With an empty list of labels a page is known to be empty; without one nothing is known."""
+    conversations = labelled_conversations([(1300, 700)])  # two tiles each
+    batch = collate(all_of(make_sampler(conversations, MODES["gundam"], 64, 4000,
+                                        labels=("glyphs",))))
+    # Labelled: the first, the second, and both pages of the last; between them one without labels.
+    assert batch.labelled_views("glyphs") == {
+        640: [0, 1, 2, 3, 6, 7, 8, 9],
+        1024: [0, 1, 3, 4],
+    }
 
 
 def test_a_clipped_sample_keeps_its_labels(make_sampler):

@@ -593,3 +593,28 @@ def test_gradient_flows_through_batch_statistics(kind, dims):
     assert (g * y).mean(dims).abs().max() < 1e-4 * size
     g, = torch.autograd.grad((weights * standardize.eval()(x)).sum(), x)
     assert g.mean(dims).abs().max() > 1e-2 * g.abs().mean()
+
+
+# -----------------------------------------------------------------------------
+# The kernel of global attention
+
+def test_which_kernel_is_asked_for(cfg, monkeypatch):
+    """cuDNN is considered for global attention alone, with q and k as wide as they come to it."""
+    encoder = DeepEncoder(cfg)
+    encoder.init_weights()
+    pixels = torch.zeros(1, 3, 64, 64)
+    asked = []
+
+    def refuse(device, dtype, positions, width, value_width):
+        asked.append((positions, width, value_width))
+        return False
+
+    monkeypatch.setattr("nanochat.deepencoder.cudnn_pays", refuse)
+    with torch.no_grad():
+        expected = encoder(pixels)
+    # 8 x 8 patches: 16 channels of a head, and a bias for each row and column
+    assert asked == [(64, 32, 16)]
+    monkeypatch.undo()
+    with torch.inference_mode():
+        assert torch.equal(encoder(pixels), expected)
+    assert not any(block.attn.cudnn for block in encoder.sam_model.blocks)  # never on a CPU

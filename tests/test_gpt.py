@@ -181,6 +181,24 @@ def test_softcap():
     torch.testing.assert_close(gpt.logits(x, gpt.lm_head.weight), plain)
 
 
+def test_padding_of_the_head_changes_nothing():
+    """On a GPU the head gets rows of zeros up to a multiple of 64; its 50 logits stay the same."""
+    gpt = make_gpt()
+    assert gpt.head_weight(torch.float32).shape == (50, 32)  # on a CPU there is no need
+    x = torch.randn(4, 32)
+    grads = []
+    for head in (None, F.pad(gpt.lm_head.weight, (0, 0, 0, 14))):
+        logits = gpt.logits(x, head)
+        assert logits.shape == (4, 50)
+        logits.logsumexp(-1).sum().backward()
+        grads.append(gpt.lm_head.weight.grad)
+        gpt.lm_head.weight.grad = None
+    torch.testing.assert_close(*grads)
+    meta = gpt.to("meta")
+    assert meta.head_weight(torch.bfloat16).shape == (64, 32)
+    assert meta.state_dict()["lm_head.weight"].shape == (50, 32)  # checkpoints are as before
+
+
 def test_logits_are_fp32_whatever_the_compute_dtype():
     gpt = make_gpt()
     hidden = gpt(gpt.transformer.wte(torch.arange(8)[None]).bfloat16())
@@ -191,6 +209,28 @@ def test_a_fresh_decoder_knows_nothing():
     gpt = make_gpt()
     gpt.init_weights()
     assert logits_of(gpt, torch.arange(8)[None]).abs().max() == 0
+
+
+def test_how_the_cache_grows(monkeypatch):
+    cfg = GPTConfig(**{**SIZES, "sequence_len": 1000})
+
+    def sizes(**settings):
+        """What is reserved while 1,000 positions are asked for one by one."""
+        cache = KVCache(cfg, 2, 1000, "cpu", torch.float32, room=64, **settings)
+        found = []
+        for n in range(1, 1001):
+            replaced = cache.reserve(n)
+            assert n <= cache.reserved
+            if replaced:
+                found.append(cache.reserved)
+        return found
+
+    assert sizes() == [*range(64, 1000, 64), 1000]
+    assert sizes(doubling=True) == [64, 128, 256, 512, 1000]
+    # A large cache takes longer to read than to replace: from here on by 64 again.
+    bytes_per_position = 2 * 2 * cfg.n_layer * cfg.n_embd * 4
+    monkeypatch.setattr("nanochat.gpt.DOUBLING_BYTES", 255 * bytes_per_position)
+    assert sizes(doubling=True)[:5] == [64, 128, 256, 320, 384]
 
 
 def test_too_long():

@@ -38,10 +38,6 @@ def test_names_say_the_size_and_earlier_names_are_aliases():
         assert get_mode(name).size == size
 
 
-def test_a_model_reads_in_modes_it_was_not_made_for():
-    assert get_mode("base", ["nano"]) == MODES["1024px"]
-
-
 # -----------------------------------------------------------------------------
 # Geometry
 

@@ -28,48 +28,6 @@ PAGE_KEYS = ("face", "size_px", "bucket", "columns")
 
 
 # -----------------------------------------------------------------------------
-# What a task says about itself
-# TODO: once every task is a nanochat.conversation.Task with answer_metric, truth, image_name and
-# attributes, delete this section but for full_truth.
-
-
-def answer_metric(name, task):
-    if hasattr(task, "answer_metric"):
-        return task.answer_metric
-    return "relaxed_accuracy" if name in ("chartqa-test", "synthchart") else None
-
-
-def image_name(task, i):
-    if hasattr(task, "image_name"):
-        return task.image_name(i)
-    return task.image_names[i] if hasattr(task, "image_names") else None
-
-
-def attributes(task, i):
-    if hasattr(task, "attributes"):
-        return task.attributes(i)
-    page = task.pages[i] if hasattr(task, "pages") else None
-    return page["page_info"].get("page_attribute") or {} if isinstance(page, dict) else {}
-
-
-def truth(task, i):
-    if hasattr(task, "truth"):
-        return task.truth(i)
-    return task.truths[i] if hasattr(task, "truths") else None
-
-
-def full_truth(task, i):
-    """The text of page i, from its sample where the task does not know it otherwise."""
-    text = truth(task, i)
-    if text is None:
-        try:
-            text = truth_of(task[i])
-        except (OSError, ValueError):  # a broken page; reading it will say so
-            text = ""
-    return readable(text)
-
-
-# -----------------------------------------------------------------------------
 # Pages
 
 
@@ -89,6 +47,17 @@ def prompt_of(conversation):
 def readable(text):
     """The text with U+FFFD for lone surrogates: JSON can hold them, but UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def full_truth(task, i):
+    """The text of page i, from its sample where the task does not know it otherwise."""
+    text = task.truth(i)
+    if text is None:
+        try:
+            text = truth_of(task[i])
+        except (OSError, ValueError):  # a broken page; reading it will say so
+            text = ""
+    return readable(text)
 
 
 def text_hash(text):
@@ -230,7 +199,7 @@ def room_left(engine, conversation):
     return decoder - prompt
 
 
-class Evaluator:
+class Scorer:
     """
     Reads and scores tasks with one engine, into one folder.
 
@@ -259,7 +228,7 @@ class Evaluator:
         # mistakes take more tokens than the words of the truth.
         return longest + longest // 2 + 32
 
-    def evaluate(self, name, task, indices, limit):
+    def score_pages(self, name, task, indices, limit):
         """
         Reads the pages `indices` of a task, each rank its share, and writes <out>/<name>.jsonl.
         -> (rows in order, what was reused: see `count_reuse`), the same on all ranks.
@@ -350,8 +319,9 @@ class Evaluator:
         row["truth_chars"] = len(true_text)
         row["hash"] = {"page": text_hash(row["id"]), "picture": page.picture,
                        "truth": text_hash(true_text)}
-        if image_name(task, page.index):
-            row["image_name"] = image_name(task, page.index)
+        image_name = task.image_name(page.index)
+        if image_name:
+            row["image_name"] = image_name
 
         row["failed"] = page.prediction is None
         if row["failed"]:
@@ -363,7 +333,7 @@ class Evaluator:
         for key in ("tokens", "finished", "confidence", "flags", "seconds"):
             row[key] = page.prediction[key]
         row.update(score_page(text, true_text, by_character=self.by_character))
-        if answer_metric(name, task) == "relaxed_accuracy":
+        if task.answer_metric == "relaxed_accuracy":
             row["relaxed_accuracy"] = relaxed_accuracy(text, true_text)
         return row
 
@@ -390,12 +360,12 @@ def describe_page(engine, name, i, conversation):
 
 def describe_missing(name, task, i):
     """The same for a page whose picture cannot be opened, so that its size is not known."""
-    text = truth(task, i)
-    return {"index": i, "id": image_name(task, i) or f"{name}/{i}", "task": name,
+    text = task.truth(i)
+    return {"index": i, "id": task.image_name(i) or f"{name}/{i}", "task": name,
             "truth": None if text is None else readable(text), "prompt": "",
             "vision_tokens": 0, "positions": 0, "valid_tokens": 0, "mode": "",
             # so that it stays in the breakdowns, as wrong
-            "attributes": dict(attributes(task, i))}
+            "attributes": dict(task.attributes(i))}
 
 
 def count_reuse(earlier, rows, reused):
