@@ -8,11 +8,10 @@ lmms-eval is an optional extra that brings some fifty packages: give it an envir
 Only tasks that generate their answers work, not those that compare likelihoods. Prints lmms-eval's
 table; the last line is the same as JSON.
 """
-import argparse
-
 from tqdm import tqdm
 
-from nanochat.common import banner, compute_init, json_line, run_main
+from nanochat.common import (
+    ArgumentParser, banner, compute_init, every_or_never, json_line, positive_int, run_main)
 from nanochat.reader import add_arguments, load_engine
 from nanochat.scoring import room_left
 
@@ -104,12 +103,13 @@ class Answers:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add_arguments(parser)
     parser.add_argument("--tasks", default="chartqa", help="names of lmms-eval's, with commas")
-    parser.add_argument("--batch-size", type=int, default=16, help="questions answered together")
-    parser.add_argument("--limit", type=int, default=-1, help="questions per task; -1 = all")
+    parser.add_argument("--batch-size", type=positive_int, default=16,
+                        help="questions answered together")
+    parser.add_argument("--limit", type=every_or_never, default=-1,
+                        help="questions per task; -1 = all")
     args = parser.parse_args(argv)
 
     # only now, so that --help works without it

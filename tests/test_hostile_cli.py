@@ -103,6 +103,7 @@ NOT_ZERO = {
                       "statistics-pages", "max-minutes", "grad-clip", "min-px"),
     "vision_eval": ("batch-size", "max-problems", "max-new-tokens"),
     "ocr": ("batch-size", "dpi", "max-new-tokens"),
+    "lmms": ("batch-size", "limit"),
     "tok_train": ("vocab-size", "max-chars"),
     "bench": ("repeats", "batch", "seq", "pack", "new-tokens", "rounds", "pages", "steps"),
     "ablation": ("steps",),
@@ -170,6 +171,7 @@ BAD = {
     "data_look": ("--preset=giant", "--mode=huge", "--tokenizer=nowhere", "--write-folder=."),
     "bench": ("--what=poems", "--preset=giant", "--mode=huge", "--device-type=tpu", "--dtype=int8",
               "--seq=2", "--what="),
+    "lmms": ("--checkpoint=/nope", "--bogus"),
     "parity": ("--sizes=a", "--sizes=", "--sizes=0", "--preset=giant", "--sizes=33 --preset=tiny"),
     "speedrun_report": ("--checkpoints=nowhere", "--evaluations=none"),
 }
