@@ -365,8 +365,8 @@ def check_fingerprint(tokenizer, meta, path):
     # One of the same size would fit, load, and turn every answer into other words. Models built by
     # hand, and checkpoints of early versions, have no fingerprint.
     if "tokenizer" in meta and meta["tokenizer"] != tokenizer.fingerprint():
-        raise ValueError(f"{os.path.join(path, TOKENIZER)} is not the tokenizer that this model was "
-                         f"trained with (its fingerprint is not the one in {META}); "
+        raise ValueError(f"{os.path.join(path, TOKENIZER)} is not the tokenizer that this model "
+                         f"was trained with (its fingerprint is not the one in {META}); "
                          f"{way_out(path)}")
 
 

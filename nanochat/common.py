@@ -251,8 +251,8 @@ def run_main(main):
             raise
         reason = str(error).splitlines()[0]
         print(f"error: out of memory ({reason}): halve the batch (--device-batch-size, or "
-              f"--batch-size), or train with --recompute; training goes on with --resume, its steps "
-              f"have the same samples\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
+              f"--batch-size), or train with --recompute; training goes on with --resume, its "
+              f"steps have the same samples\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
               file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -318,8 +318,8 @@ class ArgumentParser(argparse.ArgumentParser):
             default = self.get_default(name)
             kinds = (int, float) if isinstance(default, float) else type(default)
             if not isinstance(value, kinds) or isinstance(value, bool):
-                raise ValueError(f"{where}: user_config.{name} is {repr(value)[:80]}, need one like "
-                                 f"{default!r}")
+                raise ValueError(f"{where}: user_config.{name} is {repr(value)[:80]}, need one "
+                                 f"like {default!r}")
             if name not in given:
                 setattr(args, name, value)
                 print0(f"inherited {flag}={value}")

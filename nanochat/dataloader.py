@@ -291,7 +291,8 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
     """
     Iterator of Batch: micro-batches start..stop-1 of this rank, of `size` samples each. A task with
     indices must be long enough, since no sample is repeated.
-    workers: as for loader_workers. states: {worker: Batch.state of its last batch}, from which a stream goes on.
+    workers: as for loader_workers. states: {worker: Batch.state of its last batch}, from which a
+    stream goes on.
     """
     workers = loader_workers(workers)
     check_shared_memory(sampler, size, workers)

@@ -43,8 +43,8 @@ def add_training_arguments(parser, **defaults):
     flag("--compile", default="auto", choices=["auto", "yes", "no"],
          help="torch.compile; auto: on CUDA where a compiler is found")
     flag("--seed", natural, 0, help="seed of weights and data")
-    flag("--workers", integer(0, off=-1), 0, help="data loader processes per rank; -1 = this rank's share of the "
-         "cores but two, at most 16")
+    flag("--workers", integer(0, off=-1), 0, help="data loader processes per rank; -1 = this "
+         "rank's share of the cores but two, at most 16")
     parser.add_argument("--recompute", action="store_true",
                         help="activation checkpointing: a third more compute, far less memory")
     # From conversations to rows of tokens
@@ -63,8 +63,8 @@ def add_training_arguments(parser, **defaults):
          "minutes of steps, with the learning rate at zero by then; -1 = no limit")
     flag("--device-batch-size", positive_int, 32,
          help="samples per micro-batch and rank; lower it when out of memory")
-    flag("--total-batch-size", every_or_never, -1, help="samples per optimizer step over all ranks; "
-         "-1 = one micro-batch per rank")
+    flag("--total-batch-size", every_or_never, -1, help="samples per optimizer step over all "
+         "ranks; -1 = one micro-batch per rank")
     # Optimizer
     flag("--optimizer", default="muon", choices=["muon", "adamw"],
          help="muon: Muon for the matrices of blocks, AdamW for the rest")
@@ -82,14 +82,16 @@ def add_training_arguments(parser, **defaults):
     flag("--local-loss", real(), 0.0, help="weight of the local reading loss, which asks each "
          "vision token of a rendered page which letters it shows; 0 = off, 1 is usual")
     # Evaluation
-    flag("--eval-every", every_or_never, 100, help="steps between evaluations; -1 = only at the end")
+    flag("--eval-every", every_or_never, 100,
+         help="steps between evaluations; -1 = only at the end")
     flag("--eval-pages", integer(2), 64, help="held-out pages that validation takes")
     flag("--statistics-pages", integer(8), 256,
          help="pages that the compressor's statistics are re-estimated on")
     # Output
     flag("--model-tag", help="run folder under --checkpoints")
     flag("--checkpoints", default="checkpoints", help="where run folders are written")
-    flag("--save-every", every_or_never, 100, help="steps between checkpoints; -1 = only at the end")
+    flag("--save-every", every_or_never, 100,
+         help="steps between checkpoints; -1 = only at the end")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the run folder's last checkpoint")
 

@@ -164,8 +164,8 @@ class Run:
                 changed.append(f"{name} was {old}, now {new}")
         if changed:
             raise ValueError(f"cannot resume {self.folder}: its data have changed since it began "
-                             f"({'; '.join(changed)}): put them back as they were, or begin another "
-                             f"run with another --model-tag")
+                             f"({'; '.join(changed)}): put them back as they were, or begin "
+                             f"another run with another --model-tag")
 
     def load(self, model, optimizer, tokenizer, with_encoder=False):
         """

@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 
-from nanochat.common import ArgumentParser, git_commit, json_line, positive_int, print0, read_record, run_main
+from nanochat.common import (
+    ArgumentParser, git_commit, json_line, positive_int, print0, read_record, run_main)
 
 # What the decoder sees of the encoder, and what trains them: the two choices that decided most.
 VARIANTS = (

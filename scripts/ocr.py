@@ -389,7 +389,8 @@ def parse_arguments(argv):
     # Model and generation
     add_arguments(parser)
     parser.add_argument("--temperature", type=real(), default=0.0, help="0 = greedy")
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="pages generated together")
+    parser.add_argument("--batch-size", type=positive_int, default=16,
+                        help="pages generated together")
     # Output
     parser.add_argument("--jsonl", action="store_true",
                         help="print a JSON object for each page: file, page, text, confidence, "

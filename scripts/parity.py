@@ -156,8 +156,8 @@ def main(argv=None):
     sizes = args.sizes.split(",")
     stride = PRESETS[args.preset]().token_stride
     if not all(size.isdecimal() and int(size) and int(size) % stride == 0 for size in sizes):
-        raise ValueError(f"--sizes={args.sizes}: give px with commas, multiples of the token stride "
-                         f"{stride}")
+        raise ValueError(f"--sizes={args.sizes}: give px with commas, multiples of the token "
+                         f"stride {stride}")
 
     # Two models one after the other, to save memory: the encoder with an empty decoder of the right
     # width, then the decoder.

@@ -51,7 +51,8 @@ def measure_chars_per_token(tokenizer, split, seed):
 def parse_args(argv):
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--vocab-size", type=positive_int, default=270, help="tokens in all, special ones included")
+    flag("--vocab-size", type=positive_int, default=270,
+         help="tokens in all, special ones included")
     flag("--max-chars", type=positive_int, default=2_000_000, help="characters of text to train on")
     flag("--out", default="checkpoints/tokenizer", help="folder for tokenizer.json")
     flag("--overwrite", action="store_true", help="replace an existing tokenizer")

@@ -80,7 +80,8 @@ def parse_args(argv):
                         help="pages per control: blank, another page, other words")
     parser.add_argument("--seed", type=natural, default=2,
                         help="seed of the synthetic pages (0 trains, 1 validates) and of samples")
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="pages generated together")
+    parser.add_argument("--batch-size", type=positive_int, default=64,
+                        help="pages generated together")
     # Output
     parser.add_argument("--against", default="",
                         help="--out of another evaluation, to compare with page by page")

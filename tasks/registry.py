@@ -70,14 +70,16 @@ def add_data_arguments(parser, **defaults):
 def add_page_arguments(parser, **defaults):
     """The part of these flags that shapes the pages of a set, whatever they are used for."""
     flag = parser.add_argument
-    flag("--val-share", type=fraction, default=0.1, help="share of a folder's pages that is held out")
+    flag("--val-share", type=fraction, default=0.1,
+         help="share of a folder's pages that is held out")
     flag("--allow-outside", action="store_true",
          help="let the JSON lines of a folder set name pictures outside of their folder")
     # Rendered pages
     flag("--chars", default="31-41",
          help="characters per page, 10 or more: LO-HI or LO-HIxWEIGHT, several with commas")
     flag("--faces", default=FACES, help="faces of the print (tasks/synthdoc.py), with commas")
-    flag("--min-px", type=positive_int, default=10, help="smallest print in px, where the text fits at it")
+    flag("--min-px", type=positive_int, default=10,
+         help="smallest print in px, where the text fits at it")
     flag("--random-share", type=fraction, default=0.2,
          help="share of words replaced by random strings, so that reading beats guessing")
     flag("--damage", type=fraction, default=0.0,
@@ -112,8 +114,8 @@ def parse_data(text):
             spec = piece
             share = 1
         if not 1 <= share <= LARGEST_SHARE:
-            raise ValueError(f"--data={text}: the share of {spec} is {share}, it must be 1 or more, "
-                             f"at most {LARGEST_SHARE}")
+            raise ValueError(f"--data={text}: the share of {spec} is {share}, it must be 1 or "
+                             f"more, at most {LARGEST_SHARE}")
         name, _, arg = spec.partition(":")
         sets.append((name, arg, share))
     return sets
@@ -167,8 +169,9 @@ def refuse_ignored(given, data):
     names = {name for name, _, _ in parse_data(data)}
     for flag, sets in USED_BY.items():
         if flag in given and not names & set(sets):
-            raise ValueError(f"--{flag.replace('_', '-')} has no effect on {', '.join(sorted(names))}"
-                             f": it is for {', '.join(sets)}; leave it out")
+            named = ", ".join(sorted(names))
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect on {named}: it is for "
+                             f"{', '.join(sets)}; leave it out")
 
 
 # -----------------------------------------------------------------------------

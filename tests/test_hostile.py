@@ -225,7 +225,8 @@ def test_skipped_samples_are_counted_and_move_no_other(hostile, tokenizer, capfd
     named = re.findall(r"skipped hostile row \d+: ", capfd.readouterr().err)
     assert len(named) >= n_bad
     first = is_bad.index(True)
-    with pytest.raises(BadSample, match=f"hostile row {first}: conversation .*: the picture cannot be read"):
+    message = f"hostile row {first}: conversation .*: the picture cannot be read"
+    with pytest.raises(BadSample, match=message):
         list(loader(make_sampler(mixture, tokenizer), 1, first, first + 1))
 
 

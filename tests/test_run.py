@@ -68,9 +68,12 @@ def test_a_fork_does_not_hold_the_lock(tmp_path, tokenizer):
     run.begin(tokenizer, argparse.Namespace(name="64px"))
     with pytest.raises(ValueError, match="is being trained by another process"):
         Run(make_args(tmp_path, "--resume"), "stage 1").lock()
+    begun, says_begun = os.pipe()
     worker = os.fork()
     if not worker:
+        os.write(says_begun, b"x")
         signal.pause()
+    os.read(begun, 1)
     try:
         run.lock_file.close()  # as when the process is killed
         Run(make_args(tmp_path, "--resume"), "stage 1").lock()
@@ -194,7 +197,8 @@ def test_damaged_lines_of_metrics_are_skipped_and_counted(begun, capsys):
     metrics = begun / "metrics.jsonl"
     sound = metrics.read_text()
     bad_lines = ['{"step": 3, "tra', "null", '{"train/loss": 1}', '{"step": "x"}', "\0\0\0"]
-    metrics.write_text(sound + "\n".join(bad_lines) + '\n{"step": 3, "train/loss": 2.0}\n{"step": 4')
+    later = ['{"step": 3, "train/loss": 2.0}', '{"step": 4']  # the last one is cut off
+    metrics.write_text(sound + "\n".join(bad_lines + later))
     records = resume(begun.parent).metrics()
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert f"5 damaged lines of {metrics}" in capsys.readouterr().out
