@@ -265,6 +265,7 @@ def run_main(main):
 # Command lines
 
 
+LARGEST_FLOAT = 3e38  # more is infinite in fp32
 LARGEST_NUMBER = 10 ** 9  # that a flag takes, where nothing sets another limit
 
 
@@ -353,7 +354,7 @@ def integer(low, high=LARGEST_NUMBER, off=None):
     return number(int, "whole number", low, high, False, off)
 
 
-def real(low=0, high=LARGEST_NUMBER, above=False, off=None):
+def real(low=0, high=LARGEST_FLOAT, above=False, off=None):
     """argparse type: a number of `low` (or above it) to `high`, or `off`. Never NaN or infinite."""
     return number(float, "number", low, high, above, off)
 

@@ -131,8 +131,9 @@ def add_arguments(parser):
 
 def load_engine(args, device):
     """-> (Engine, meta) for the flags of `add_arguments`."""
-    print0(f"loading {args.checkpoint}")
-    model, tokenizer, meta = load_to_read(args.checkpoint, device, args.dtype, needed=NEEDED)
+    folder = find(args.checkpoint)
+    print0(f"loading {folder}")
+    model, tokenizer, meta = load_to_read(folder, device, args.dtype, needed=NEEDED)
     limit = model.cfg.gpt.sequence_len - 1  # at least one position is the prompt's
     if args.max_new_tokens != -1 and not 1 <= args.max_new_tokens <= limit:
         raise ValueError(f"--max-new-tokens={args.max_new_tokens}: must be 1 to {limit}, "

@@ -82,11 +82,12 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Model and tokenizer; the settings of the checkpoint's run are this run's defaults
-    print0(f"loading {args.checkpoint}")
-    model, tokenizer, meta = load_model(find(args.checkpoint), device, needed=NEEDED)
+    folder = find(args.checkpoint)
+    print0(f"loading {folder}")
+    model, tokenizer, meta = load_model(folder, device, needed=NEEDED)
     theirs = {k: v for k, v in meta["user_config"].items() if k in INHERITED}
     theirs["mode"] = meta["mode"]  # the one validated in, where it was trained in several
-    args = parser.inherit(argv, theirs, os.path.join(args.checkpoint, "meta.json"))
+    args = parser.inherit(argv, theirs, os.path.join(folder, "meta.json"))
     positions = model.cfg.gpt.sequence_len
     if args.max_seq_len > positions:
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder of {args.checkpoint} has "

@@ -75,7 +75,7 @@ def here(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # Flags
 
-NOT_NUMBERS = ("nan", "inf", "-inf", "1e400", "", "x", "0x10", "-7", "-1e-9", "1,5", "9" * 30)
+NOT_NUMBERS = ("nan", "inf", "-inf", "1e400", "", "x", "0x10", "-7", "-1e-9", "1,5", "9" * 50)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -316,7 +316,7 @@ def test_resume_under_a_changed_config(runs, tokenizer_dir, capsys, change):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tokenizer_dir, tmp_path, capsys):
-    line = error_of(capsys, vis_tok_train.main, *stage1_flags(tmp_path, tokenizer_dir, "--lr=1e40"))
+    line = error_of(capsys, vis_tok_train.main, *stage1_flags(tmp_path, tokenizer_dir, "--lr=3e38"))
     assert line.startswith("error: step 1: text loss nan") and "not finite" in line  # step 0 was sound, its update was not
     assert [step for step, _ in column(tmp_path / "stage1", "train/loss")] == [0]
     assert not list((tmp_path / "stage1").glob("model_*"))
