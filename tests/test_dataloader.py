@@ -802,7 +802,7 @@ def test_a_worker_without_shards_is_named(make_stream_sampler):
 # Whole runs, from the command line
 
 def stage1_flags(tmp_path, tokenizer_dir, *flags):
-    return ["--preset=tiny", "--dtype=float32", "--device-type=cpu", "--chars=10-12",
+    return ["--preset=tiny", "--dtype=float32", "--device-type=cpu",
             f"--tokenizer={tokenizer_dir}", f"--checkpoints={tmp_path}", *flags]
 
 
@@ -876,7 +876,8 @@ def test_text_and_images_mix_on_two_processes(tmp_path, tokenizer_dir):
     last pass of a step, which is the one that reduces gradients. Two ranks must not wait for each
     other, and learn what one process learns from the same samples.
     """
-    flags = stage1_flags(tmp_path, tokenizer_dir, "--data=synthdoc=2,synthchat=1", "--workers=1",
+    flags = stage1_flags(tmp_path, tokenizer_dir, "--data=synthdoc=2,synthchat=1",
+                         "--chars=10-12", "--workers=1",
                          "--num-iterations=4", "--device-batch-size=1", "--total-batch-size=4",
                          "--eval-every=-1", "--save-every=-1")
     vis_tok_train.main([*flags, "--model-tag=one"])
