@@ -12,9 +12,11 @@ import shutil
 import signal
 
 import pytest
+import torch
 from PIL import Image
 
 from nanochat import checkpoint as ckpt
+from nanochat.common import run_main
 from nanochat.dataloader import micro_batches
 from nanochat.loop import watch_divergence
 from nanochat.mixture import Mixture, Shuffled, fingerprints
@@ -241,3 +243,13 @@ def test_random_parts_are_not_frozen(tmp_path, flags, parts):
         vis_tok_train.check_frozen(args.freeze.split(","), args)
     loaded = make_args(tmp_path, "--freeze=sam,clip,gpt", "--encoder=x", "--gpt=x")
     vis_tok_train.check_frozen(loaded.freeze.split(","), loaded)
+
+
+def test_out_of_memory_says_what_to_do(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "And more" not in err and "Traceback" not in err
+    assert "halve the batch (--device-batch-size" in err and "--resume" in err
