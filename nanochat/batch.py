@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 IGNORE = -1  # target of a position that is not supervised
+NO_GLYPH = -1  # of a token that prints nothing
 
 # What `collate` counts, beside "drawn/<task>". slots: positions, padding included.
 COUNTS = ("images", "positions", "slots", "bad", "clipped", "dropped")
@@ -45,6 +46,10 @@ class Batch:
     state: dict = None  # a stream's worker after this batch: what `loader` resumes from
     # {kind: (values, {side: image_modes.TokenPoints})} of each image, {} without labels
     labels: list = field(default_factory=list)
+    image_at: list = field(default_factory=list)  # each image's first position, as index into B * T
+    # {image: (where a character of its text is about to be written, as indices into B * T,
+    #          which of its labelled glyphs that is)}, int64 arrays of equal length
+    said: dict = field(default_factory=dict)
     # (n,) int64: where targets are not IGNORE, as indices into B * T
     supervised_at: torch.Tensor = field(init=False)
 
@@ -127,7 +132,7 @@ class Batch:
         labels = self.labels
         if labels:
             labels = [labels[i] for i in source]
-        return replace(self, views=views, labels=labels)
+        return replace(self, views=views, labels=labels, said={})
 
 
 def join_points(pieces):
@@ -178,6 +183,10 @@ class Sample(NamedTuple):
     characters: int = 0    # supervised ones
     counts: dict = {}
     labels: list = ()      # per image {kind: (values, {side: TokenPoints})}; () = none
+    image_at: list = ()    # where in ids each image begins
+    # For each of the ids, which glyph of the only image's labels it begins with, NO_GLYPH if with
+    # none; () where the text is not known to be that of the glyphs
+    glyphs: list = ()
 
     @property
     def positions(self):
@@ -254,8 +263,8 @@ def collate(samples, pack=0, max_images=0, multiple=1):
     T = -(-longest // multiple) * multiple  # rounded up
     ids, targets, positions = token_rows(samples, rows, T)
     images = Images()
-    for row in rows:
-        images.add_row(samples, row)
+    for r, row in enumerate(rows):
+        images.add_row(samples, row, start=r * T)
 
     counts["images"] = len(images.plans)
     counts["positions"] = sum(sample.positions for sample in samples)
@@ -270,6 +279,8 @@ def collate(samples, pack=0, max_images=0, multiple=1):
         owners=images.owners,
         counts=dict(counts),
         labels=images.labels,
+        image_at=images.first_positions,
+        said=images.said,
     )
     if pack:
         # Attention and rotary positions then go by sample, not by row.
@@ -315,13 +326,24 @@ class Images:
         self.owners = []
         self.labels = []
         self.positions_per_row = []  # that images take in the decoder
+        self.first_positions = []
+        self.said = {}
 
-    def add_row(self, samples, row):
+    def add_row(self, samples, row, start):
+        """start: the row's first position, as index into B * T."""
         self.positions_per_row.append(0)
         for i in row:
-            self.add_sample(samples[i], owner=i)
+            self.add_sample(samples[i], i, start)
+            start += samples[i].positions
 
-    def add_sample(self, sample, owner):
+    def add_sample(self, sample, owner, start):
+        if sample.glyphs:
+            # Position t predicts token t + 1, so that it is asked for that one's glyph.
+            glyphs = np.array(sample.glyphs[1:], dtype=np.int64)
+            at = np.flatnonzero(glyphs != NO_GLYPH)
+            self.said[len(self.plans)] = (start + at, glyphs[at])
+        for position in sample.image_at:
+            self.first_positions.append(start + position)
         for plan, global_view, tiles in sample.images:
             self.plans.append(plan)
             self.owners.append(owner)

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from nanochat.batch import COUNTS, Sample, collate
+from nanochat.batch import COUNTS, NO_GLYPH, Sample, collate
 from nanochat.common import banner
 from nanochat.conversation import BadSample, open_image
 from nanochat.image_modes import plan, preprocess, to_tokens, upright_size
@@ -142,10 +142,13 @@ class Sampler:
         if not any(mask):
             raise BadSample(f"{where}: there is nothing for the assistant to say")
 
-        labels = ()
-        if self.labels:
-            labels = self.map_labels(conversation, plans, sizes, where)
-        return Sample(ids, mask, images, labels=labels)
+        sample = Sample(ids, mask, images)
+        if not self.labels:
+            return sample
+        labels = self.map_labels(conversation, plans, sizes, where)
+        image_at = first_positions(ids, positions, self.tokenizer.image_token_id)
+        glyphs = glyphs_of_tokens(self.tokenizer, ids, mask, labels)
+        return sample._replace(labels=labels, image_at=image_at, glyphs=glyphs)
 
     def map_labels(self, conversation, plans, sizes, where):
         """conversation["labels"], in page px -> Sample.labels, in tokens of each image's views."""
@@ -183,7 +186,8 @@ class Sampler:
         can_be_clipped = not too_many_images and not cuts_an_image and leaves_an_answer
         if self.too_long == "drop" or not can_be_clipped:
             return None, {"dropped": 1}
-        clipped = sample._replace(ids=sample.ids[:end], mask=sample.mask[:end])
+        clipped = sample._replace(ids=sample.ids[:end], mask=sample.mask[:end],
+                                  glyphs=sample.glyphs[:end])
         return clipped, {"clipped": 1}
 
     def supervised_characters(self, sample):
@@ -211,6 +215,40 @@ def map_points(labels, image_plan, page_size):
         values.append(value)
         points.append((x, y))
     return values, to_tokens(image_plan, page_size, points)
+
+
+def first_positions(ids, positions, image_token_id):
+    """Where in ids each image begins; positions: how many placeholders each one has."""
+    found = []
+    start = 0
+    for n in positions:
+        first = ids.index(image_token_id, start)
+        found.append(first)
+        start = first + n
+    return found
+
+
+def glyphs_of_tokens(tokenizer, ids, mask, labels):
+    """
+    -> Sample.glyphs. Empty unless there is one image, with labels, and what the assistant says is,
+    but for whitespace, what the glyphs spell in their order.
+    """
+    if len(labels) != 1 or "glyphs" not in labels[0]:
+        return ()
+    printed, _ = labels[0]["glyphs"]
+    found = []
+    spelled = []
+    for token, supervised in zip(ids, mask):
+        first = NO_GLYPH
+        if supervised and token < len(tokenizer.ranks):
+            characters = "".join(tokenizer.decode([token]).split())
+            if characters:
+                first = len(spelled)
+            spelled.extend(characters)
+        found.append(first)
+    # A character that is cut off by the edge of the page has no label, and one of several tokens
+    # is in none of them: then it is not known which glyph a token stands for.
+    return found if spelled == list(printed) else ()
 
 
 def check_texts(messages, where):

@@ -12,9 +12,11 @@ from nanochat.batch import collate
 from nanochat.common import all_reduce, dist_info, print0
 from nanochat.dataloader import Sampler
 from nanochat.engine import Engine
-from nanochat.local_loss import LABELS, count_cells, local_accuracy
+from nanochat.heads import LABELS
+from nanochat.local_loss import local_accuracy
 from nanochat.metrics import one_minus_ned
 from nanochat.mixture import task_name
+from nanochat.place_loss import place_accuracy
 
 READ_PAGES = 16  # pages that are read aloud, and whose features are compared
 BATCH_PAGES = 32
@@ -28,16 +30,16 @@ class Evaluator:
                       the compressor's output are re-estimated in each
     sampler_settings  keyword arguments of Sampler: limits and what happens to bad samples
     val_task          held-out pages; statistics_task: pages like those trained on
-    local_head        of the local reading loss, whose accuracy is then measured too
+    heads             that learn beside the model, of make_heads: their accuracy is measured too
     """
     def __init__(self, tokenizer, modes, layout, sampler_settings, val_task, statistics_task,
-                 val_pages=64, statistics_pages=256, local_head=None):
+                 val_pages=64, statistics_pages=256, heads=None):
         self.tokenizer = tokenizer
         self.mode = modes[0]
         self.layout = layout
         self.sampler_settings = dict(sampler_settings)
-        self.local_head = local_head
-        if local_head is not None:
+        self.heads = heads
+        if heads is not None:
             self.sampler_settings["labels"] = LABELS
         print0(f"preparing {val_pages} pages for validation and {statistics_pages} for the "
                f"encoder's statistics, in {len(modes)} mode(s)")
@@ -48,11 +50,9 @@ class Evaluator:
             self.statistics_batches.append(batches)
         self.pages = [val_task[i] for i in usable[:READ_PAGES]]
         self.pixels = self.val_batches[0].views[self.mode.size][:READ_PAGES]
-        if local_head is not None:
-            ink = [count_cells(local_head.targets(batch))[0] for batch in self.val_batches]
-            if not any(ink):
-                print0("NOTE: no validation page has labels of its letters: "
-                       "vision/local_accuracy is not measured")
+        if heads is not None and not any(batch.label_points("glyphs") for batch in self.val_batches):
+            print0("NOTE: no validation page has labels of its letters: vision/local_accuracy and "
+                   "vision/place_accuracy are not measured")
 
     def usable(self, task, n, mode):
         """
@@ -99,14 +99,22 @@ class Evaluator:
         figures = validate(model, self.val_batches)
         for depth, cosine in cosines(model, self.pixels).items():
             figures[f"vision/cosine_{depth}"] = cosine
-        if self.local_head is not None:
-            accuracy = local_accuracy(model, self.local_head, self.val_batches)
-            if accuracy is not None:
-                figures["vision/local_accuracy"] = accuracy
+        figures.update(self.accuracies(model))
         pages_read = read_pages(Engine(model, self.tokenizer, self.mode), self.pages)
         figures["val/one_minus_ned"] = sum(score for *_, score in pages_read) / len(pages_read)
         model.train()
         return figures, pages_read
+
+
+    def accuracies(self, model):
+        """{"vision/<head>_accuracy": share of right answers} of the heads whose labels there are."""
+        gauges = {"local": local_accuracy, "place": place_accuracy}
+        found = {}
+        for name, head in (self.heads or {}).items():
+            accuracy = gauges[name](model, head, self.val_batches)
+            if accuracy is not None:
+                found[f"vision/{name}_accuracy"] = accuracy
+        return found
 
 
 @torch.no_grad()

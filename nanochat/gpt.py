@@ -209,7 +209,7 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
 
-    def forward(self, x, cache=None, positions=None, lengths=None):
+    def forward(self, x, cache=None, positions=None, lengths=None, taps=None):
         """
         Embeddings (B, T, C), before their norm -> hidden states (B, T, C), which `logits` takes.
 
@@ -217,6 +217,7 @@ class GPT(nn.Module):
         cache:     a KVCache with room for them; a query sees every key up to its own position.
         lengths:   of packed rows, for each row the lengths of its samples, in order. A position
                    then sees its own sample only.
+        taps:      a dict that is given the hidden states "before_last_block" (B, T, C).
         """
         B, T, _ = x.shape
         if positions is None:
@@ -240,8 +241,13 @@ class GPT(nn.Module):
             x = packing.flatten(x)  # (1, B * T, C)
             cos = packing.flatten(cos.expand(B, -1, -1, -1))
             sin = packing.flatten(sin.expand(B, -1, -1, -1))
-        x = run_blocks(self.transformer.h, x, cos, sin, mask, cache, positions, packing,
-                       recompute=self.recompute, varies=1 if packing else 0)
+        *blocks, last_block = self.transformer.h
+        arguments = (cos, sin, mask, cache, positions, packing)
+        settings = {"recompute": self.recompute, "varies": 1 if packing else 0}
+        x = run_blocks(blocks, x, *arguments, **settings)
+        if taps is not None:
+            taps["before_last_block"] = x.view(B, T, -1)
+        x = run_blocks([last_block], x, *arguments, **settings)
         return norm(x).view(B, T, -1)
 
     def head_weight(self, dtype):

@@ -25,8 +25,6 @@ from nanochat.common import all_reduce, dist_info
 from nanochat.layers import Linear
 from nanochat.model import weight_zero
 
-LABELS = ("glyphs",)  # the kinds of labels that are needed: Sampler(labels=...)
-
 # The two losses, each a mean over cells of its own kind. Four cells in five of a page of large
 # print are empty, and one in three of a dense page: in one mean over all cells they would drown
 # the letters, and by how much would depend on the page.
@@ -42,26 +40,6 @@ CELL_HEIGHT = 8
 NONE = 0
 CLASSES = 96
 CLASS_OF = {chr(31 + k): k for k in range(1, CLASSES)}  # " " is 1, "~" is 95
-
-
-def loss_weights(weight):
-    """{name of a loss: its weight} for --local-loss=weight."""
-    if weight == 0:
-        return {"text": 1.0}
-    return {"text": 1.0, INK: weight, EMPTY: EMPTY_WEIGHT * weight}
-
-
-def make_head(model, weight):
-    """The LocalHead of a model for --local-loss=weight, on the model's device; None where off."""
-    if weight == 0:
-        return None
-    if weight < 0:
-        raise ValueError(f"--local-loss={weight}: must be 0 (off) or more")
-    if model.encoder.layout != "grid":
-        raise ValueError(f"--local-loss={weight}: the second stage {model.encoder.kind} gives a "
-                         f"sequence, only tokens on a grid have an area of the page: use 0")
-    head = LocalHead(model.encoder.width, model.cfg.token_stride)
-    return head.to(model.device)
 
 
 # -----------------------------------------------------------------------------
@@ -157,11 +135,18 @@ class LocalHead(nn.Module):
         features = F.layer_norm(features, features.shape[-1:])
         return self.linear(features).unflatten(-1, (-1, CLASSES))
 
-    def losses(self, features, targets):
+    def loss_counts(self, batch):
+        """{name: cells}, on all views: a tile and the global view."""
+        ink, empty = count_cells(self.targets(batch))
+        return {INK: ink, EMPTY: empty}
+
+    def losses(self, taps, batch):
         """
-        Sums of cross-entropies in nats, over cells with ink and over empty ones, from features
-        {side: (N, n, C)} and {side: CellTargets}. No host-device sync.
+        {name: (sum of cross-entropies in nats, cells)}, over cells with ink and over empty ones.
+        taps: of DeepseekOCR.forward. No host-device sync.
         """
+        targets = self.targets(batch)
+        features = taps["features"]
         # Without any labels the losses are zero, but the head still has a gradient.
         some = next(self.parameters())
         ink = weight_zero(self.parameters(), some)
@@ -171,7 +156,8 @@ class LocalHead(nn.Module):
             nats = F.cross_entropy(logits, classes, ignore_index=IGNORE, reduction="none")
             ink = ink + (nats * (classes > NONE)).sum()
             empty = empty + (nats * (classes == NONE)).sum()
-        return ink, empty
+        n_ink, n_empty = count_cells(targets)
+        return {INK: (ink, n_ink), EMPTY: (empty, n_empty)}
 
     def ask(self, features, views, classes):
         """-> (logits (cells, CLASSES) in fp32, classes (cells,)) of these views, on the device."""
@@ -179,30 +165,6 @@ class LocalHead(nn.Module):
         classes = torch.from_numpy(classes).to(features.device, non_blocking=True)
         logits = self(features.index_select(0, views))
         return logits.flatten(0, 2).float(), classes.flatten()
-
-
-class WithLocalLoss(nn.Module):
-    """
-    The model and its local head as one module, which is what a training step calls and what DDP
-    wraps. Its losses are the model's, and INK and EMPTY.
-    """
-    def __init__(self, model, head):
-        super().__init__()
-        self.model = model
-        self.head = head
-
-    def loss_counts(self, batch):
-        """As DeepseekOCR's. INK and EMPTY count cells on all views: a tile and the global view."""
-        ink, empty = count_cells(self.head.targets(batch))
-        return {**self.model.loss_counts(batch), INK: ink, EMPTY: empty}
-
-    def forward(self, batch):
-        features = {side: self.model.features(pixels) for side, pixels in batch.views.items()}
-        losses = self.model(batch, features)
-        targets = self.head.targets(batch)
-        n_ink, n_empty = count_cells(targets)
-        ink, empty = self.head.losses(features, targets)
-        return {**losses, INK: (ink, n_ink), EMPTY: (empty, n_empty)}
 
 
 # -----------------------------------------------------------------------------

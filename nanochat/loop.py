@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nanochat.common import (
     all_reduce, banner, dist_info, every_or_never, gather, integer, natural, positive, positive_int,
     print0, real)
-from nanochat.local_loss import WithLocalLoss
+from nanochat.heads import WithHeads
 from nanochat.model import forward_flops
 
 BLIND_GAP = 0.05  # nats per character: with a smaller gap the page is as good as ignored
@@ -81,6 +81,8 @@ def add_training_arguments(parser, **defaults):
          help="limit of the global gradient norm; -1 = off")
     flag("--local-loss", real(), 0.0, help="weight of the local reading loss, which asks each "
          "vision token of a rendered page which letters it shows; 0 = off, 1 is usual")
+    flag("--place-loss", real(), 0.0, help="weight of the place loss, which asks the decoder before "
+         "each character where on a rendered page that stands; 0 = off, 0.3 is usual")
     # Evaluation
     flag("--eval-every", every_or_never, 100,
          help="steps between evaluations; -1 = only at the end")
@@ -150,15 +152,15 @@ def row_multiple(args, compiled):
     return longest if longest % 4 else longest // 4
 
 
-def wrap_model(model, compiled, local_head=None):
+def wrap_model(model, compiled, heads=None):
     """
-    The model as the step calls it: blocks compiled if asked for, with its local head if there is
-    one, DDP over several ranks.
+    The model as the step calls it: blocks compiled if asked for, with the heads that learn beside
+    it if there are any, DDP over several ranks.
     """
     if compiled:
         print0("torch.compile: the first steps take from seconds to minutes")
         model.compile_blocks()
-    net = model if local_head is None else WithLocalLoss(model, local_head)
+    net = model if heads is None else WithHeads(model, heads)
     if dist_info()[2] == 1:
         return net
     # Running statistics differ between ranks until a checkpoint averages them: not broadcast.
@@ -170,7 +172,7 @@ def wrap_model(model, compiled, local_head=None):
 def unwrap(net):
     """Of what `wrap_model` gives: -> (what computes the losses, the model)."""
     learner = net.module if isinstance(net, DistributedDataParallel) else net
-    model = learner.model if isinstance(learner, WithLocalLoss) else learner
+    model = learner.model if isinstance(learner, WithHeads) else learner
     return learner, model
 
 
@@ -341,11 +343,12 @@ def evaluate(run, step, model, evaluator, eager=False):
     prefix = "vision/cosine_"
     cosines = [f"{name.removeprefix(prefix)} {value:.3f}"
                for name, value in figures.items() if name.startswith(prefix)]
-    local = ""
-    if "vision/local_accuracy" in figures:
-        local = f"local accuracy {figures['vision/local_accuracy']:.3f} | "
+    accuracies = ""
+    for name in ("local_accuracy", "place_accuracy"):
+        if f"vision/{name}" in figures:
+            accuracies += f"{name.replace('_', ' ')} {figures[f'vision/{name}']:.3f} | "
     print0(f"step {step:05d} | val loss {val_loss:.4f} | 1-NED {figures['val/one_minus_ned']:.3f} "
-           f"| gap {figures['vision/gap']:.3f} nats/char | {local}cosine {' '.join(cosines)}")
+           f"| gap {figures['vision/gap']:.3f} nats/char | {accuracies}cosine {' '.join(cosines)}")
     show_pages(run, step, pages_read)
     if run.progress(step) >= 0.3 and figures["vision/gap"] < BLIND_GAP:
         banner(f"step {step}: vision/gap is {figures['vision/gap']:.4f} nats per character. The "

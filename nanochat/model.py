@@ -207,25 +207,28 @@ class DeepseekOCR(nn.Module):
         """
         return {"text": batch.supervised()}
 
-    def forward(self, batch, features=None):
+    def forward(self, batch, taps=None):
         """
         -> {name of a loss: (sum in nats, number of things it is summed over)}. The numbers are
         those of `loss_counts`.
 
         "text": next-token loss over the supervised positions (targets != -1).
 
-        The batch may be on the host. No host-device sync in here. features: {side in px: those of
-        its views}, if the caller has them; another loss than the text's may be taken of them.
+        The batch may be on the host. No host-device sync in here.
+
+        taps: a dict that is given what other losses than the text's are taken of: "features"
+        {side in px: the encoder's, of the views of that side} and "before_last_block" (B, T, C),
+        the decoder's hidden states there.
         """
-        if features is None:
-            tokens = self.encode_views(batch.views)
-        else:
-            tokens = {side: self.to_tokens(f) for side, f in features.items()}
+        features = {side: self.features(pixels) for side, pixels in batch.views.items()}
+        tokens = {side: self.to_tokens(f) for side, f in features.items()}
         x = self.embed(batch, tokens)  # (B, T, C)
         positions = batch.positions
         if positions is not None:
             positions = positions.to(self.device, non_blocking=True)
-        hidden = self.gpt(x, positions=positions, lengths=batch.lengths)  # (B, T, C)
+        hidden = self.gpt(x, positions=positions, lengths=batch.lengths, taps=taps)  # (B, T, C)
+        if taps is not None:
+            taps["features"] = features
         return {"text": (self.text_loss(hidden, batch), batch.supervised())}
 
     def text_loss(self, hidden, batch):

@@ -96,13 +96,13 @@ class Optimizer:
     part_lrs: {part: AdamW's rate} for parts of the model that learn at a rate of their own (names:
     DeepseekOCR.parts). Muon's rate of such a part follows in proportion: matrix_lr * part_lr / lr.
 
-    local_head: a module that learns beside the model, by AdamW at `lr`, and is no part of it. It is
+    heads: modules that learn beside the model, by AdamW at `lr`, and are no part of it. They are
     saved nowhere else, so its weights are in `state_tensors`.
 
     Every trainable parameter is in exactly one group of one of `optimizers`.
     """
     def __init__(self, model, kind, lr, matrix_lr=0.02, weight_decay=0.0, betas=(0.9, 0.95),
-                 dtype=torch.float32, part_lrs=None, local_head=None):
+                 dtype=torch.float32, part_lrs=None, heads=None):
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimizer {kind!r}: must be muon or adamw")
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -110,8 +110,8 @@ class Optimizer:
             raise ValueError("nothing to train: every part of the model is frozen")
         rates = parameter_rates(model, lr, part_lrs or {})
         self.beside = {}  # parameters that are not the model's
-        if local_head is not None:
-            for name, p in local_head.named_parameters(prefix="local_head"):
+        if heads is not None:
+            for name, p in heads.named_parameters(prefix="heads"):
                 self.beside[name] = p
                 rates[name] = lr
         self.params.update(self.beside)
@@ -175,8 +175,8 @@ class Optimizer:
 
     def state_tensors(self):
         """
-        {"<parameter name>.<state name>": tensor}, and {"<parameter name>": tensor} of the local
-        head's weights.
+        {"<parameter name>.<state name>": tensor}, and {"<parameter name>": tensor} of the
+        weights of the heads.
         """
         tensors = {name: p.detach().clone() for name, p in self.beside.items()}
         for name, p in self.params.items():

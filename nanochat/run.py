@@ -319,7 +319,8 @@ def draw_curves(records, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     names = dict.fromkeys(name for record in records for name in record)
-    accuracies = ["val/one_minus_ned", "vision/local_accuracy"]  # the second not in every run
+    # The heads' accuracies are not in every run.
+    accuracies = ["val/one_minus_ned", "vision/local_accuracy", "vision/place_accuracy"]
     panels = [
         ("loss, nats per token", ["train/loss", "val/loss"]),
         ("gap, nats per character", ["vision/gap"]),

@@ -17,8 +17,8 @@ from nanochat.common import (
 from nanochat.config import PRESETS
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.evaluator import Evaluator
+from nanochat.heads import LABELS, loss_weights, make_heads
 from nanochat.image_modes import get_mode
-from nanochat.local_loss import LABELS, loss_weights, make_head
 from nanochat.loop import (
     account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
     refuse_without_effect, row_multiple, save, train_step, wrap_model)
@@ -110,8 +110,8 @@ def main(argv=None):
     model.recompute(args.recompute)
     model.to(device)
     model.dtype = dtype
-    # Of the local reading loss, for training only: not saved with the model. None where it is off.
-    local_head = make_head(model, args.local_loss)
+    # Of the local reading loss and the place loss, for training only: not saved with the model.
+    heads = make_heads(model, args.local_loss, args.place_loss)  # None where both are off
 
     # -------------------------------------------------------------------------
     # Data: conversations, and how they become rows of tokens and pixels
@@ -125,17 +125,17 @@ def main(argv=None):
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
     multiple = row_multiple(args, compiled)
-    labels = LABELS if local_head is not None else ()
+    labels = LABELS if heads is not None else ()
     sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)
     evaluator = Evaluator(tokenizer, modes, cfg.layout, limits, val_task, statistics_task,
-                          args.eval_pages, args.statistics_pages, local_head)
+                          args.eval_pages, args.statistics_pages, heads)
 
     # -------------------------------------------------------------------------
     # Optimizer and schedule
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
                           dtype=dtype, part_lrs=parse_part_lrs(args.part_lr),
-                          local_head=local_head)
+                          heads=heads)
 
     def lr_scale(step, progress):
         """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
@@ -153,7 +153,7 @@ def main(argv=None):
                      args.num_iterations * accumulate, rank, world_size, args.workers,
                      pin_memory=device.type == "cuda", states=streams)
     batches = ahead(batches, device)
-    net = wrap_model(model, compiled, local_head)
+    net = wrap_model(model, compiled, heads)
     peak_flops = matmul_rate(device, dtype)
     print0(f"stage 1: {model.num_params():,} parameters, {optimizer.num_params():,} trained; "
            f"{device.type} x {world_size}, {str(dtype)[6:]}, "
@@ -178,7 +178,7 @@ def main(argv=None):
             break
         scale = lr_scale(step, progress)
         result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
-                            sampler.counters, loss_weights(args.local_loss),
+                            sampler.counters, loss_weights(args.local_loss, args.place_loss),
                             agree_on_time=args.max_minutes > 0)
         streams.update(result.streams)
         account(run, result)

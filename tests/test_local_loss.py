@@ -23,8 +23,9 @@ from nanochat.batch import IGNORE, collate
 from nanochat.conversation import ocr_conversation
 from nanochat.dataloader import Sampler
 from nanochat.image_modes import MODES, Mode
-from nanochat.local_loss import (CLASS_OF, EMPTY, INK, LABELS, NONE, LocalHead, WithLocalLoss,
-                                 cells_of, count_cells, local_accuracy, loss_weights, make_head)
+from nanochat.heads import LABELS, WithHeads, loss_weights, make_heads
+from nanochat.local_loss import (
+    CLASS_OF, EMPTY, INK, NONE, LocalHead, cells_of, count_cells, local_accuracy)
 from nanochat.loop import train_step, wrap_model
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer
@@ -232,10 +233,10 @@ def both_means(model, head, batch):
 @pytest.fixture
 def learner(model):
     """The tiny model, whose head starts at random: from zero all answers are alike."""
-    head = make_head(model, 1.0)
+    heads = make_heads(model, 1.0, 0.0)
     torch.manual_seed(0)
-    torch.nn.init.normal_(head.linear.weight, std=0.1)
-    return WithLocalLoss(model, head)
+    torch.nn.init.normal_(heads["local"].linear.weight, std=0.1)
+    return WithHeads(model, heads)
 
 
 def test_losses_are_means_over_letters_and_over_empty_cells(learner, make_labelled_batch, pages,
@@ -249,7 +250,7 @@ def test_losses_are_means_over_letters_and_over_empty_cells(learner, make_labell
     for name, (nats, count) in losses.items():
         assert count == counts[name]
         means[name] = nats.item() / count
-    expected = both_means(learner.model, learner.head, batch)
+    expected = both_means(learner.model, learner.heads["local"], batch)
     assert {INK: means[INK], EMPTY: means[EMPTY]} == pytest.approx(expected, rel=1e-4)
     n_letters = sum(len(pages[i]["labels"][0]["glyphs"]) for i in (0, 2))
     assert 0.8 * n_letters < counts[INK] <= n_letters  # a few share a cell
@@ -268,7 +269,7 @@ def test_both_the_head_and_the_encoder_learn_from_it(learner, make_labelled_batc
         learner.zero_grad()
         losses[name][0].backward(retain_graph=True)
         for parameter, p in learner.named_parameters():
-            wanted = parameter.startswith(("model.encoder.", "head."))
+            wanted = parameter.startswith(("model.encoder.", "heads."))
             has_gradient = p.grad is not None and p.grad.abs().sum() > 0
             assert has_gradient == wanted, parameter
 
@@ -278,14 +279,14 @@ def test_a_frozen_sam_stays_and_the_second_stage_learns(learner, make_labelled_b
     learner.train().model.encoder.freeze_sam()
     learner(make_labelled_batch(pages[:8]))[INK][0].backward()
     for parameter, p in learner.named_parameters():
-        wanted = parameter.startswith(("model.encoder.vision_model.", "head."))
+        wanted = parameter.startswith(("model.encoder.vision_model.", "heads."))
         has_gradient = p.grad is not None and p.grad.abs().sum() > 0
         assert has_gradient == wanted, parameter
 
 
 def step_of(learner, batches, accumulate, weights, steps=1):
     """Trains in place. -> the last StepResult, and the parameters."""
-    optimizer = Optimizer(learner.model, "adamw", lr=1e-2, local_head=learner.head)
+    optimizer = Optimizer(learner.model, "adamw", lr=1e-2, heads=learner.heads)
     batches = iter(batches)
     for step in range(steps):
         result = train_step(step, learner, optimizer, batches, accumulate, 1.0, 1.0, ["images"],
@@ -302,18 +303,18 @@ def test_a_step_is_the_same_in_any_number_of_passes(cfg, make_model, make_labell
     found = []
     for size in (6, 2):
         model = make_model(cfg=cfg).train()
-        learner = WithLocalLoss(model, make_head(model, 2.0))
+        learner = WithHeads(model, make_heads(model, 2.0, 0.0))
         batches = []
         for first in range(0, 6, size):
             batches.append(make_labelled_batch(conversations[first:first + size]))
         assert len(batches) == 6 // size
-        found.append(step_of(learner, batches, len(batches), loss_weights(2.0)))
+        found.append(step_of(learner, batches, len(batches), loss_weights(2.0, 0.0)))
     (one, in_one), (three, in_three) = found
     assert one.losses == pytest.approx(three.losses, rel=1e-5)
     assert list(one.losses) == ["text", INK, EMPTY]
     assert one.losses[INK] == pytest.approx(np.log(96), rel=1e-5)  # a fresh head: all alike
     assert one.grad_norm == pytest.approx(three.grad_norm, rel=1e-4)
-    for name in ("head.linear.weight", "model.encoder.sam_model.net_3.weight"):
+    for name in ("heads.local.linear.weight", "model.encoder.sam_model.net_3.weight"):
         # AdamW's first step is of one size, in a direction settled by rounding near zero.
         gap = (in_one[name] - in_three[name]).abs().mean()
         assert gap < 1e-4, name
@@ -330,8 +331,8 @@ def test_a_step_without_labels(learner, make_labelled_batch, pages, chats):
         sum(nats for nats, _ in losses.values()).backward()
         for p in learner.parameters():
             assert p.grad is not None
-        assert not any(p.grad.any() for p in learner.head.parameters())
-    result, _ = step_of(learner, [unlabelled, text], 2, loss_weights(1.0))
+        assert not any(p.grad.any() for p in learner.heads.parameters())
+    result, _ = step_of(learner, [unlabelled, text], 2, loss_weights(1.0, 0.0))
     assert list(result.losses) == ["text"]  # no mean of nothing is logged
 
 
@@ -341,16 +342,16 @@ def steps_on_a_rank(rank, world, seed_model, batches, folder):
     if world > 1:
         dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     model = seed_model().train()
-    head = make_head(model, 1.0)
-    optimizer = Optimizer(model, "muon", lr=3e-3, local_head=head)
-    net = wrap_model(model, compiled=False, local_head=head)
+    heads = make_heads(model, 1.0, 0.0)
+    optimizer = Optimizer(model, "muon", lr=3e-3, heads=heads)
+    net = wrap_model(model, compiled=False, heads=heads)
     own = iter(batches[rank::world])
     losses = []
     for step in range(len(batches) // 2):
         result = train_step(step, net, optimizer, own, 2 // world, 1.0, 1.0, ["images"],
-                            loss_weights(1.0))
+                            loss_weights(1.0, 0.0))
         losses.append(result.losses)
-    torch.save([losses, head.state_dict()], folder / f"{rank}_of_{world}")
+    torch.save([losses, heads.state_dict()], folder / f"{rank}_of_{world}")
 
 
 def test_two_ranks_equal_two_passes(make_model, make_labelled_batch, pages, chats, tmp_path):
@@ -384,47 +385,48 @@ def test_two_ranks_equal_two_passes(make_model, make_labelled_batch, pages, chat
 
 def test_it_is_learned_and_the_gauge_sees_it(cfg, make_model, make_labelled_batch, pages):
     model = make_model(cfg=cfg).train()
-    learner = WithLocalLoss(model, make_head(model, 1.0))
+    learner = WithHeads(model, make_heads(model, 1.0, 0.0))
     batch = make_labelled_batch(pages)
-    before = local_accuracy(model, learner.head, [batch])
-    first, _ = step_of(learner, [batch], 1, loss_weights(1.0))
-    last, _ = step_of(learner, [batch] * 80, 1, loss_weights(1.0), steps=80)
+    before = local_accuracy(model, learner.heads["local"], [batch])
+    first, _ = step_of(learner, [batch], 1, loss_weights(1.0, 0.0))
+    last, _ = step_of(learner, [batch] * 80, 1, loss_weights(1.0, 0.0), steps=80)
     assert before < 0.05
     assert last.losses[INK] < 0.3 * first.losses[INK]
     assert last.losses[EMPTY] < 0.3 * first.losses[EMPTY]
-    assert local_accuracy(model, learner.head, [batch]) > 0.8
-    assert local_accuracy(model, learner.head, [make_labelled_batch(pages[:3]), batch]) > 0.8
+    assert local_accuracy(model, learner.heads["local"], [batch]) > 0.8
+    assert local_accuracy(model, learner.heads["local"], [make_labelled_batch(pages[:3]), batch]) > 0.8
 
 
 def test_the_gauge_without_labels(learner, make_labelled_batch, pages):
     batch = make_labelled_batch([without_labels(page) for page in pages])
-    assert local_accuracy(learner.model, learner.head, [batch]) is None
+    assert local_accuracy(learner.model, learner.heads["local"], [batch]) is None
 
 
 # -----------------------------------------------------------------------------
 # Settings
 
 def test_off_is_off(model):
-    assert make_head(model, 0.0) is None
-    assert loss_weights(0.0) == {"text": 1.0}
-    assert loss_weights(2.0) == {"text": 1.0, INK: 2.0, EMPTY: 1.0}
-    with pytest.raises(ValueError, match="--local-loss=-1: must be 0"):
-        make_head(model, -1)
+    assert make_heads(model, 0.0, 0.0) is None
+    assert loss_weights(0.0, 0.0) == {"text": 1.0}
+    assert loss_weights(2.0, 0.0) == {"text": 1.0, INK: 2.0, EMPTY: 1.0}
+    with pytest.raises(ValueError, match="--local-loss=-1, .* must be 0"):
+        make_heads(model, -1, 0.0)
 
 
 def test_a_sequence_of_tokens_has_no_cells(model, monkeypatch):
     monkeypatch.setattr(model.encoder, "layout", "sequence")
     with pytest.raises(ValueError, match="the second stage clip gives a sequence"):
-        make_head(model, 1.0)
+        make_heads(model, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_the_head_is_adamws_at_lr_and_no_part_of_the_model(model, kind):
     names = list(model.state_dict())
     n_params = model.num_params()
-    head = make_head(model, 1.0)
+    heads = make_heads(model, 1.0, 0.0)
+    head = heads["local"]
     optimizer = Optimizer(model, kind, lr=1e-3, part_lrs={"sam": 1e-5, "head": 1e-5},
-                          local_head=head)
+                          heads=heads)
     for inner in optimizer.optimizers:
         for group in inner.param_groups:
             for p in group["params"]:
@@ -436,12 +438,12 @@ def test_the_head_is_adamws_at_lr_and_no_part_of_the_model(model, kind):
 
 
 def test_the_state_of_another_head_is_refused(model):
-    state = Optimizer(model, "muon", lr=1e-3, local_head=make_head(model, 1.0)).state_tensors()
-    assert set(state) == {"local_head.linear.weight", "local_head.linear.bias"}  # no step yet
-    other = LocalHead(model.encoder.width, STRIDE, cells=(1, 1))
-    for head, tensors in ((other, state), (make_head(model, 1.0), {})):
-        optimizer = Optimizer(model, "muon", lr=1e-3, local_head=head)
-        with pytest.raises(ValueError, match="lacks local_head.linear.weight of shape"):
+    state = Optimizer(model, "muon", lr=1e-3, heads=make_heads(model, 1.0, 0.0)).state_tensors()
+    assert set(state) == {"heads.local.linear.weight", "heads.local.linear.bias"}  # no step yet
+    other = torch.nn.ModuleDict({"local": LocalHead(model.encoder.width, STRIDE, cells=(1, 1))})
+    for heads, tensors in ((other, state), (make_heads(model, 1.0, 0.0), {})):
+        optimizer = Optimizer(model, "muon", lr=1e-3, heads=heads)
+        with pytest.raises(ValueError, match="lacks heads.local.linear.weight of shape"):
             optimizer.load_state_tensors(tensors)
 
 
@@ -505,6 +507,6 @@ def test_a_resumed_run_equals_the_unbroken_one(flags, tmp_path, capsys):
         cfg = config.ModelConfig.from_dict(json.loads((final / "config.json").read_text()))
         assert set(saved) == set(DeepseekOCR(cfg).state_dict())
     state = load_file(final / "optim.safetensors")
-    of_the_head = {name for name in state if name.startswith("local_head.")}
-    assert of_the_head >= {"local_head.linear.weight", "local_head.linear.weight.exp_avg_sq"}
-    assert state["local_head.linear.weight"].abs().max() > 0
+    of_the_head = {name for name in state if name.startswith("heads.")}
+    assert of_the_head >= {"heads.local.linear.weight", "heads.local.linear.weight.exp_avg_sq"}
+    assert state["heads.local.linear.weight"].abs().max() > 0
