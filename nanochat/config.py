@@ -1,7 +1,7 @@
 """
-Sizes of the model, and the presets: `nano` (two CPU cores), `dense` and `mini` (to try recipes
-for dense pages on a CPU), `small` (one GPU) and `base` (the published DeepEncoder with a nanochat
-d20). Every class of the model is built from these dataclasses alone; nothing in the model knows a
+Sizes of the model, and the presets: `nano` and `page` (two CPU cores), `dense` and `mini` (to try
+recipes for dense pages on a CPU), `small` (one GPU) and `base` (the published DeepEncoder with a
+nanochat d20). Every class of the model is built from these dataclasses alone; nothing in the model knows a
 preset's name.
 """
 from dataclasses import asdict, dataclass, field, fields
@@ -185,6 +185,21 @@ def dense():
     return cfg
 
 
+def page():
+    """
+    Two CPU cores, hours: a paragraph on 256 px with 64 vision tokens. Patches are as in `dense`,
+    and SAM looks at windows of 64 px only: letters are local, and the second stage sees the page.
+    """
+    return ModelConfig(
+        sam=SAMConfig(
+            image_size=256, patch_size=8, width=128, depth=3, n_head=2, window=8, global_blocks=(),
+            neck=128, net_2=192, net_3=256),
+        second_stage=CLIPConfig(grid=8, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
+        gpt=GPTConfig(
+            sequence_len=1024, vocab_size=512, n_layer=4, n_head=4, n_kv_head=4, n_embd=192),
+        standardize="none", modes=("256px",))
+
+
 def mini():
     """
     The geometry of `small` at 512 px, but narrow: shows on two CPU cores, within an hour, whether
@@ -230,6 +245,7 @@ def tiny():
 PRESETS = {
     "nano": nano,
     "dense": dense,
+    "page": page,
     "mini": mini,
     "small": small,
     "base": ModelConfig,

@@ -29,6 +29,7 @@ class Mode:
 REGISTERED = (
     Mode("64px", 64, stretch=True),    # nano and the tests
     Mode("128px", 128, stretch=True),  # dense
+    Mode("256px", 256, stretch=True),  # page
     Mode("512px", 512, stretch=True),
     Mode("640px", 640, stretch=True),
     Mode("1024px", 1024),

@@ -1,6 +1,6 @@
 """
-Optimizers. `muon`: Muon for the matrices of all transformer blocks and of the projector, AdamW
-for everything else. `adamw`: AdamW throughout, as published. Both are one object with one `step`,
+Optimizers. `muon`: Muon for the matrices of all transformer blocks and of the projector, and for
+the kernels of the encoder's convolutions; AdamW for everything else. `adamw`: AdamW throughout, as published. Both are one object with one `step`,
 and a state that is a flat dict of named tensors (for safetensors).
 """
 import math
@@ -34,7 +34,12 @@ def orthogonalize(G, dtype, steps=5):
 
 
 def split_fused(matrix):
-    """What is orthogonalized as one matrix: a fused qkv (3C, C) is three of them."""
+    """
+    What is orthogonalized as one matrix, as views of it: a fused qkv (3C, C) is three of them, and
+    a kernel (out, in, h, w) is one of (out, in * h * w).
+    """
+    if matrix.ndim == 4:
+        return (matrix.view(matrix.size(0), -1),)
     is_qkv = matrix.size(0) == 3 * matrix.size(1)
     return matrix.chunk(3) if is_qkv else (matrix,)
 
@@ -60,7 +65,7 @@ class Muon(torch.optim.Optimizer):
             # instead of many small ones.
             by_shape = {}  # {shape: ([matrix of a parameter], [its update])}
             for p, update in zip(params, updates):
-                for matrix, matrix_update in zip(split_fused(p), split_fused(update)):
+                for matrix, matrix_update in zip(split_fused(p), split_fused(update.contiguous())):
                     matrices, stack = by_shape.setdefault(matrix.shape, ([], []))
                     matrices.append(matrix)
                     stack.append(matrix_update)
@@ -82,11 +87,22 @@ class Muon(torch.optim.Optimizer):
 
 # -----------------------------------------------------------------------------
 
-def is_block_matrix(name, p):
-    """Whether Muon takes a parameter: a matrix of a transformer block or of the projector."""
-    if p.ndim != 2 or "rel_pos" in name:  # position tables are no linear maps
+MATRICES_OF = (".blocks.", ".layers.", ".h.", "projector.")  # names of what Muon takes ...
+KERNELS_OF = ("patch_embed.", "neck.", "net_2.", "net_3.")  # ... and of convolutions
+
+
+def is_muons(name, p):
+    """
+    Whether Muon takes a parameter: a matrix of a transformer block or of the projector, or a kernel
+    of SAM's patches, neck and compressor.
+    """
+    # Position tables are no linear maps, whatever their shape.
+    if "rel_pos" in name or "pos_embed" in name:
         return False
-    return any(part in name for part in (".blocks.", ".layers.", ".h.", "projector."))
+    if p.ndim == 4:
+        # With AdamW letters take three times as many steps to learn (FINDINGS.md).
+        return any(part in name for part in KERNELS_OF)
+    return p.ndim == 2 and any(part in name for part in MATRICES_OF)
 
 
 class Optimizer:
@@ -121,8 +137,8 @@ class Optimizer:
         muon_groups = {}
         for name, p in self.params.items():
             in_model = name not in self.beside
-            is_muons = kind == "muon" and in_model and is_block_matrix(name, p)
-            groups = muon_groups if is_muons else adamw_groups
+            takes_muon = kind == "muon" and in_model and is_muons(name, p)
+            groups = muon_groups if takes_muon else adamw_groups
             groups.setdefault(rates[name], []).append(p)
 
         device = next(iter(self.params.values())).device

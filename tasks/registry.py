@@ -23,6 +23,7 @@ tuples below and two lines to open_training_set or open_benchmark.
 """
 import argparse
 import math
+import re
 
 from nanochat.common import fraction, natural, positive, positive_int, real
 from nanochat.dataloader import UNUSABLE
@@ -63,6 +64,9 @@ def add_data_arguments(parser, **defaults):
     flag("--ramp", type=natural, default=0,
          help="curriculum: synthdoc's pages grow from large print to the full range over this many "
               "samples; 0 = none")
+    flag("--primer", default="8x4",
+         help="grids of characters that the curriculum begins with, COLUMNSxROWS; several with "
+              "commas come in one after the other, e.g. 8x4,16x8")
     add_page_arguments(parser)
     parser.set_defaults(**defaults)
 
@@ -121,6 +125,17 @@ def parse_data(text):
     return sets
 
 
+def parse_grids(text):
+    """"8x4,16x8" -> [(8, 4), (16, 8)]"""
+    grids = []
+    for piece in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)", piece)
+        if match is None:
+            raise ValueError(f"--primer={text}: {piece!r} is not COLUMNSxROWS, e.g. 8x4")
+        grids.append((int(match[1]), int(match[2])))
+    return grids
+
+
 def parse_chars(text):
     """"24-48" or "24-48x4,64-96x1" -> [(low, high, weight), ...] characters per page."""
     ranges = []
@@ -152,6 +167,7 @@ def parse_parts(text):
 USED_BY = {
     "stream": ("finevision", "chartqa", "smoltalk"),
     "ramp": ("synthdoc",),
+    "primer": ("synthdoc",),
     "val_share": ("folder",),
     "allow_outside": ("folder",),
     "chars": ("synthdoc", "synthpage"),
@@ -257,7 +273,7 @@ def page_tasks(args, image_size, pages, ramp):
     if args.damage:
         common["damage"] = args.damage
     train = SynthDoc("train", pages, random_share=args.random_share, seed=args.seed, ramp=ramp,
-                     **common)
+                     primer=parse_grids(args.primer), **common)
     # No random strings here, and one seed for all runs, so that their validation losses compare.
     val = SynthDoc("heldout", VAL_PAGES, seed=1, **common)
     # Like the pages that training ends with (no ramp), but none of them.

@@ -30,10 +30,9 @@ from tasks.words import (
 CAPITAL_SHARE = 0.08
 PUNCTUATION_SHARE = 0.08
 
-# The grid of a primer page, in characters: about as many as a page of the nano model has later.
+# The grid of a primer page, (columns, rows) in characters: as many as a nano page has later.
+PRIMER_GRID = (8, 4)
 PRIMER_FACE = "mono"
-PRIMER_COLUMNS = 8
-PRIMER_ROWS = 4
 PRIMER_FREEDOM = 0.1  # a page drawn less free than this is a primer page
 PRIMER_PART = 0.25  # of a curriculum: primer pages alone
 
@@ -170,13 +169,15 @@ def stack_shrinking(blocks, face, px, spacing, width, height, joiner, min_px):
     return boxes, px
 
 
-def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin=MARGIN):
+def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin=MARGIN,
+            primer_columns=PRIMER_GRID[0]):
     """
     A Page of `blocks`, or None if they do not fit in print of min_px. Size (as large as fits times
     0.9 to 1), line spacing, position, ink and paper are drawn. No word is split or cut.
 
     freedom < 1 is for curricula: face, size, spacing and position are drawn nearer to those of a
-    primer page, and lines may break inside words. margin: px of paper kept on every side.
+    primer page of `primer_columns`, and lines may break inside words. margin: px of paper kept on
+    every side.
     """
     room_x = width - 2 * margin
     room_y = height - 2 * margin
@@ -190,7 +191,7 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
 
     largest = estimate_px(blocks, face, room_x, room_y, joiner, min_px)
     # The geometric mean of the sizes of a primer page and a free one, weighted by freedom.
-    primer = min(largest, primer_px(width))
+    primer = min(largest, primer_px(width, primer_columns))
     free = largest * rng.uniform(0.9, 1)
     px = round(primer ** (1 - freedom) * free ** freedom)
     px = max(min_px, px)
@@ -215,28 +216,30 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
     return Page(width, height, boxes, face, px, ink, paper)
 
 
-def primer_px(width):
-    """Print size in px at which PRIMER_COLUMNS letters of PRIMER_FACE fill the width of a page."""
-    return round(width / PRIMER_COLUMNS / 0.602)  # a letter advances by 0.602 em
+def primer_px(width, columns):
+    """Print size in px at which so many letters of PRIMER_FACE fill the width of a page."""
+    return round(width / columns / 0.602)  # a letter advances by 0.602 em
 
 
-def primer_text(words):
-    return " ".join(words)[:PRIMER_COLUMNS * PRIMER_ROWS].rstrip()
+def primer_text(words, grid):
+    columns, rows = grid
+    return " ".join(words)[:columns * rows].rstrip()
 
 
-def lay_out_primer(rng, words, width, height):
+def lay_out_primer(rng, words, width, height, grid=PRIMER_GRID):
     """
     A page of a curriculum's beginning: large print of one monospaced face that fills a fixed grid,
     words broken where a row ends. The n-th character always stands in the same place, so that the
     decoder need not find it first: reading takes off sooner (FINDINGS.md, leads).
     """
-    text = primer_text(words)
-    px = primer_px(width)
-    pitch = height // PRIMER_ROWS
+    columns, rows = grid
+    text = primer_text(words, grid)
+    px = primer_px(width, columns)
+    pitch = height // rows
     lines = []
     # No margin and no overhang: the grid matters here, not whether an edge of a letter is cut off.
-    for start in range(0, len(text), PRIMER_COLUMNS):
-        row = text[start:start + PRIMER_COLUMNS]
+    for start in range(0, len(text), columns):
+        row = text[start:start + columns]
         lines.append(Line(0, len(lines) * pitch, PRIMER_FACE, px, row))
     box = Box("text_block", text, 0, (0, 0, width, len(lines) * pitch), lines)
     ink = rng.randint(0, 60)
@@ -262,6 +265,8 @@ class SynthDoc(Task):
     ramp          curriculum over the first `ramp` pages: primer pages (large print filling a fixed
                   grid), then layouts that grow freer in face, size and position page by page.
                   Earlier kinds stay in the mix: a sudden change first disturbs what was learned
+    primer        [(columns, rows), ...], the grids of primer pages. They come in one after the
+                  other, and a less free page is as large and as long as one of them
     faces         names from FACES; None is all of them
     min_px        smallest print: a text that does not fit in its face at this size is set in
                   another face, and smaller only if it fits in none
@@ -272,7 +277,7 @@ class SynthDoc(Task):
 
 
     def __init__(self, split, size, image_size=128, chars=(24, 48), random_share=None, seed=0,
-                 ramp=0, faces=None, min_px=MIN_PX, titles=0.0, damage=0):
+                 ramp=0, faces=None, min_px=MIN_PX, titles=0.0, damage=0, primer=(PRIMER_GRID,)):
         self.split = split
         self.size = size
         self.width, self.height = page_size(image_size)
@@ -290,6 +295,7 @@ class SynthDoc(Task):
         self.min_px = min_px
         self.titles = titles
         self.damage = parse_damage(damage)
+        self.primer = [tuple(grid) for grid in primer]
         self.check_arguments()
         font_folder()  # so that missing fonts are reported now and not in a worker
 
@@ -316,6 +322,13 @@ class SynthDoc(Task):
             raise ValueError(
                 f"size {self.size} and ramp {self.ramp} count pages: give size >= 1 and ramp >= 0"
             )
+        for columns, rows in self.primer:
+            if min(columns, rows) < 1 or primer_px(self.width, columns) < MIN_PX:
+                raise ValueError(
+                    f"primer has a grid of {columns}x{rows} characters, in print of "
+                    f"{primer_px(self.width, max(1, columns))} px: give 1 row or more, and columns "
+                    f"wide enough for print of {MIN_PX} px"
+                )
         if not MIN_PX <= self.min_px <= self.height:
             raise ValueError(
                 f"min_px {self.min_px} is no print size for this page: "
@@ -343,6 +356,13 @@ class SynthDoc(Task):
         # The power goes from 1 (even odds) to 0 (all at the limit).
         return progress * rng.random() ** (1 - progress)
 
+    def grid(self, i):
+        """The primer grid of page i: any of those that have come in by then."""
+        progress = i / self.ramp / PRIMER_PART if self.ramp else 0.0
+        known = min(len(self.primer), 1 + int(progress * len(self.primer)))
+        # A generator of its own: pages of one grid are the same with and without this draw.
+        return random.Random(f"{self.page_id(i)}/grid").choice(self.primer[:known])
+
     def blocks(self, i):
         """(rng, freedom, blocks) of page i: what it says, and the generator for its layout."""
         self.check_index(i)
@@ -353,7 +373,8 @@ class SynthDoc(Task):
         freedom = self.freedom(rng, i)
         n_chars = rng.randint(low, high)
         # Less free pages go towards as many characters as a primer page holds.
-        full = PRIMER_COLUMNS * PRIMER_ROWS
+        columns, rows = self.grid(i)
+        full = columns * rows
         if freedom < PRIMER_FREEDOM:
             n_chars = full + MIN_CHARS  # a word more: the page is to be full
         elif freedom < 1:
@@ -375,10 +396,11 @@ class SynthDoc(Task):
         texts = []
         for _, words, _ in blocks:
             # A primer page is cut off where its grid is full.
-            texts.append(primer_text(words) if freedom < PRIMER_FREEDOM else " ".join(words))
+            is_primer = freedom < PRIMER_FREEDOM
+            texts.append(primer_text(words, self.grid(i)) if is_primer else " ".join(words))
         return "\n\n".join(texts)
 
-    def lay_out(self, rng, blocks, freedom):
+    def lay_out(self, rng, blocks, freedom, primer_columns):
         """A Page of the blocks in the first face in which they fit at min_px, or else at MIN_PX."""
         # Skew must not turn ink out of the page. A clean page has the plain margin.
         margin = MARGIN + skew_margin(self.damage, self.width, self.height)
@@ -386,7 +408,8 @@ class SynthDoc(Task):
         # Another face before smaller print: faces differ in width by half.
         for min_px in (self.min_px, MIN_PX):
             for face in faces:
-                page = lay_out(rng, blocks, face, self.width, self.height, freedom, min_px, margin)
+                page = lay_out(rng, blocks, face, self.width, self.height, freedom, min_px, margin,
+                               primer_columns)
                 if page is not None:
                     return page
         n_chars = sum(len(" ".join(words)) for _, words, _ in blocks)
@@ -402,10 +425,10 @@ class SynthDoc(Task):
         # rng goes on from the words to the layout: both are drawn from one seed.
         if freedom < PRIMER_FREEDOM:
             _, words, _ = blocks[0]
-            page = lay_out_primer(rng, words, self.width, self.height)
+            page = lay_out_primer(rng, words, self.width, self.height, self.grid(i))
             image, glyphs = scan(page, {}, page_id)
         else:
-            page = self.lay_out(rng, blocks, freedom)
+            page = self.lay_out(rng, blocks, freedom, primer_columns=self.grid(i)[0])
             image, glyphs = scan(page, self.damage, page_id)
         truth = page.truth
         return ocr_conversation(
