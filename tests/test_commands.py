@@ -126,6 +126,18 @@ def test_file_tree_names_every_file():
     assert all((ROOT / name).exists() for name in named)
 
 
+def test_pictures_are_there_and_light():
+    """Whoever opens the repository's page loads all of them."""
+    shown = set()
+    for name in ("README.md", "FINDINGS.md"):
+        text = (ROOT / name).read_text()
+        shown.update(re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+    assert shown
+    assert sum((ROOT / name).stat().st_size for name in shown) <= 300_000
+    # None that nothing shows
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()} == shown
+
+
 def imports_of(path):
     """Our own modules that a file imports anywhere, functions included."""
     found = set()
