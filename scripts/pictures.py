@@ -55,6 +55,7 @@ def open_task(evaluation, checkpoint, name, pages):
     """The task `name` as scripts.vision_eval opened it, of so many pages."""
     meta = read_record(os.path.join(checkpoint, "meta.json"), ("user_config",))
     settings = read_record(os.path.join(evaluation, "settings.json"), vision_eval.SETTINGS)
+    # Not by the command line: it refuses flags that have no effect on a task, and all are in there.
     args = vision_eval.parse_args([])
     for key in vision_eval.SETTINGS:
         setattr(args, key, settings[key])
@@ -70,9 +71,11 @@ def open_task(evaluation, checkpoint, name, pages):
 
 def at_percentiles(rows, percentiles):
     """[(percentile, row), ...], by 1-NED. A draw by eye would show the pages that please us."""
+    # By index among equals, so that the same evaluation always shows the same pages
     ordered = sorted(rows, key=lambda row: (row["one_minus_ned"], row["index"]))
     found = []
     for percentile in percentiles:
+        # Whole places only: between two pages there is none to show.
         place = round(percentile / 100 * (len(ordered) - 1))
         found.append((percentile, ordered[place]))
     return found
@@ -112,6 +115,7 @@ def title_of(percentile, score):
 # reading: the picture
 
 WIDTH = 1240      # px of the whole picture: legible where a page shows it at 850
+HIGHEST = 6000    # px, of the paper that it is drawn on
 MARGIN = 20       # px around everything, and between columns
 PRINT = 17        # px of the text's face
 LINE = 25         # px from one line of text to the next
@@ -180,7 +184,8 @@ class Sheet:
     """White paper, as wide as asked for and as high as what is put on it."""
     def __init__(self, width):
         self.width = width
-        self.image = Image.new("RGB", (width, 4000), "white")
+        # PIL cannot grow a picture: more than the longest text takes, and cut when it is saved
+        self.image = Image.new("RGB", (width, HIGHEST), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.bottom = 0  # px: lower edge of what is lowest
 
@@ -211,6 +216,10 @@ class Sheet:
         return self.reach(top)
 
     def reach(self, y):
+        """Notes that something goes down to y. -> y. ValueError if that is off the paper."""
+        if y > HIGHEST:
+            raise ValueError(f"these pages and their texts are more than {HIGHEST} px high: choose "
+                             f"fewer --percentiles")
         self.bottom = max(self.bottom, y)
         return y
 
@@ -241,6 +250,7 @@ def draw_reading(shown, path):
     """
     sheet = Sheet(WIDTH)
     longest = max(len(row["truth"]) for _, row, _ in shown)
+    # All in one way, so that the rows of pages stay straight
     beside = longest > LONG
     columns = 1 if beside else len(shown)
     column = (WIDTH - MARGIN * (columns + 1)) // columns  # px
@@ -275,6 +285,7 @@ def reading(args):
     summary = read_record(os.path.join(args.evaluation, "summary.json"), (name,))
     task = open_task(args.evaluation, checkpoint, name, summary[name]["of"])
 
+    # All pages are opened before anything is drawn: one that has changed leaves no picture.
     shown = []
     for percentile, row in at_percentiles(rows, parse_percentiles(args.percentiles)):
         shown.append((percentile, row, picture_of(task, row)))
@@ -288,11 +299,19 @@ def reading(args):
 
 PARTS = (
     # (title, what it does, its parts in DeepseekOCR.parts, colour)
-    ("SAM", "attention\nin windows", ("sam",), "#fde3c8"),
+    ("SAM", "attention, most\nof it in windows", ("sam",), "#fde3c8"),
     ("compressor", "2 convolutions\nof stride 2", ("compressor",), "#f9d7d7"),
     ("CLIP", "attention over\nthe whole page", ("clip",), "#d6e6f7"),
     ("projector", "joins both,\none matrix", ("projector",), "#d9efd9"),
     ("GPT", "writes the text,\ntoken by token", ("gpt", "embedding", "head"), "#e6dcf3"),
+)
+# What travels on the arrow before each part: (unit, its key in `measure`'s dict)
+COUNTED = (
+    ("pixels", "side"),
+    ("patches", "patches"),
+    ("tokens", "tokens"),
+    ("tokens", "tokens"),
+    ("positions", "positions"),
 )
 SIZE_COLORS = ("#0b5394", "#7f4f00", "#38761d")  # of the sizes, in the order of --sizes
 # Inches. Forges show a picture at two thirds of this, so the print must be large for its width.
@@ -324,8 +343,12 @@ def measure(label, cfg, text_tokens):
     page = plan(mode, mode.size, mode.size, cfg.layout)
     with torch.device("meta"):  # parameters without memory: base has 962 million
         parts = DeepseekOCR(cfg).parts()
-    params = {part: sum(p.numel() for _, p in named) for part, named in parts.items()}
-    flops = forward_flops(cfg, page.views, page.positions + text_tokens)
+    params = {}
+    for part, named in parts.items():
+        params[part] = sum(p.numel() for _, p in named)
+    # One row, not padded; as in training only the text goes through the head.
+    length = page.positions + text_tokens
+    flops = forward_flops(cfg, page.views, length, head_positions=text_tokens)
     gflop = {part: round(value / 1e9, 3) for part, value in flops.items()}
     return {
         "mode": mode.name,
@@ -344,21 +367,6 @@ def measure(label, cfg, text_tokens):
 
 def millions(n):
     return f"{n / 1e6:,.2f} M" if n < 10e6 else f"{n / 1e6:,.0f} M"
-
-
-def network_columns(measured):
-    """What stands on each arrow: [(what is counted, {size: how many}), ...]."""
-    columns = [
-        ("pixels", lambda m: f"{m['side']}²"),
-        ("patches", lambda m: f"{m['patches']:,}"),
-        ("tokens", lambda m: f"{m['tokens']:,}"),
-        ("tokens", lambda m: f"{m['tokens']:,}"),
-        ("positions", lambda m: f"{m['positions']:,}"),
-    ]
-    found = []
-    for what, count in columns:
-        found.append((what, {label: count(m) for label, m in measured.items()}))
-    return found
 
 
 def draw_box(axis, left, title, does, color, lines):
@@ -380,6 +388,40 @@ def draw_arrow(axis, x, to_x, y=0.55, to_y=0.55):
     axis.annotate("", xy=(to_x, to_y), xytext=(x, y), arrowprops=arrow)
 
 
+def draw_counts(axis, measured, colors):
+    """An arrow before every part; above it how much travels there, below it the unit."""
+    for k, (unit, key) in enumerate(COUNTED):
+        left = k * STEP
+        draw_arrow(axis, left, left + STEP - BOX - 0.04)
+        middle = left + (STEP - BOX) / 2
+        for line, (label, m) in enumerate(measured.items()):
+            count = f"{m[key]}²" if key == "side" else f"{m[key]:,}"
+            # The first size on top, the last just above the arrow
+            y = 0.66 + 0.22 * (len(measured) - 1 - line)
+            axis.text(middle, y, count, ha="center", fontsize=TEXT_SIZE, color=colors[label])
+        axis.text(middle, 0.3, unit, ha="center", fontsize=TEXT_SIZE, color=GRAY)
+
+
+def draw_parts(axis, measured, colors):
+    for k, (title, does, names, color) in enumerate(PARTS):
+        lines = []
+        for label, m in measured.items():
+            n = sum(m["params"][name] for name in names)
+            lines.append((millions(n), colors[label]))
+        draw_box(axis, k * STEP + STEP - BOX, title, does, color, lines)
+
+
+def draw_bypass(axis):
+    """The way around CLIP: its output is joined with what it was given."""
+    start = 2 * STEP - BOX / 2  # above the middle of the compressor
+    goal = 4 * STEP - BOX / 2   # and of the projector
+    axis.plot([start, start, goal, goal], [1.1, 1.4, 1.4, 1.2], "--", color="#444444", linewidth=1)
+    # A dashed line has no room for a head of its own.
+    draw_arrow(axis, goal, goal, 1.25, 1.11)
+    axis.text((start + goal) / 2, 1.48, "the same tokens, around CLIP", ha="center",
+              fontsize=TEXT_SIZE, color=GRAY)
+
+
 def draw_network(measured, path):
     """measured: {label: a dict of `measure`}."""
     import matplotlib
@@ -387,48 +429,27 @@ def draw_network(measured, path):
     import matplotlib.pyplot as plt
 
     colors = dict(zip(measured, SIZE_COLORS))
-    width = len(PARTS) * STEP + 1.2
+    end = len(PARTS) * STEP
+    width = end + 1.3  # room for the words at both ends
     height = 2.9
     figure, axis = plt.subplots(figsize=(width, height))
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1)  # the axis is the paper, in inches
     axis.set(xlim=(-0.65, width - 0.65), ylim=(-0.75, height - 0.75))
     axis.axis("off")
 
-    # An arrow before every part, with what travels on it
-    for k, (what, counts) in enumerate(network_columns(measured)):
-        left = k * STEP
-        draw_arrow(axis, left, left + STEP - BOX - 0.04)
-        middle = left + (STEP - BOX) / 2
-        for line, (label, count) in enumerate(counts.items()):
-            y = 0.66 + 0.22 * (len(counts) - 1 - line)
-            axis.text(middle, y, count, ha="center", fontsize=TEXT_SIZE, color=colors[label])
-        axis.text(middle, 0.3, what, ha="center", fontsize=TEXT_SIZE, color=GRAY)
+    # From left to right
     axis.text(-0.32, 0.55, "page", ha="center", va="center", fontsize=13, weight="bold")
-
-    # The parts, and the text that leaves the last
-    for k, (title, does, names, color) in enumerate(PARTS):
-        lines = []
-        for label, m in measured.items():
-            n = sum(m["params"][name] for name in names)
-            lines.append((millions(n), colors[label]))
-        draw_box(axis, k * STEP + STEP - BOX, title, does, color, lines)
-    end = len(PARTS) * STEP
+    draw_counts(axis, measured, colors)
+    draw_parts(axis, measured, colors)
+    draw_bypass(axis)
     draw_arrow(axis, end, end + 0.13)
     axis.text(end + 0.16, 0.55, "text", va="center", fontsize=13, weight="bold")
 
-    # The way around CLIP: its output is joined with what it was given
-    start = 2 * STEP - BOX / 2
-    goal = 4 * STEP - BOX / 2
-    axis.plot([start, start, goal, goal], [1.1, 1.4, 1.4, 1.2], "--", color="#444444", linewidth=1)
-    draw_arrow(axis, goal, goal, 1.25, 1.11)
-    axis.text((start + goal) / 2, 1.48, "the same tokens, around CLIP", ha="center",
-              fontsize=TEXT_SIZE, color=GRAY)
-
-    # The sizes' names, and why there are more positions than tokens
+    # Above: whose color is whose, and why there are more positions than tokens
     for k, (label, m) in enumerate(measured.items()):
         axis.text(-0.55, 1.85 - 0.26 * k, f"{label}: {millions(m['total_params'])} parameters",
                   fontsize=12, weight="bold", color=colors[label])
-    axis.text(end + 0.45, 1.98, "positions = tokens, a newline after\neach row, one separator",
+    axis.text(end + 0.55, 1.98, "positions = tokens, a newline after\neach row, one separator",
               fontsize=TEXT_SIZE, color=GRAY, va="top", ha="right")
     save_figure(figure, path)
 
@@ -460,8 +481,9 @@ PANELS = {
     "gap": ("gap: what a wrong page costs", "nats per character", "vision/gap", None),
     "cosine": ("how alike 16 pages look to the decoder", "cosine, 1 = all the same",
                "vision/cosine_projector", (-0.05, 1.05)),
-    "1-ned": ("16 pages read aloud", "1-NED", "val/one_minus_ned", (-0.03, 1.03)),
-    "local": ("letters that the encoder shows", "share", "vision/local_accuracy", (-0.03, 1.03)),
+    "1-ned": ("score on 16 fixed pages", "1-NED", "val/one_minus_ned", (-0.03, 1.03)),
+    "local": ("letters read off the vision tokens", "share", "vision/local_accuracy",
+              (-0.03, 1.03)),
 }
 
 
@@ -476,6 +498,7 @@ def parse_runs(text):
         if not os.path.exists(path):
             raise FileNotFoundError(f"--runs: {folder} has no metrics.jsonl: name a run folder, "
                                     f"e.g. checkpoints/stage1")
+        # A damaged line is one point less, and was counted aloud when the run was resumed.
         records, _ = read_json_lines(path)
         runs[label] = records
     return runs
@@ -487,28 +510,35 @@ def points_of(records, figure):
     return [record["step"] for record in having], [record[figure] for record in having]
 
 
+def draw_panel(axis, name, runs):
+    """One figure of all runs. -> {label: its last value}"""
+    title, unit, key, limits = PANELS[name]
+    last = {}
+    for label, records in runs.items():
+        steps, values = points_of(records, key)
+        # Drawn even without a point (the local accuracy of a run without that loss), so that a
+        # run has the same color in every panel.
+        axis.plot(steps, values, "o-", markersize=3, linewidth=2, label=label)
+        if values:
+            last[label] = round(values[-1], 4)
+    if not last:
+        raise ValueError(f"--panels={name}: none of these runs has measured {key}")
+    axis.set_title(title, fontsize=11)
+    axis.set(xlabel="step", ylabel=unit, ylim=limits)
+    axis.grid(alpha=0.3)
+    return last
+
+
 def draw_curves(runs, panels, path):
-    """runs: {label: records}; panels: names of PANELS. -> {label: {panel: last value}}"""
+    """runs: {label: records}; panels: names of PANELS. -> {panel: {label: last value}}"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    last = {label: {} for label in runs}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.6), squeeze=False)
+    last = {}
     for axis, name in zip(axes[0], panels):
-        title, unit, key, limits = PANELS[name]
-        for label, records in runs.items():
-            steps, values = points_of(records, key)
-            if not values:  # the local accuracy of a run without that loss
-                axis.plot([], [], label=label)  # its colour and place in the legend
-                continue
-            axis.plot(steps, values, "o-", markersize=3, linewidth=2, label=label)
-            last[label][name] = round(values[-1], 4)
-        if not any(name in values for values in last.values()):
-            raise ValueError(f"--panels={name}: none of these runs has measured {key}")
-        axis.set_title(title, fontsize=11)
-        axis.set(xlabel="step", ylabel=unit, ylim=limits)
-        axis.grid(alpha=0.3)
+        last[name] = draw_panel(axis, name, runs)
     handles, labels = axes[0][0].get_legend_handles_labels()
     # Above the panels: inside, it would lie on one of the curves.
     figure.legend(handles, labels, loc="upper center", ncol=len(labels), frameon=False, fontsize=11)
