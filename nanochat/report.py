@@ -100,29 +100,36 @@ def marked(tag, text):
     return f"<{tag}>{text}</{tag}>" if text else ""
 
 
-def coloured(truth, prediction):
-    """(truth, prediction) as HTML: what was missed as <del>, what stands in its place as <ins>."""
+def differences(truth, prediction, by_character=BY_CHARACTER):
+    """
+    [(kept, missed, wrong), ...]: what both texts have, or what one has in place of the other.
+    by_character: longest text, in characters, that is compared by character and not by word.
+    """
     # Not difflib: it takes half a minute over a page that repeats itself.
     from rapidfuzz.distance import Levenshtein
-    if max(len(truth), len(prediction)) <= BY_CHARACTER:
+    if max(len(truth), len(prediction)) <= by_character:
         old_pieces = list(truth)
         new_pieces = list(prediction)
     else:  # by character, two long texts that differ look like confetti
         old_pieces = WORD.findall(truth)
         new_pieces = WORD.findall(prediction)
 
-    left = ""
-    right = ""
+    found = []
     opcodes = Levenshtein.opcodes(old_pieces, new_pieces)
     for kind, old_start, old_end, new_start, new_end in opcodes:
-        old = html.escape("".join(old_pieces[old_start:old_end]))
-        new = html.escape("".join(new_pieces[new_start:new_end]))
-        if kind == "equal":
-            left += old
-            right += new
-        else:
-            left += marked("del", old)
-            right += marked("ins", new)
+        old = "".join(old_pieces[old_start:old_end])
+        new = "".join(new_pieces[new_start:new_end])
+        found.append((old, "", "") if kind == "equal" else ("", old, new))
+    return found
+
+
+def coloured(truth, prediction):
+    """(truth, prediction) as HTML: what was missed as <del>, what stands in its place as <ins>."""
+    left = ""
+    right = ""
+    for kept, missed, wrong in differences(truth, prediction):
+        left += html.escape(kept) + marked("del", html.escape(missed))
+        right += html.escape(kept) + marked("ins", html.escape(wrong))
     return left, right
 
 

@@ -108,22 +108,35 @@ def test_commands_of_speedrun_are_accepted(kind, tmp_path, monkeypatch):
 def test_file_tree_names_every_file():
     tree = README.split("## Files")[1].split("```")[1]
     folder = ""
-    named = set()
+    named = []
     for line in tree.strip().splitlines():
-        name = line.split()[0]
-        if name.endswith("/"):
-            folder = name
-        elif line.startswith(" "):
-            named.add(folder + name)
-        else:
-            named.add(name)
+        if line.endswith("/"):
+            folder = line
+            continue
+        # Files of one line belong together; three spaces end their names.
+        names = line.strip().split("   ")[0].split()
+        prefix = folder if line.startswith(" ") else ""
+        named += [prefix + name for name in names]
     there = set()
     for package in ("nanochat", "scripts", "tasks"):
         for path in (ROOT / package).glob("*.py"):
             if path.name != "__init__.py":
                 there.add(f"{package}/{path.name}")
+    assert len(named) == len(set(named))
     assert {name for name in named if name.endswith(".py")} == there
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_pictures_are_there_and_light():
+    """Whoever opens the repository's page loads all of them."""
+    shown = set()
+    for name in ("README.md", "FINDINGS.md"):
+        text = (ROOT / name).read_text()
+        shown.update(re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+    assert shown
+    assert sum((ROOT / name).stat().st_size for name in shown) <= 300_000
+    # None that nothing shows
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()} == shown
 
 
 def imports_of(path):
