@@ -75,6 +75,13 @@ def runs(flags):
     return list(zip(starts, ends))
 
 
+def weighted_quantile(values, weights, share):
+    """The value below which that share of the weights lies."""
+    order = np.argsort(values)
+    total = np.cumsum(np.asarray(weights)[order])
+    return float(values[order[np.searchsorted(total, share * total[-1])]])
+
+
 # -----------------------------------------------------------------------------
 # Ink
 
@@ -191,13 +198,12 @@ def rough_print(printed):
         rows = printed[:, left:left + step].sum(1)
         for top, bottom in runs(rows > 0):
             heights.append(bottom - top)
-            weights.append(int(rows[top:bottom].sum()))  # dots and commas count for little
+            # As wide as its ink is: a dot counts for little, and a picture for no more than print.
+            weights.append(float(rows[top:bottom].mean()))
     if not heights:
         return 0.0
-    order = np.argsort(heights)
-    half = np.cumsum(np.array(weights)[order])
-    middle = np.searchsorted(half, half[-1] / 2)
-    return float(heights[order[middle]])
+    # Strips without a b or a p are as high as an x, and those are the lower ones.
+    return weighted_quantile(heights, weights, 0.65)
 
 
 def skew_of(printed):
@@ -207,19 +213,22 @@ def skew_of(printed):
         return 0.0
     stride = max(1, len(ys) // SAMPLED)
     ys = ys[::stride]
-    xs = xs[::stride] - xs.mean()
+    xs = xs[::stride]
+    # Each half of the page for itself: the lines of two columns need not be level with each
+    # other, and would then look sharpest at some other angle.
+    half = 2 * xs // printed.shape[1]
 
     def sharpness(degrees):
         # Level lines gather their ink in few rows, so the sum of squares is largest.
         rows = np.rint(ys - xs * math.tan(math.radians(degrees))).astype(np.int64)
-        counts = np.bincount(rows - rows.min())
+        counts = np.bincount(2 * (rows - rows.min()) + half)
         return float((counts.astype(np.float64) ** 2).sum())
 
     coarse = np.arange(-STEEPEST, STEEPEST + 0.01, 0.25)
     best = max(coarse, key=sharpness)
     fine = np.arange(best - 0.2, best + 0.21, 0.05)
     best = float(max(fine, key=sharpness))
-    clearly_better = sharpness(best) > 1.03 * sharpness(0)
+    clearly_better = sharpness(best) > 1.02 * sharpness(0)
     return best if clearly_better and abs(best) > SLIGHTEST else 0.0
 
 
@@ -340,17 +349,10 @@ def split_rows(profile, print_px):
     [(top, bottom), ...] of the lines in a stretch of rows without a gap, whose descenders and
     ascenders meet. profile: ink in each row, (height,).
     """
-    if len(profile) < 1.6 * print_px:
+    # Of a rough size: it lies between the height of an x and that of a line, half as much again.
+    if len(profile) < 1.9 * print_px:
         return [(0, len(profile))]
-    # The body of a line, the height of an x, has the most ink: its ascenders and descenders are
-    # few. Between two bodies the row with the least ink is the border.
-    bodies = []
-    for top, bottom in runs(profile > 0.35 * profile.max()):
-        if bodies and top - bodies[-1][1] < 0.35 * print_px:
-            bodies[-1] = (bodies[-1][0], bottom)  # both edges of an x have more ink than its middle
-        else:
-            bodies.append((top, bottom))
-
+    bodies = bodies_in(profile, print_px)
     cuts = []
     first = bodies[0][0]
     if first > 0.9 * print_px:  # more than ascenders: a short line, of little ink, stands above
@@ -358,10 +360,28 @@ def split_rows(profile, print_px):
     for above, below in zip(bodies, bodies[1:]):
         cuts.append(quietest(profile, above[1], below[0]))
     last = bodies[-1][1]
-    if len(profile) - last > 0.8 * print_px:  # or below
+    if len(profile) - last > 0.8 * print_px:  # more than descenders: or below
         cuts.append(quietest(profile, last, round(last + 0.45 * print_px)))
     edges = [0, *cuts, len(profile)]
     return list(zip(edges, edges[1:]))
+
+
+def bodies_in(profile, print_px):
+    """[(top, bottom), ...] of the rows in which the lines of a profile have their body."""
+    # The body, the height of an x, has the most ink: ascenders and descenders are few.
+    bodies = []
+    for top, bottom in runs(profile > 0.35 * profile.max()):
+        if bodies:
+            previous = bodies[-1]
+            valley = profile[previous[1]:top].min()
+            peak = min(profile[previous[0]:previous[1]].max(), profile[top:bottom].max())
+            # An x has more ink at its edges than in its middle, and large print at the top of its
+            # capitals, too. But only between lines there is hardly any.
+            if valley > 0.25 * peak or top - previous[0] < 1.1 * print_px:
+                bodies[-1] = (previous[0], bottom)
+                continue
+        bodies.append((top, bottom))
+    return bodies
 
 
 def quietest(profile, start, end):
@@ -411,12 +431,6 @@ def baseline_of(levels, box):
     return box.top + half + int(np.argmax(drops[half:])) + 1
 
 
-def weighted_median(values, weights):
-    order = np.argsort(values)
-    total = np.cumsum(np.asarray(weights)[order])
-    return float(values[order[np.searchsorted(total, total[-1] / 2)]])
-
-
 def is_other_print(own, usual):
     """Whether a line is of another print than the usual one, a title for example."""
     # Measured on one line alone, a size is uncertain: without a capital, b or d it looks smaller.
@@ -439,7 +453,7 @@ def lines_of_column(ink, column, number, rough, notes):
     sizes = []
     for box, baseline in zip(boxes, baselines):
         sizes.append((baseline - box.top) / ASCENT)
-    usual = weighted_median(sizes, [box.width for box in boxes])
+    usual = weighted_quantile(sizes, [box.width for box in boxes], 0.5)
 
     lines = []
     for box, baseline, own in zip(boxes, baselines, sizes):

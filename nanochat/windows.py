@@ -28,7 +28,7 @@ MARGIN = 3            # px of paper around the words of a window
 LETTER = 0.5          # em, the mean advance of a letter: tells how many characters a width holds
 WIDEST_SPACE = 1.0    # em by which two words are set apart at most: tables and tabs have more
 CLOSEST = 1.15        # em from baseline to baseline, at least ...
-LOOSEST = 1.5         # ... and at most: double-spaced lines are brought together
+LOOSEST = 1.7         # ... and at most: double-spaced lines are brought together
 BLURRED = 1.6         # print that is enlarged more than this has too few pixels to be read
 
 
