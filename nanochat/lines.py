@@ -5,7 +5,7 @@ alone, no network: ink against paper, then projections of the ink.
     ink_of      picture -> how much ink each pixel has, dark or light print, whatever the paper
     find_lines  ink -> Lines in reading order, columns one after the other
 
-All coordinates are px of the straightened picture; right and bottom edges are exclusive. "Print" is
+All coordinates are px of the straightened picture, halved if it is huge; right and bottom edges are exclusive. "Print" is
 the size of a font, px per em, as the height of its letters tells it.
 """
 import math
@@ -123,7 +123,10 @@ def paper_of(gray):
 
 
 def ink_levels(gray):
-    """(height, width) float32 gray levels -> (ink, 0 to 1, of the same shape; whether it is noisy)"""
+    """
+    -> (ink, 0 to 1, (height, width) float32; whether the page is noisy) of gray levels of that
+    shape.
+    """
     darker = paper_of(gray) - gray
     # Half of all pixels differ less from the paper than this: on a scan that is its noise.
     noise = 1.48 * np.median(np.abs(darker))
@@ -554,8 +557,8 @@ def find_words(ink, lines):
         for j, (left, right) in enumerate(words):
             before = left - words[j - 1][1] if j > 0 else 2 * left
             after = words[j + 1][0] - right if j + 1 < len(words) else 2 * (width - right)
-            padded_left = left - int(min(half, before / 2))
-            padded_right = right + int(min(half, (after + 1) / 2))
+            padded_left = left - math.floor(min(half, before / 2))
+            padded_right = right + math.ceil(min(half, after / 2))
             profile = ink.levels[:, padded_left:padded_right].sum(1)
             top = row_border(profile, line.box.top, above, line.print_px)
             bottom = row_border(profile, line.box.bottom, below, line.print_px)

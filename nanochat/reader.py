@@ -193,9 +193,9 @@ class WindowEngine(Engine):
         return results
 
     def joined(self, conversation, results):
-        """PageResult of the Results of a page's windows."""
+        """PageResult of the Results of a page's windows, or of the first of them."""
         windows, notes = self.split(conversation)
-        text = join(windows, [result.text for result in results])
+        text = join(windows[:len(results)], [result.text for result in results])
         tokens = sum(result.tokens for result in results)
         finished = all(result.finished for result in results)
         # The mean over all tokens, as that of a page in one piece; 0 where there is nothing.

@@ -29,6 +29,7 @@ LETTER = 0.5          # em, the mean advance of a letter: tells how many charact
 WIDEST_SPACE = 1.0    # em by which two words are set apart at most: tables and tabs have more
 CLOSEST = 1.15        # em from baseline to baseline, at least ...
 LOOSEST = 1.7         # ... and at most: double-spaced lines are brought together
+SQUEEZED = 0.9        # of its size, to which print is reduced to keep the lines of the page
 BLURRED = 1.6         # print that is enlarged more than this has too few pixels to be read
 
 
@@ -123,16 +124,15 @@ def scale_of(line, known):
 def fitting_scale(lines, known):
     """
     What the print of a column is multiplied by so that its lines fit the window as they are; None
-    where that would make it smaller than any print that the reader knows.
+    where that would make it much smaller than it can be.
     """
     print_px = lines[0].print_px
     if any(line.print_px != print_px for line in lines):
         return None  # what makes the text fit would make a title too large, or the other way round
     widest = around([around(line.words) for line in lines]).width
     fitting = (known.size - 2 * MARGIN - 1) / widest  # 1: rounding
-    scale = min(scale_of(lines[0], known), fitting)
-    low, _ = known.print_px
-    return scale if scale * print_px >= 0.99 * low else None
+    wanted = scale_of(lines[0], known)
+    return min(wanted, fitting) if fitting >= SQUEEZED * wanted else None
 
 
 def rows_as_they_are(lines, scale):
@@ -170,7 +170,9 @@ def flowed(lines, ink, known):
         scale = scale_of(line, known)
         most = int(room / scale) - 1
         widest_space = WIDEST_SPACE * line.print_px
-        end = line.words[0].left  # of the word before
+        # Where lines are joined, a px more: the spaces there were measured and not printed, and one
+        # that is too narrow makes two words one.
+        end = line.words[0].left - 1 / scale  # of the word before
         opens = line.opens or not rows
         for word in line.words:
             # Words bring their spaces along, so only wider gaps are left between them.

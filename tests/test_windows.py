@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from nanochat.lines import find_lines, ink_of
 from nanochat.windows import MARGIN, Known, join, split
-from tasks.fonts import font_folder
+from tasks.fonts import font_folder, line_height, text_width
 from tasks.synthdoc import SynthDoc
 from tasks.synthpage import SynthPage
 
@@ -24,7 +24,8 @@ TEXT = (
     "season of Light, it was the season of Darkness, it was the spring of hope, it was the winter "
     "of despair.")
 # Of matplotlib and PIL, none of which our renderer uses.
-OTHER_FACES = {"cm": "cmr10.ttf", "italic": "STIXGeneralItalic.ttf", "oblique": "DejaVuSerif-Italic.ttf"}
+OTHER_FACES = {"cm": "cmr10.ttf", "italic": "STIXGeneralItalic.ttf",
+               "oblique": "DejaVuSerif-Italic.ttf"}
 
 
 def face(name, px):
@@ -51,7 +52,6 @@ def typeset(size, font, lines, at=(20, 20), pitch=24, ink=0, paper=255):
 
 def words_of(page):
     """[(word, x, y of its middle), ...] of a rendered Page, headers and footers included."""
-    from tasks.fonts import line_height, text_width
     words = []
     for box in page.boxes:
         for line in box.lines:
