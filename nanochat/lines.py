@@ -5,8 +5,8 @@ alone, no network: ink against paper, then projections of the ink.
     ink_of      picture -> how much ink each pixel has, dark or light print, whatever the paper
     find_lines  ink -> Lines in reading order, columns one after the other
 
-All coordinates are px of the straightened picture, halved if it is huge; right and bottom edges are exclusive. "Print" is
-the size of a font, px per em, as the height of its letters tells it.
+All coordinates are px of the straightened picture, halved if it is huge; right and bottom edges are
+exclusive. "Print" is the size of a font, px per em, as the height of its letters tells it.
 """
 import math
 from dataclasses import dataclass, field
