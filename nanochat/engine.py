@@ -325,6 +325,10 @@ class Engine:
 
     # --- prompts
 
+    def parts(self, conversation):
+        """The conversations that are generated for this one: itself, unless a subclass splits it"""
+        return [conversation]
+
     def plans(self, conversation):
         """One image_modes.Plan per image of the conversation."""
         mode = conversation.get("mode", self.mode)

@@ -604,9 +604,9 @@ tags: [ocr, deepencoder]
 ---
 # A nano-deepseek-ocr model
 
-{parameters:,} parameters, image modes {modes}, standardization {standardize}; \
+{parameters:,} parameters in {dtype}, image modes {modes}, standardization {standardize}; \
 {stage}, step {step}, commit {commit}, seed {seed}.
-
+{command}
 {results}
 {usage}
 """
@@ -645,19 +645,21 @@ def results_table(results):
     return header + rule + "".join(rows)
 
 
-def model_card(model, usage, results=None):
+def model_card(model, usage, results=None, dtype="float32", command=None):
     """
     README.md of a saved model: what it is, what was measured, how to load it (`usage`).
-    results: {task: summary of scripts.vision_eval}. ValueError if model.meta does not say how the
-    model was trained.
+    results: {task: summary of scripts.vision_eval}; dtype: of the parameters in the file; command:
+    how the model was made. ValueError if model.meta does not say how the model was trained.
     """
     meta = model.meta or {}
     missing = [key for key in CARD_META if key not in meta]
     if missing:
         raise ValueError(f"model.meta lacks {', '.join(missing)}, which a saved model tells its "
                          f"users: load the model with from_pretrained, or set model.meta")
+    # Four backticks: a command may hold three, in a comment for example.
+    shown = f"\nMade by\n\n````bash\n{command.strip()}\n````\n" if command else ""
     return CARD.format(
-        parameters=model.num_params(), modes=", ".join(model.cfg.modes),
+        parameters=model.num_params(), dtype=dtype, command=shown, modes=", ".join(model.cfg.modes),
         standardize=model.cfg.standardize, stage=meta["stage"], step=meta["step"],
         commit=meta["commit"], seed=meta["user_config"].get("seed", "unknown"),
         results=results_table(results), usage=usage)
@@ -675,17 +677,36 @@ def write_text(folder, name, text):
         f.write(text)
 
 
-def save(model, folder, results=None):
+# Of the parameters in a saved file. Loaded, they are fp32 again.
+SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def weights_to_save(model, dtype):
+    """{key: tensor} of a model, its parameters in `dtype`, a name of SAVED_DTYPES."""
+    if dtype not in SAVED_DTYPES:
+        raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(SAVED_DTYPES)}")
+    parameters = {name for name, _ in model.named_parameters()}
+    weights = ckpt.contiguous(model.state_dict())
+    for name in weights:
+        # Not the statistics of standardization: they are few, and every feature is divided by them.
+        if name in parameters:
+            weights[name] = weights[name].to(SAVED_DTYPES[dtype])
+    return weights
+
+
+def save(model, folder, results=None, dtype="float32", command=None):
     """
     Writes a new folder that `NanoDeepseekOCR.from_pretrained` reads: safetensors, config.json,
-    tokenizer.json, meta.json, README.md. FileExistsError if the folder exists.
+    tokenizer.json, meta.json, README.md, sha256.json. FileExistsError if the folder exists.
+    dtype: of the parameters, a name of SAVED_DTYPES; results and command: for the model card.
     """
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: set model.tokenizer, or load the model with "
                          "from_pretrained")
-    card = model_card(model, MODEL_USAGE, results)  # may refuse, so before there is a folder
+    weights = weights_to_save(model, dtype)
+    # May refuse, so before there is a folder.
+    card = model_card(model, MODEL_USAGE, results, dtype, command)
     with folder_to_share(folder) as temporary:
-        weights = ckpt.contiguous(model.state_dict())
         ckpt.write_model(temporary, weights, model.cfg, model.meta)
         model.tokenizer.save(temporary)
         write_text(temporary, "README.md", card)

@@ -190,8 +190,11 @@ def room_left(engine, conversation):
     Tokens that the decoder can write after this prompt, its pictures included. ValueError without
     any: such a prompt must not get into a batch, where it would leave no room for the others.
     """
-    positions = [plan.positions for plan in engine.plans(conversation)]
-    prompt = len(engine.tokenizer.render_for_completion(conversation, positions))
+    prompt = 0
+    for part in engine.parts(conversation):  # of a page in windows, the longest prompt decides
+        positions = [plan.positions for plan in engine.plans(part)]
+        rendered = engine.tokenizer.render_for_completion(part, positions)
+        prompt = max(prompt, len(rendered))
     decoder = engine.model.cfg.gpt.sequence_len
     if prompt >= decoder:
         raise ValueError(f"a prompt of {prompt} positions leaves no room for an answer: the "
@@ -342,12 +345,16 @@ def describe_page(engine, name, i, conversation):
     """The part of a row that does not depend on what was read."""
     row = {"index": i, "id": conversation["id"], "task": name,
            "truth": readable(truth_of(conversation)), "prompt": prompt_of(conversation)}
-    plans = engine.plans(conversation)
+    plans = []
+    images = []
+    for part in engine.parts(conversation):  # every window has its own tokens
+        plans += engine.plans(part)
+        images += part["images"]
     row["vision_tokens"] = sum(plan.tokens for plan in plans)     # as the paper counts them
     row["positions"] = sum(plan.positions for plan in plans)      # newlines and separators too
     row["valid_tokens"] = 0                                       # less those of padding
     modes = {}  # a dict, since it keeps the order
-    for plan, image in zip(plans, conversation["images"]):
+    for plan, image in zip(plans, images):
         width, height = ImageOps.exif_transpose(image).size
         row["valid_tokens"] += valid_tokens(plan, width, height)
         modes[plan.mode.name] = True

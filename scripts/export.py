@@ -5,16 +5,24 @@ Writes a checkpoint as a folder to share, and pushes it to the hub if asked.
     python -m scripts.export --checkpoint=checkpoints/stage2 --out=export/nano
     python -m scripts.export --checkpoint=checkpoints/stage2 --out=export/nano --push=me/my-reader
 
+    # half as large, for pages of any size: those that are not the model's own are read in windows
+    # of print of 10 to 14 px and 130 to 400 characters, on which it was trained
+    python -m scripts.export --checkpoint=checkpoints/stage2 --out=checkpoints/reader \
+        --dtype=bfloat16 --windows=10-14,130-400 --command="bash speedrun.sh"
+
     # under DeepSeek-OCR's key names
     python -m scripts.export --checkpoint=checkpoints/stage2 --out=export/encoder --format=deepseek
 
-The model card shows the figures of --results, a summary.json of scripts.vision_eval.
+The model card shows --command and the figures of --results, a summary.json of scripts.vision_eval.
+The folder's sha256.json, checked by every load, finds a damaged copy.
 """
 import os
 
 from nanochat import pretrained
 from nanochat.common import ArgumentParser, json_line, print0, read_record, run_main
+from nanochat.image_modes import get_mode
 from nanochat.reader import NanoDeepseekOCR
+from nanochat.windows import Known
 
 
 def main(argv=None):
@@ -28,10 +36,21 @@ def main(argv=None):
     parser.add_argument("--results", default="",
                         help="summary.json of scripts.vision_eval for the model card; empty = "
                              "eval/summary.json of the run, if there")
+    parser.add_argument("--dtype", default="float32", choices=list(pretrained.SAVED_DTYPES),
+                        help="of the parameters in the file; in memory they are float32 again")
+    parser.add_argument("--windows", default="",
+                        help="let the model read pages of any size in windows of print (px) and "
+                             "characters that it knows, e.g. 10-14,130-400; empty = as it is")
+    parser.add_argument("--command", default="",
+                        help="how the model was made, for the model card")
     parser.add_argument("--push", default="",
                         help="hub repository (owner/name) to upload to, with HF_TOKEN from the "
                              "environment")
     args = parser.parse_args(argv)
+    given = parser.given(argv)
+    for flag in ("dtype", "windows", "command"):
+        if flag in given and args.format != "nano":
+            raise ValueError(f"--{flag} has no effect on --format={args.format}: leave it out")
     if os.path.exists(args.out):  # before the model is loaded, which takes its time
         raise FileExistsError(f"{args.out} exists: choose another --out")
 
@@ -39,6 +58,9 @@ def main(argv=None):
     # Model, and what was measured of it
     print0(f"loading {args.checkpoint}")
     model = NanoDeepseekOCR.from_pretrained(args.checkpoint)
+    if args.windows:
+        mode = get_mode(model.meta.get("mode", model.cfg.modes[0]))
+        model.meta["windows"] = Known.parse(args.windows, mode.size).to_meta()
     results = None
     results_path = args.results or os.path.join(args.checkpoint, "eval", "summary.json")
     if args.results or os.path.exists(results_path):
@@ -57,7 +79,7 @@ def main(argv=None):
     elif args.format == "encoder":
         pretrained.save_encoder(model, args.out)
     else:
-        model.save_pretrained(args.out, results)
+        model.save_pretrained(args.out, results, args.dtype, args.command)
     if args.push:
         print0(f"uploading {args.out} to {args.push}")
         pretrained.push(args.out, args.push)

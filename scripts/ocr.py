@@ -1,15 +1,19 @@
 """
 Reads pictures and PDFs with a trained model, answers questions about them, or chats without any.
 
+    python -m scripts.ocr examples/
     python -m scripts.ocr page.png scans/ 'photos/*.jpg' report.pdf > text.txt
     curl -s https://example.org/page.png | python -m scripts.ocr - --jsonl
     python -m scripts.ocr chart.png --prompt="What is the highest value?"
     python -m scripts.ocr --prompt="Who are you?"
 
+Without --checkpoint it reads with the trained model in checkpoints/reader, which is part of the
+repository: a reader of small pages, to which larger ones are given in windows.
+
 Files may be pictures, PDFs, folders and patterns; "-" is standard input. --chat talks line by line.
-Text goes to standard output. Progress and remarks go to standard error: pages that loop, were cut
-or are low in confidence, and files that cannot be read. Those do not stop the others, but then the
-exit status is 1.
+Text goes to standard output. Progress and remarks go to standard error: pages (or windows of them)
+that loop, were cut or are low in confidence, and files that cannot be read. Those do not stop the
+others, but then the exit status is 1.
 """
 import contextlib
 import glob
@@ -27,7 +31,7 @@ from nanochat.common import (
     ArgumentParser, compute_init, integer, positive_int, real, run_main)
 from nanochat.conversation import FORMATS, MAX_PIXELS, OCR_PROMPT, ocr_conversation
 from nanochat.image_modes import to_rgb
-from nanochat.reader import add_arguments, load_engine
+from nanochat.reader import READER, add_arguments, load_engine
 
 POINTS_PER_INCH = 72  # the unit of PDF pages
 CHAT_ROOM = 200       # positions that the answer to a line of --chat has, at least
@@ -303,10 +307,16 @@ def remark(page, result):
     """Says on standard error what a person should know about this page."""
     if isinstance(result, Exception):
         show(f"error: {page.name}: {reason(result)}", sys.stderr)
-    elif result.flags:
-        reasons = ", ".join(result.flags)
-        confidence = f"confidence {result.confidence:.2f} nats/token"
-        show(f"look at {page.name}: {reasons} ({confidence})", sys.stderr)
+        return
+    # Of a page that was read in windows, which of them to look at.
+    for note in getattr(result, "notes", []):
+        show(f"note: {page.name}: {note}", sys.stderr)
+    for name, part in getattr(result, "windows", [("", result)]):
+        if part.flags:
+            reasons = ", ".join(part.flags)
+            confidence = f"confidence {part.confidence:.2f} nats/token"
+            show(f"look at {page.name} {name}".rstrip() + f": {reasons} ({confidence})",
+                 sys.stderr)
 
 
 def reason(error):
@@ -387,7 +397,7 @@ def parse_arguments(argv):
     parser.add_argument("--chat", action="store_true",
                         help="talk: a line of standard input, an answer, and so on")
     # Model and generation
-    add_arguments(parser)
+    add_arguments(parser, checkpoint=str(READER))
     parser.add_argument("--temperature", type=real(), default=0.0, help="0 = greedy")
     parser.add_argument("--batch-size", type=positive_int, default=16,
                         help="pages generated together")

@@ -3,6 +3,7 @@ Scores a checkpoint on pages it has never seen: greedy, cached, batched generati
 
     python -m scripts.vision_eval --checkpoint=checkpoints/stage2 --controls
     python -m scripts.vision_eval --task=heldout --chars=14-20,31-41,60-68      # a curve
+    python -m scripts.vision_eval --checkpoint=checkpoints/reader --task=folder:examples
     python -m scripts.vision_eval --against=checkpoints/other/eval --out=DIR    # two models, paired
     torchrun --standalone --nproc_per_node=8 -m scripts.vision_eval \
         --task=omnidocbench --path=DIR --kinds=text,table                       # real pages
@@ -60,7 +61,8 @@ def parse_args(argv):
     # pages of one task short and let the loops of another run on.
     # Pages
     parser.add_argument("--task", default="heldout,heldout_words,random_chars",
-                        help=f"with commas: {', '.join(SPLITS + EVALUATED)}")
+                        help=f"with commas: {', '.join(SPLITS + EVALUATED)}; folder:DIR is short "
+                             f"for --task=folder --path=DIR")
     parser.add_argument("--path", default="",
                         help="where the pages of fox, omnidocbench, chartqa-test or folder are; "
                              "empty = on the hub")
@@ -93,8 +95,24 @@ def parse_args(argv):
     parser.add_argument("--out", default="",
                         help="folder for the results; empty = eval_<task> beside the checkpoint")
     args = parser.parse_args(argv)
-    check_args(args, parser.given(argv))
+    given = parser.given(argv)
+    set_folder(args, given)
+    check_args(args, given)
     return args
+
+
+def set_folder(args, given):
+    """Takes the folder of --task=folder:DIR, as --data names it, for --path."""
+    names = []
+    for task in args.task.split(","):
+        name, colon, path = task.partition(":")
+        if name == "folder" and colon:
+            if "path" in given or args.path:
+                raise ValueError(f"--task={args.task} with --path={args.path}: give one folder")
+            args.path = path
+            task = name
+        names.append(task)
+    args.task = ",".join(names)
 
 
 def check_args(args, given):
@@ -241,6 +259,9 @@ def settings_of(args, engine, meta, by_character):
     }
     for key in SETTINGS:
         settings[key] = getattr(args, key)
+    # None for a model that reads without windows, which is also what earlier evaluations have.
+    known = getattr(engine, "known", None)
+    settings["windows"] = known and known.to_meta()
     return settings
 
 

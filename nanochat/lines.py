@@ -1,0 +1,600 @@
+"""
+Where the print is on a picture: its lines, the words in each, and the size of the print. Rules
+alone, no network: ink against paper, then projections of the ink.
+
+    ink_of      picture -> how much ink each pixel has, dark or light print, whatever the paper
+    find_lines  ink -> Lines in reading order, columns one after the other
+
+All coordinates are px of the straightened picture, halved if it is huge; right and bottom edges are
+exclusive. "Print" is the size of a font, px per em, as the height of its letters tells it.
+"""
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from nanochat.image_modes import to_rgb
+
+# Ink
+LARGEST = 12_000_000  # px; what is larger is halved first. A4 at 300 dpi has 8.7 million
+CELL = 16             # px, side of the squares whose median is taken for paper
+FAINTEST = 20         # gray levels between ink and paper; what differs less is paper
+SOLID = 0.35          # of full ink: from here on a pixel counts as printed
+
+# Skew
+STEEPEST = 3.0        # degrees that are looked for, either way
+SLIGHTEST = 0.2       # degrees that are left as they are
+SAMPLED = 30_000      # px of ink that are enough to find the angle
+
+# Proportions of print, in em. Latin faces differ little in them.
+ASCENT = 0.72         # from the baseline to the top of capitals, b, d, h
+DESCENT = 0.25        # from the baseline to the foot of g, p, q
+RULE = 6.0            # a stroke of ink longer than this is a rule or a frame, not a letter
+GUTTER = 1.2          # least paper between two columns; spaces in justified lines stay below
+COLUMN = 10.0         # least width of a column of prose, about 20 letters
+SPACE = 0.35          # between words, where a column has no gap to measure
+REACH = 0.15          # of the soft edges of a line, at most
+DOT = 0.3             # height of what belongs to the line beside it: dots, accents, a dash
+TALLEST = 6.0         # what is higher is no line of print but a picture
+WORD_GAP = (0.15, 0.5)  # between which the border of letter gaps and word gaps is looked for
+
+
+class Box(NamedTuple):
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self):
+        return self.right - self.left
+
+    @property
+    def height(self):
+        return self.bottom - self.top
+
+
+@dataclass
+class Line:
+    """A line of print."""
+    box: Box                # of its ink
+    baseline: int           # y of the first row below the letters without a descender
+    print_px: float         # size of the print, px per em
+    column: int             # number of its column, in reading order
+    opens: bool = False     # whether a gap above it says that a paragraph begins here
+    words: list = field(default_factory=list)  # of Boxes, each with half of the space around it
+
+
+def runs(flags):
+    """[(start, end), ...] of the stretches of True in a bool array (n,)."""
+    edges = np.diff(np.concatenate([[0], flags.astype(np.int8), [0]]))
+    starts = np.flatnonzero(edges == 1).tolist()
+    ends = np.flatnonzero(edges == -1).tolist()
+    return list(zip(starts, ends))
+
+
+def weighted_quantile(values, weights, share):
+    """The value below which that share of the weights lies."""
+    order = np.argsort(values)
+    total = np.cumsum(np.asarray(weights)[order])
+    return float(values[order[np.searchsorted(total, share * total[-1])]])
+
+
+# -----------------------------------------------------------------------------
+# Ink
+
+@dataclass
+class Ink:
+    """A picture as ink on paper, straightened."""
+    levels: np.ndarray    # (height, width) float32, 0 for paper to 1 for full ink
+    printed: np.ndarray   # (height, width) bool: without specks, rules and frames
+    reduced: int          # px of the picture along a side that became one of these
+    degrees: float        # by which the picture was turned clockwise to make its lines level
+
+
+def in_cells(pixels):
+    """(height, width) -> (rows, columns, CELL * CELL); the edge fills up the last cells."""
+    height, width = pixels.shape
+    pixels = np.pad(pixels, ((0, -height % CELL), (0, -width % CELL)), mode="edge")
+    rows = pixels.shape[0] // CELL
+    columns = pixels.shape[1] // CELL
+    cells = pixels.reshape(rows, CELL, columns, CELL).transpose(0, 2, 1, 3)
+    return cells.reshape(rows, columns, CELL * CELL)
+
+
+def per_pixel(cells, shape, resample):
+    """(rows, columns), a number per cell -> (height, width) float32, a number per pixel."""
+    rows, columns = cells.shape
+    image = Image.fromarray(cells.astype(np.float32))
+    image = image.resize((columns * CELL, rows * CELL), resample)
+    height, width = shape
+    return np.asarray(image)[:height, :width]
+
+
+def paper_of(gray):
+    """Gray level of the paper at every pixel, also under the print: (height, width) float32."""
+    # Even dense print leaves most of a cell to the paper, so the median is paper. Where it is not,
+    # inside a bold title, most of the cells around are.
+    medians = np.median(in_cells(gray), axis=2).astype(np.uint8)
+    medians = np.asarray(Image.fromarray(medians).filter(ImageFilter.MedianFilter(5)))
+    return per_pixel(medians, gray.shape, Image.Resampling.BILINEAR)
+
+
+def ink_levels(gray):
+    """
+    -> (ink, 0 to 1, (height, width) float32; whether the page is noisy) of gray levels of that
+    shape.
+    """
+    darker = paper_of(gray) - gray
+    # Half of all pixels differ less from the paper than this: on a scan that is its noise.
+    noise = 1.48 * np.median(np.abs(darker))
+    floor = max(FAINTEST, 4 * noise)
+
+    # Dark print or light print is decided per cell: a page may have a dark heading, printed white.
+    beyond = np.sign(darker) * np.maximum(np.abs(darker) - floor, 0)
+    sign = np.where(in_cells(beyond).sum(2) >= 0, 1, -1)
+    ink = np.maximum(darker * per_pixel(sign, gray.shape, Image.Resampling.NEAREST), 0)
+
+    found = ink[ink > floor]
+    noisy = floor > FAINTEST
+    if not found.size:
+        return np.zeros_like(ink), noisy
+    # Thin strokes never reach full ink, so the darkest of them say what that is. Below the floor
+    # the levels are kept: they are the soft edges of letters.
+    full = max(np.percentile(found, 95), floor / SOLID)
+    return np.minimum(ink / full, 1), noisy
+
+
+def solid(levels, noisy):
+    """The printed pixels, (height, width) bool."""
+    printed = levels > SOLID
+    # On a clean page a single pixel may be a comma.
+    return without_specks(printed) if noisy else printed
+
+
+def without_specks(printed):
+    """Drops printed pixels with fewer than two printed neighbors: noise, and no dot of an i."""
+    height, width = printed.shape
+    around = np.pad(printed.astype(np.int8), 1)
+    neighbors = -printed.astype(np.int8)
+    for dy in range(3):
+        for dx in range(3):
+            neighbors += around[dy:dy + height, dx:dx + width]
+    return printed & (neighbors >= 2)
+
+
+def long_strokes(printed, length):
+    """The pixels of horizontal strokes of at least `length` px, (height, width) bool."""
+    height, width = printed.shape
+    if length > width:
+        return np.zeros_like(printed)
+    counts = np.cumsum(np.pad(printed, ((0, 0), (1, 0))), axis=1, dtype=np.int32)
+    whole = counts[:, length:] - counts[:, :-length] == length  # a stroke begins at this pixel
+    # Back from beginnings to strokes: a pixel belongs to one if one began up to length - 1 before.
+    begun = np.cumsum(np.pad(whole, ((0, 0), (1, length - 1))), axis=1, dtype=np.int32)
+    before = np.pad(begun, ((0, 0), (length, 0)))[:, :begun.shape[1]]
+    return (begun - before)[:, 1:] > 0
+
+
+def rules_of(printed, print_px):
+    """Rules, underlines and frames, with the soft pixels beside them, (height, width) bool."""
+    length = math.ceil(RULE * print_px)
+    across = long_strokes(printed, length)
+    down = long_strokes(np.ascontiguousarray(printed.T), length).T
+    found = across | down
+    if found.any():
+        thicker = np.asarray(Image.fromarray(found).convert("L").filter(ImageFilter.MaxFilter(3)))
+        found = thicker > 0
+    return found
+
+
+def rough_print(printed):
+    """About the size of the print in px, which is enough to tell a gutter from a space; 0 = none"""
+    # In strips a few letters wide, neither skew nor a second column closes the gaps between lines.
+    height, width = printed.shape
+    step = max(CELL, width // 16)
+    heights = []
+    weights = []
+    for left in range(0, width, step):
+        rows = printed[:, left:left + step].sum(1)
+        for top, bottom in runs(rows > 0):
+            heights.append(bottom - top)
+            # As wide as its ink is: a dot counts for little, and a picture for no more than print.
+            weights.append(float(rows[top:bottom].mean()))
+    if not heights:
+        return 0.0
+    # Strips without a b or a p are as high as an x, and those are the lower ones.
+    return weighted_quantile(heights, weights, 0.65)
+
+
+def skew_of(printed):
+    """Degrees by which the lines of print fall to the right; 0 where that is not clear."""
+    ys, xs = np.nonzero(printed)
+    if len(ys) < 50 or np.ptp(xs) < 4 * CELL:
+        return 0.0
+    stride = max(1, len(ys) // SAMPLED)
+    ys = ys[::stride]
+    xs = xs[::stride]
+    # Each half of the page for itself: the lines of two columns need not be level with each
+    # other, and would then look sharpest at some other angle.
+    half = 2 * xs // printed.shape[1]
+
+    def sharpness(degrees):
+        # Level lines gather their ink in few rows, so the sum of squares is largest.
+        rows = np.rint(ys - xs * math.tan(math.radians(degrees))).astype(np.int64)
+        counts = np.bincount(2 * (rows - rows.min()) + half)
+        return float((counts.astype(np.float64) ** 2).sum())
+
+    coarse = np.arange(-STEEPEST, STEEPEST + 0.01, 0.25)
+    best = max(coarse, key=sharpness)
+    fine = np.arange(best - 0.2, best + 0.21, 0.05)
+    best = float(max(fine, key=sharpness))
+    clearly_better = sharpness(best) > 1.02 * sharpness(0)
+    return best if clearly_better and abs(best) > SLIGHTEST else 0.0
+
+
+def ink_of(image):
+    """The Ink of a PIL image."""
+    image = to_rgb(image).convert("L")
+    reduced = 1
+    while image.width * image.height / reduced ** 2 > LARGEST:
+        reduced *= 2
+    if reduced > 1:
+        image = image.reduce(reduced)
+
+    gray = np.asarray(image, dtype=np.float32)
+    levels, noisy = ink_levels(gray)
+    degrees = skew_of(solid(levels, noisy))
+    if degrees:
+        # Of the ink and not of the picture: what comes in from outside is paper then.
+        turned = Image.fromarray(levels).rotate(degrees, Image.Resampling.BICUBIC)
+        levels = np.asarray(turned).clip(0, 1)
+
+    printed = solid(levels, noisy)
+    print_px = rough_print(printed)
+    if print_px:
+        rules = rules_of(printed, print_px)
+        printed = printed & ~rules
+        levels = np.where(rules, 0, levels)
+    return Ink(levels, printed, reduced, degrees)
+
+
+# -----------------------------------------------------------------------------
+# Columns
+
+def trimmed(printed, box):
+    """The Box of the ink inside a box, None without any."""
+    part = printed[box.top:box.bottom, box.left:box.right]
+    rows = np.flatnonzero(part.any(1))
+    columns = np.flatnonzero(part.any(0))
+    if not len(rows):
+        return None
+    return Box(box.left + int(columns[0]), box.top + int(rows[0]),
+               box.left + int(columns[-1]) + 1, box.top + int(rows[-1]) + 1)
+
+
+def gutter_in(empty, print_px):
+    """(left, right) of the widest stretch of paper between two columns, None without any."""
+    inked = np.flatnonzero(~empty)
+    best = None
+    for left, right in runs(empty):
+        is_inside = inked[0] < left and right < inked[-1]
+        if is_inside and right - left >= GUTTER * print_px:
+            if best is None or right - left > best[1] - best[0]:
+                best = (left, right)
+    return best
+
+
+def is_prose(printed, box, print_px):
+    """Whether a part beside a gutter is a column of text, and not the cells of a table."""
+    part = trimmed(printed, box)
+    if part is None or part.width < COLUMN * print_px or part.height < 3 * print_px:
+        return False
+    widths = []
+    for top, bottom in runs(printed[part.top:part.bottom, part.left:part.right].any(1)):
+        inked = np.flatnonzero(printed[part.top + top:part.top + bottom,
+                                       part.left:part.right].any(0))
+        widths.append(inked[-1] + 1 - inked[0])
+    return len(widths) >= 3 and np.median(widths) > 0.6 * part.width
+
+
+def columns_of(printed, box, print_px, notes):
+    """
+    list of Boxes in reading order: columns where a gutter divides the print, or else the lines
+    above and below them. Adds to `notes` where paper goes through lines that no columns are.
+    """
+    box = trimmed(printed, box)
+    if box is None:
+        return []
+    part = printed[box.top:box.bottom, box.left:box.right]
+
+    # Rows of print that share a gutter are taken together. A title across the page ends a group.
+    groups = []  # of [top, bottom, which columns of pixels are empty]
+    for top, bottom in runs(part.any(1)):
+        empty = ~part[top:bottom].any(0)
+        if groups:
+            shared = groups[-1][2] & empty
+            had_gutter = gutter_in(groups[-1][2], print_px) is not None
+            if gutter_in(shared, print_px) or not (had_gutter or gutter_in(empty, print_px)):
+                groups[-1] = [groups[-1][0], bottom, shared]
+                continue
+        groups.append([top, bottom, empty])
+
+    boxes = []
+    for top, bottom, empty in groups:
+        whole = Box(box.left, box.top + top, box.right, box.top + bottom)
+        gutter = gutter_in(empty, print_px)
+        if gutter and whole.height > 4 * print_px:
+            left = whole._replace(right=box.left + gutter[0])
+            right = whole._replace(left=box.left + gutter[1])
+            if is_prose(printed, left, print_px) and is_prose(printed, right, print_px):
+                boxes += columns_of(printed, left, print_px, notes)
+                boxes += columns_of(printed, right, print_px, notes)
+                continue
+            if whole.height > 8 * print_px:  # and no chance of two or three lines
+                notes.append(f"rows {whole.top} to {whole.bottom} px have a gap from top to bottom "
+                             f"but do not look like columns of prose: they are read across")
+        # Groups that no gutter divides are one column, or a short line would be one of its own.
+        if boxes and boxes[-1].left == whole.left and boxes[-1].right == whole.right:
+            boxes[-1] = boxes[-1]._replace(bottom=whole.bottom)
+        else:
+            boxes.append(whole)
+    return boxes
+
+
+# -----------------------------------------------------------------------------
+# Lines
+
+def split_rows(profile, print_px):
+    """
+    [(top, bottom), ...] of the lines in a stretch of rows without a gap, whose descenders and
+    ascenders meet. profile: ink in each row, (height,).
+    """
+    # Of a rough size: it lies between the height of an x and that of a line, half as much again.
+    if len(profile) < 1.9 * print_px:
+        return [(0, len(profile))]
+    bodies = bodies_in(profile, print_px)
+    cuts = []
+    first = bodies[0][0]
+    if first > 0.9 * print_px:  # more than ascenders: a short line, of little ink, stands above
+        cuts.append(quietest(profile, round(first - 0.45 * print_px), first))
+    for above, below in zip(bodies, bodies[1:]):
+        cuts.append(quietest(profile, above[1], below[0]))
+    last = bodies[-1][1]
+    if len(profile) - last > 0.8 * print_px:  # more than descenders: or below
+        cuts.append(quietest(profile, last, round(last + 0.45 * print_px)))
+    edges = [0, *cuts, len(profile)]
+    return list(zip(edges, edges[1:]))
+
+
+def bodies_in(profile, print_px):
+    """[(top, bottom), ...] of the rows in which the lines of a profile have their body."""
+    # The body, the height of an x, has the most ink: ascenders and descenders are few.
+    bodies = []
+    for top, bottom in runs(profile > 0.35 * profile.max()):
+        if bodies:
+            previous = bodies[-1]
+            valley = profile[previous[1]:top].min()
+            peak = min(profile[previous[0]:previous[1]].max(), profile[top:bottom].max())
+            # An x has more ink at its edges than in its middle, and large print at the top of its
+            # capitals, too. But only between lines there is hardly any.
+            if valley > 0.25 * peak or top - previous[0] < 1.1 * print_px:
+                bodies[-1] = (previous[0], bottom)
+                continue
+        bodies.append((top, bottom))
+    return bodies
+
+
+def quietest(profile, start, end):
+    """The row from `start` to `end` - 1 with the least ink, the middle one of equals."""
+    rows = profile[start:end]
+    least = np.flatnonzero(rows == rows.min())
+    return start + int(least[len(least) // 2])
+
+
+def rows_of_print(printed, column, print_px):
+    """list of Boxes of the lines of a column, from top to bottom; no row of ink is left out."""
+    part = printed[column.top:column.bottom, column.left:column.right]
+    profile = part.sum(1)
+    stretches = []
+    for top, bottom in runs(profile > 0):
+        for start, end in split_rows(profile[top:bottom], print_px):
+            stretches.append((top + start, top + end))
+
+    # The dots of a line of "in", an accent or a dash of its own go to the line that is nearer.
+    merged = []
+    for k, (top, bottom) in enumerate(stretches):
+        above = top - merged[-1][1] if merged else math.inf
+        below = stretches[k + 1][0] - bottom if k + 1 < len(stretches) else math.inf
+        is_dot = bottom - top < DOT * print_px
+        joins_above = is_dot and above <= below and above < DOT * print_px
+        joined_by_dot = merged and merged[-1][2]
+        if joins_above or joined_by_dot:
+            merged[-1] = (merged[-1][0], bottom, False)
+        else:
+            merged.append((top, bottom, is_dot and below < above and below < DOT * print_px))
+
+    boxes = []
+    for top, bottom, _ in merged:
+        row = Box(column.left, column.top + top, column.right, column.top + bottom)
+        box = trimmed(printed, row)
+        if box is not None:
+            boxes.append(box)
+    return boxes
+
+
+def baseline_of(levels, box):
+    """y of the first row below the letters of a line, descenders not counted."""
+    profile = levels[box.top:box.bottom, box.left:box.right].sum(1)
+    drops = profile - np.append(profile[1:], 0)
+    # In the lower half: the top of an x is an edge too, but there the ink grows.
+    half = len(profile) // 2
+    return box.top + half + int(np.argmax(drops[half:])) + 1
+
+
+def is_other_print(own, usual):
+    """Whether a line is of another print than the usual one, a title for example."""
+    # Measured on one line alone, a size is uncertain: without a capital, b or d it looks smaller.
+    return not 0.65 < own / usual < 1.35
+
+
+def lines_of_column(ink, column, number, rough, notes):
+    """list of the Lines of a column."""
+    boxes = []
+    for box in rows_of_print(ink.printed, column, rough):
+        if box.height > TALLEST * rough:
+            notes.append(f"a picture of {box.width}x{box.height} px at {box.left}, {box.top} is "
+                         f"left out: that is no line of print")
+        else:
+            boxes.append(box)
+    if not boxes:
+        return []
+
+    baselines = [baseline_of(ink.levels, box) for box in boxes]
+    sizes = []
+    for box, baseline in zip(boxes, baselines):
+        sizes.append((baseline - box.top) / ASCENT)
+    usual = weighted_quantile(sizes, [box.width for box in boxes], 0.5)
+
+    lines = []
+    for box, baseline, own in zip(boxes, baselines, sizes):
+        print_px = own if is_other_print(own, usual) else usual
+        lines.append(Line(box, baseline, print_px, number))
+    mark_paragraphs(lines)
+    find_words(ink, lines)
+    return lines
+
+
+def pitch_of(lines):
+    """Usual distance of the baselines of Lines in px; 0 for a single line."""
+    steps = [below.baseline - above.baseline for above, below in zip(lines, lines[1:])]
+    return float(np.median(steps)) if steps else 0.0
+
+
+def mark_paragraphs(lines):
+    """Sets `opens` of the lines that a blank line, or print of another size, sets apart."""
+    pitch = pitch_of(lines)
+    # Where half of the lines are paragraphs of their own, the median is the distance of those.
+    if lines:
+        pitch = min(pitch, 1.6 * lines[0].print_px)
+    for above, below in zip(lines, lines[1:]):
+        step = below.baseline - above.baseline
+        other_print = is_other_print(below.print_px, above.print_px)
+        below.opens = bool(step > 1.35 * pitch) or other_print
+
+
+# -----------------------------------------------------------------------------
+# Words
+
+def border_of_gaps(gaps):
+    """In em: wider gaps are between words, others between letters. gaps: all of a column, in em."""
+    gaps = np.sort(gaps)
+    borders = np.linspace(*WORD_GAP, 36)
+    scores = []
+    # Otsu's rule: the border that leaves two groups whose means are furthest apart.
+    for border in borders:
+        n = int(np.searchsorted(gaps, border))
+        score = 0.0
+        if 0 < n < len(gaps):
+            apart = gaps[n:].clip(max=1).mean() - gaps[:n].mean()  # a tab must not decide alone
+            score = n * (len(gaps) - n) * apart ** 2
+        scores.append(score)
+    # Every border between the same two gaps has the same score: the middle one is safest.
+    best = borders[np.array(scores) >= max(scores) * 0.9999]
+    return float(best[len(best) // 2])
+
+
+def stretches_of_words(printed, lines):
+    """For each Line its words, [(left, right), ...]: ink that no gap between words divides."""
+    strokes_of = []
+    gaps = []
+    for line in lines:
+        box = line.box
+        strokes = runs(printed[box.top:box.bottom, box.left:box.right].any(0))
+        strokes_of.append(strokes)
+        for (_, end), (start, _) in zip(strokes, strokes[1:]):
+            gaps.append((start - end) / line.print_px)
+    border = border_of_gaps(np.array(gaps)) if gaps else 0
+
+    words_of = []
+    for line, strokes in zip(lines, strokes_of):
+        words = []
+        for start, end in strokes:
+            left = line.box.left + start
+            right = line.box.left + end
+            if words and left - words[-1][1] <= border * line.print_px:
+                words[-1] = (words[-1][0], right)
+            else:
+                words.append((left, right))
+        words_of.append(words)
+    return words_of
+
+
+def usual_space(lines, words_of):
+    """The usual space between two words of a column, in em."""
+    spaces = []
+    for line, words in zip(lines, words_of):
+        for (_, end), (start, _) in zip(words, words[1:]):
+            spaces.append((start - end) / line.print_px)
+    return float(np.median(spaces)) if spaces else SPACE
+
+
+def find_words(ink, lines):
+    """
+    Sets the words of the Lines of a column. A word has half of the space between it and the next:
+    so what is too faint to count as print stays with its word, and any two words may be printed
+    side by side.
+    """
+    height, width = ink.printed.shape
+    words_of = stretches_of_words(ink.printed, lines)
+    space = usual_space(lines, words_of)
+    for k, (line, words) in enumerate(zip(lines, words_of)):
+        half = space * line.print_px / 2
+        above = lines[k - 1].box.bottom if k > 0 else 0
+        below = lines[k + 1].box.top if k + 1 < len(lines) else height
+        for j, (left, right) in enumerate(words):
+            before = left - words[j - 1][1] if j > 0 else 2 * left
+            after = words[j + 1][0] - right if j + 1 < len(words) else 2 * (width - right)
+            padded_left = left - math.floor(min(half, before / 2))
+            padded_right = right + math.ceil(min(half, after / 2))
+            profile = ink.levels[:, padded_left:padded_right].sum(1)
+            top = row_border(profile, line.box.top, above, line.print_px)
+            bottom = row_border(profile, line.box.bottom, below, line.print_px)
+            line.words.append(Box(padded_left, top, padded_right, bottom))
+
+
+def row_border(profile, edge, neighbor, print_px):
+    """
+    y at which a word is cut off from the line above or below it. profile: ink in the rows of the
+    word's columns; edge: of its own line; neighbor: the edge of the other line, y as well.
+    """
+    if abs(neighbor - edge) >= 1:
+        # Soft edges belong to it, as far as they are not the other line's.
+        reach = min(REACH * print_px, abs(neighbor - edge) / 2)
+        return edge + round(math.copysign(reach, neighbor - edge))
+    # The lines touch, but seldom in the columns of this very word: there, paper may go around the
+    # descender of the one or the ascender of the other.
+    around = round(DESCENT * print_px)
+    start = max(0, edge - around)
+    free = start + np.flatnonzero(profile[start:edge + around + 1] < SOLID)
+    if not len(free):
+        return edge
+    return int(free[np.argmin(np.abs(free - edge))])
+
+
+# -----------------------------------------------------------------------------
+
+def find_lines(ink):
+    """-> (Lines in reading order, list of notes on what a rule could not decide)."""
+    rough = rough_print(ink.printed)
+    if not rough:
+        return [], []
+    height, width = ink.printed.shape
+    notes = []
+    lines = []
+    columns = columns_of(ink.printed, Box(0, 0, width, height), rough, notes)
+    for number, column in enumerate(columns):
+        lines += lines_of_column(ink, column, number, rough, notes)
+    return lines, notes

@@ -1,0 +1,302 @@
+"""
+Proves, with an oracle in place of a reader, that a page of any size becomes windows which hold
+every word of it once, whole and in reading order, in print that the reader knows; whatever the
+face, the paper and the light, and also for slightly turned pages and two columns.
+
+python -m pytest tests/test_windows.py
+"""
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from nanochat.lines import find_lines, ink_of
+from nanochat.windows import MARGIN, Known, join, split
+from tasks.fonts import font_folder, line_height, text_width
+from tasks.synthdoc import SynthDoc
+from tasks.synthpage import SynthPage
+
+KNOWN = Known(size=256, print_px=(10, 14), chars=(130, 400))
+TEXT = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age "
+    "of foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the "
+    "season of Light, it was the season of Darkness, it was the spring of hope, it was the winter "
+    "of despair.")
+# Of matplotlib and PIL, none of which our renderer uses.
+OTHER_FACES = {"cm": "cmr10.ttf", "italic": "STIXGeneralItalic.ttf",
+               "oblique": "DejaVuSerif-Italic.ttf"}
+
+
+def face(name, px):
+    if name == "pil":
+        return ImageFont.load_default(px)
+    return ImageFont.truetype(f"{font_folder()}/{OTHER_FACES[name]}", px)
+
+
+def typeset(size, font, lines, at=(20, 20), pitch=24, ink=0, paper=255):
+    """-> (picture, [(word, x, y of its middle), ...]) of lines of text."""
+    image = Image.new("L", size, paper)
+    draw = ImageDraw.Draw(image)
+    words = []
+    for k, line in enumerate(lines):
+        x = at[0]
+        y = at[1] + k * pitch
+        for word in line.split():
+            draw.text((x, y), word, ink, font)
+            left, top, right, bottom = draw.textbbox((x, y), word, font)
+            words.append((word, (left + right) / 2, (top + bottom) / 2))
+            x += font.getlength(word + " ")
+    return image, words
+
+
+def words_of(page):
+    """[(word, x, y of its middle), ...] of a rendered Page, headers and footers included."""
+    words = []
+    for box in page.boxes:
+        for line in box.lines:
+            before = ""
+            for word in line.text.split():
+                left = line.x + text_width(line.face, line.px, before)
+                width = text_width(line.face, line.px, word)
+                words.append((word, left + width / 2, line.y + line_height(line.face, line.px) / 2))
+                before += word + " "
+    return words
+
+
+def oracle(window, words):
+    """What is printed in a window: the words whose middle one of its pieces shows, in its order."""
+    found = []
+    for row in window.rows:
+        for piece in row.pieces:
+            box = piece.box
+            for word, x, y in words:
+                if box.left <= x < box.right and box.top <= y < box.bottom:
+                    found.append(word)
+    return " ".join(found)
+
+
+def read(image, words, known=KNOWN):
+    windows, notes = split(image, known)
+    check_windows(image, windows, known)
+    return join(windows, [oracle(window, words) for window in windows]), windows, notes
+
+
+def check_windows(image, windows, known):
+    """Holds for all windows: all ink is in them once, and each is a page that the reader knows."""
+    ink = ink_of(image)
+    shown = np.zeros(ink.printed.shape, int)
+    for window in windows:
+        assert window.image.size == (known.size, known.size)
+        left, top, right, bottom = ink_box(window.image)
+        assert min(left, top) >= MARGIN - 2
+        assert max(right, bottom) <= known.size - MARGIN + 2
+        lines, _ = find_lines(ink_of(window.image))
+        low, high = known.print_px
+        sizes = [line.print_px for line in lines]
+        assert 0.8 * low <= np.median(sizes) <= 1.2 * high
+        for row in window.rows:
+            for piece in row.pieces:
+                box = piece.box
+                shown[box.top:box.bottom, box.left:box.right] += 1
+    assert (shown[ink.printed] == 1).all()
+
+
+def ink_box(image):
+    return ImageOps.invert(image.convert("L")).point(lambda level: 255 * (level > 60)).getbbox()
+
+
+# -----------------------------------------------------------------------------
+# Pages of our renderer
+
+
+@pytest.mark.parametrize("i", range(6))
+def test_small_pages(i):
+    page = SynthDoc("heldout", 6, image_size=256, chars=(130, 400))[i]
+    text, windows, _ = read(page["images"][0], words_of(page["page"]))
+    assert text.split() == page["page"].truth.split()
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_large_pages_of_one_column(i):
+    parts = {"paragraph": 10, "heading": 2}
+    task = SynthPage("heldout", 3, (900, 700), (500, 900), columns=(1,), parts=parts, seed=1)
+    page = task[i]
+    words = words_of(page["page"])
+    text, windows, _ = read(page["images"][0], words)
+    assert len(windows) >= 2
+    assert sorted(text.split()) == sorted(word for word, _, _ in words)
+    # Headers and footers are read too, but are no part of the truth.
+    assert is_inside(page["page"].truth.split(), text.split())
+
+
+def is_inside(words, longer):
+    """Whether `words` are in `longer` in this order."""
+    rest = iter(longer)
+    return all(word in rest for word in words)
+
+
+@pytest.mark.parametrize("damage", [0, 0.4])
+@pytest.mark.parametrize("i", range(2))
+def test_two_columns(i, damage):
+    task = SynthPage("heldout", 2, 1000, (1500, 2000), columns=(2,), parts={"paragraph": 1},
+                     damage=damage, seed=3)
+    page = task[i]
+    windows, notes = split(page["images"][0], KNOWN)
+    assert not notes
+    columns = []
+    for window in windows:
+        for row in window.rows:
+            columns += [piece.line.column for piece in row.pieces]
+    assert columns == sorted(columns)
+    if not damage:  # else the picture is turned, and the oracle's words are elsewhere
+        text, _, _ = read(page["images"][0], words_of(page["page"]))
+        assert is_inside(page["page"].truth.split(), text.split())
+
+
+# -----------------------------------------------------------------------------
+# Pictures drawn by PIL
+
+
+@pytest.mark.parametrize("name", ["pil", *OTHER_FACES])
+@pytest.mark.parametrize("px, ink, paper", [(12, 0, 255), (20, 60, 200), (32, 240, 30)])
+def test_other_faces_and_papers(name, px, ink, paper):
+    lines = textwrap.wrap(TEXT, 60)
+    size = (px * 40, px * 14)
+    image, words = typeset(size, face(name, px), lines, pitch=px * 3 // 2, ink=ink, paper=paper)
+    text, windows, notes = read(image, words)
+    assert text.split() == TEXT.split()
+    assert not notes
+    # Whatever the paper was, the reader gets dark print on light paper.
+    assert np.median(np.asarray(windows[0].image)) > 200
+
+
+def test_print_that_fits_keeps_its_lines_and_pixels():
+    lines = textwrap.wrap(TEXT, 36)
+    image, words = typeset((256, 256), face("cm", 12), lines, at=(8, 8), pitch=16)
+    text, [window], _ = read(image, words)
+    assert len(window.rows) == len(lines)
+    # Not resampled: the same letters, on other paper.
+    ink = np.asarray(image.crop(ink_box(image.convert("RGB"))))
+    shown = np.asarray(window.image.convert("L").crop(ink_box(window.image)))
+    assert ink.shape == shown.shape
+    assert np.corrcoef(ink.ravel(), shown.ravel())[0, 1] > 0.98
+
+
+def test_a_wide_paragraph_is_set_again():
+    """A 900x300 screenshot: its lines do not fit a window in print that can be read."""
+    image, words = typeset((900, 300), face("cm", 20), textwrap.wrap(TEXT, 85), pitch=28)
+    text, windows, _ = read(image, words)
+    assert text.split() == TEXT.split()
+    assert len(windows) == 1
+    assert len(windows[0].rows) > 5
+
+
+def test_long_pages_become_windows_of_equal_length():
+    lines = textwrap.wrap(" ".join([TEXT] * 4), 85)
+    image, words = typeset((900, 600), face("cm", 20), lines, pitch=28)
+    text, windows, _ = read(image, words)
+    assert text.split() == (TEXT.split() * 4)
+    lengths = [len(oracle(window, words)) for window in windows]
+    assert max(lengths) <= 1.3 * KNOWN.chars[1]
+    assert min(lengths) >= 0.7 * max(lengths)
+
+
+def test_paragraphs():
+    lines = textwrap.wrap(TEXT, 80)
+    image, words = typeset((900, 400), face("cm", 20), [*lines, "", *lines], pitch=28)
+    text, _, _ = read(image, words)
+    assert text == f"{TEXT}\n\n{TEXT}"
+
+
+def test_a_dark_heading_and_a_frame():
+    image, words = typeset((700, 330), face("cm", 16), textwrap.wrap(TEXT, 80), (30, 110))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, 700, 63), 40)
+    draw.text((30, 14), "A Tale of Two Cities", 250, face("cm", 28))
+    draw.rectangle((12, 90, 688, 320), outline=0)
+    windows, _ = split(image, KNOWN)
+    title = ("A Tale of Two Cities", 100, 32)
+    text = join(windows, [oracle(window, [title, *words]) for window in windows])
+    assert text.split()[-len(TEXT.split()):] == TEXT.split()
+    lines, _ = find_lines(ink_of(image))
+    assert len(lines) == 1 + len(textwrap.wrap(TEXT, 80))  # neither the frame nor the edge is one
+
+
+@pytest.mark.parametrize("degrees", [-2, -0.7, 1.3])
+def test_turned_pages_are_made_level(degrees):
+    lines = textwrap.wrap(TEXT, 80)
+    image, _ = typeset((900, 300), face("cm", 20), lines, pitch=28)
+    turned = image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=255)
+    ink = ink_of(turned)
+    assert ink.degrees == pytest.approx(-degrees, abs=0.15)
+    found, _ = find_lines(ink)
+    assert len(found) == len(lines)
+    assert ink_of(image).degrees == 0
+
+
+def test_lines_that_touch():
+    lines = textwrap.wrap(TEXT, 60)
+    image, words = typeset((700, 200), face("italic", 20), lines, pitch=19)
+    found, _ = find_lines(ink_of(image))
+    assert len(found) == len(lines)
+    windows, _ = split(image, KNOWN)
+    assert join(windows, [oracle(window, words) for window in windows]).split() == TEXT.split()
+
+
+def test_a_word_that_is_wider_than_a_window_is_cut():
+    word = "Llanfairpwllgwyngyllgogerychwyrndrobwllllantysiliogogogoch"
+    image, _ = typeset((1200, 80), face("cm", 28), [word])
+    windows, _ = split(image, KNOWN)
+    check_windows(image, windows, KNOWN)
+    assert len(windows[0].rows) > 1
+
+
+@pytest.mark.parametrize("image", [
+    Image.new("RGB", (300, 200), "white"), Image.new("L", (300, 200), 0), Image.new("L", (1, 1)),
+    Image.effect_noise((300, 200), 40), Image.linear_gradient("L"),
+])
+def test_pictures_without_print(image):
+    assert split(image, KNOWN) == ([], ["no print was found"])
+    assert join([], []) == ""
+
+
+def test_small_print_and_pictures_are_said():
+    image, _ = typeset((300, 150), face("pil", 4), textwrap.wrap(TEXT, 70), pitch=8)
+    _, notes = split(image, KNOWN)
+    assert "px is too small: the reader knows 10 px and more" in notes[0]
+
+    lines = textwrap.wrap(TEXT, 80)
+    image, words = typeset((900, 600), face("cm", 20), lines, (20, 380), pitch=28)
+    stripes = Image.new("L", (300, 300), 255)
+    for x in range(0, 300, 12):
+        stripes.paste(0, (x, 0, x + 4, 300))
+    image.paste(stripes.rotate(45), (300, 20))
+    windows, notes = split(image, KNOWN)
+    assert "a picture of 30" in notes[0] and "is left out" in notes[0]
+    assert join(windows, [oracle(window, words) for window in windows]).split() == TEXT.split()
+
+
+def test_empty_texts_leave_no_gaps():
+    lines = textwrap.wrap(TEXT, 80)
+    image, _ = typeset((900, 560), face("cm", 20), [*lines, "", *lines, "", *lines], pitch=28)
+    windows, _ = split(image, KNOWN)
+    assert len(windows) == 3
+    assert join(windows, ["one", "", " three\n"]) == "one\n\nthree"
+    assert join(windows, ["", "two", ""]) == "two"
+
+
+# -----------------------------------------------------------------------------
+# What a reader knows
+
+
+def test_known():
+    assert Known.parse("10-14,130-400", 256) == KNOWN
+    assert Known.from_meta({"windows": KNOWN.to_meta()}, 256) == KNOWN
+    assert Known.from_meta({}, 256) is None
+    for text in ("10-14", "14-10,130-400", "10-14,400-130", "1-14,1-400", "10-100,1-400", "a"):
+        with pytest.raises(ValueError, match="windows"):
+            Known.parse(text, 256)
+    for record in (None, {}, {"print_px": 3, "chars": [1, 2]}, {"print_px": [1], "chars": [1]}):
+        with pytest.raises(ValueError, match="meta.json: windows is"):
+            Known.from_meta({"windows": record}, 256)
