@@ -2,6 +2,7 @@
 # The main job: from nothing to a model that reads pages it has never seen.
 #
 #   bash speedrun.sh           nano: two CPU cores, no GPU, no hub, about 14 minutes (the default)
+#   bash speedrun.sh page      a paragraph a page: the same machine, 150 minutes at most
 #   bash speedrun.sh small     dense pages at the paper's geometry: one CUDA GPU, no hub,
 #                              16 minutes of training
 #   bash speedrun.sh gpu       the same, after every benchmark of scripts/bench.py
@@ -17,8 +18,9 @@
 # CHECKPOINTS=...       writes elsewhere than ./checkpoints
 # GPUS=...              GPUs of the node that full uses; default all
 # FLAGS=...             extra flags for both stages
-# MINUTES1=, MINUTES2=  minutes of training at most in the stages of small (10 and 6)
-# TRIAL=1               runs small's or full's commands at toy size, on a CPU
+# MINUTES1=, MINUTES2=  minutes of training at most in the stages of page (95 and 40) and small
+#                       (10 and 6)
+# TRIAL=1               runs page's, small's or full's commands at toy size, on a CPU
 set -euo pipefail
 cd "$(dirname "$0")"
 STARTED=$(date +%s)
@@ -32,9 +34,10 @@ die() { echo "error: $*" >&2; exit 1; }
 
 case "$KIND" in
 nano)      OUT=${CHECKPOINTS:-checkpoints} ;;
+page)      OUT=${CHECKPOINTS:-checkpoints/page} ;;
 small|gpu) OUT=${CHECKPOINTS:-checkpoints/small} ;;
 full)      OUT=${CHECKPOINTS:-checkpoints/full} ;;
-*)         die "unknown kind '$KIND': use nano, small, gpu or full" ;;
+*)         die "unknown kind '$KIND': use nano, page, small, gpu or full" ;;
 esac
 NEEDS_GPU=""
 case "$KIND" in small|gpu|full) [ -n "${TRIAL:-}" ] || NEEDS_GPU=1 ;; esac
@@ -110,6 +113,37 @@ nano)
     "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" \
         --task heldout,heldout_words,random_chars --chars 31-41 --out "$OUT/stage2/eval"
     "$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED"
+    ;;
+page)
+    # Paragraphs of 128 to 512 characters (2 to 8 a vision token) in eight faces, slightly damaged.
+    # Minutes end a stage, or the steps of a faster machine.
+    PRESET=page
+    CHARS=120-136,248-264,376-392,504-520
+    SIZE=(--num-iterations 20000 --device-batch-size 16 --eval-every 250 --save-every 250)
+    READ=()
+    if [ -n "${TRIAL:-}" ]; then
+        SIZE=(--num-iterations 2 --device-batch-size 8 --eval-pages 8 --statistics-pages 8)
+        READ=(--max-problems 4 --max-new-tokens 20)
+    fi
+    COMMON=(--max-seq-len 1000 --place-loss 0.3 "${SIZE[@]}")
+    echo "== tokenizer"
+    tokenizer 270
+    echo "== stage 1"
+    stage vis_tok_train --preset "$PRESET" --tokenizer "$OUT/tokenizer" --local-loss 1 \
+        --chars 128-512 --min-px 11 --damage 0.3 --random-share 0.15 \
+        --faces sans,sans-bold,sans-oblique,serif,serif-bold,mono,stix,stix-bold \
+        --ramp 16000 --primer 8x4,16x8,24x12 --max-minutes "${MINUTES1:-95}" \
+        "${COMMON[@]}" $(resume stage1)
+    echo "== stage 2"
+    stage vis_mid_train --encoder "$OUT/stage1" --ramp 6000 --primer 8x4,16x8,24x12 \
+        --max-minutes "${MINUTES2:-40}" "${COMMON[@]}" $(resume stage2)
+    echo "== evaluation"
+    "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout --controls \
+        --chars "$CHARS" --damage 0.3 --out "$OUT/stage2/eval" "${READ[@]}"
+    "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout_words,random_chars \
+        --chars 248-264 --damage 0.3 --out "$OUT/stage2/other_text" "${READ[@]}"
+    "$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED" \
+        --evaluations eval,other_text
     ;;
 small|gpu)
     # Pages grow from a few large words to 1,300 characters; whichever comes first, steps or

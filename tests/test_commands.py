@@ -89,7 +89,7 @@ echo >> "$COMMANDS"
 """
 
 
-@pytest.mark.parametrize("kind", ["nano", "small", "gpu", "full"])
+@pytest.mark.parametrize("kind", ["nano", "page", "small", "gpu", "full"])
 def test_commands_of_speedrun_are_accepted(kind, tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text(FAKE_PYTHON)
