@@ -122,9 +122,10 @@ def test_every_trainable_parameter_is_in_one_group(model, kind, frozen):
               "encoder.vision_model.transformer.layers")
     for name, p in trained.items():
         is_matrix = p.ndim == 2 and "rel_pos" not in name
-        if kind == "muon" and is_matrix and name.startswith(blocks):
+        is_kernel = p.ndim == 4 and "pos_embed" not in name
+        if kind == "muon" and (is_kernel or is_matrix and name.startswith(blocks)):
             assert name in muons, name
-        if not is_matrix or "embed" in name or "wte" in name or "lm_head" in name:
+        if not (is_matrix or is_kernel) or "wte" in name or "lm_head" in name:
             assert name not in muons, name
 
 
@@ -145,7 +146,18 @@ def test_a_part_learns_at_its_own_rate(model, kind):
             else:
                 assert found_rate == pytest.approx(0.5 * rate), name
     assert not found
-    assert muons == ({"sam", "clip", "projector", "gpt"} if kind == "muon" else set())
+    with_matrices = {"sam", "compressor", "clip", "projector", "gpt"}
+    assert muons == (with_matrices if kind == "muon" else set())
+
+
+def test_a_kernel_is_orthogonalized_as_one_matrix():
+    """Whatever the memory format of its gradient: (out, in * h * w), and written in place."""
+    torch.manual_seed(0)
+    kernel = torch.nn.Parameter(torch.zeros(8, 3, 4, 4))
+    kernel.grad = torch.randn(8, 3, 4, 4).to(memory_format=torch.channels_last)
+    Muon([kernel], lr=1.0).step()
+    singular_values = torch.linalg.svdvals(kernel.detach().flatten(1))
+    assert singular_values.min() > 0.6 and singular_values.max() < 1.3
 
 
 def test_a_rate_of_its_own_moves_that_part_alone(make_model, make_batch, pages):
