@@ -173,7 +173,8 @@ def prune(run_dir, keep, prefix="model"):
 def save_checkpoint(run_dir, step, model, tokenizer, optimizer, meta):
     """
     Full checkpoint. -> its folder. Every rank must call this. Rank 0 alone writes: weights and
-    optimizer state are equal on all ranks, since DDP gives every rank the same gradients.
+    optimizer state are equal on all ranks, since DDP gives every rank the same gradients, and
+    Muon the same updates.
     """
     final = checkpoint_dir(run_dir, step)
     if dist_info()[0] == 0:

@@ -1,11 +1,16 @@
 """
 Optimizers. `muon`: Muon for the matrices of all transformer blocks and of the projector, and for
-the kernels of the encoder's convolutions; AdamW for everything else. `adamw`: AdamW throughout, as published. Both are one object with one `step`,
-and a state that is a flat dict of named tensors (for safetensors).
+the kernels of the encoder's convolutions; AdamW for everything else. `adamw`: AdamW throughout, as
+published. Both are one object with one `step`, and a state that is a flat dict of named tensors
+(for safetensors).
 """
+import heapq
 import math
 
 import torch
+import torch.distributed as dist
+
+from nanochat.common import dist_info
 
 # -----------------------------------------------------------------------------
 # Muon (Keller Jordan, 2024)
@@ -44,10 +49,56 @@ def split_fused(matrix):
     return matrix.chunk(3) if is_qkv else (matrix,)
 
 
+def matrices_of(tensors):
+    """Views of all that is orthogonalized as one matrix, in the order of `tensors`."""
+    matrices = []
+    for tensor in tensors:
+        matrices.extend(split_fused(tensor))
+    return matrices
+
+
+def share_out(shapes, world):
+    """
+    Which rank orthogonalizes which of the matrices, at about equal cost: for each of `world` ranks
+    {shape: [index in `shapes`]}. Every rank computes the same.
+    """
+    def flops(index):
+        short, long = sorted(shapes[index])
+        return 4 * short ** 2 * long + 2 * short ** 3  # the three products of one iteration
+
+    shares = [{} for _ in range(world)]
+    loads = [(0, rank) for rank in range(world)]  # a heap: the rank with the least to do is first
+    # The dearest come first, and small ones then fill what is left uneven. Those of equal cost
+    # follow each other, so they go round the ranks, and each rank still has stacks of them.
+    for index in sorted(range(len(shapes)), key=flops, reverse=True):
+        load, rank = heapq.heappop(loads)
+        shares[rank].setdefault(shapes[index], []).append(index)
+        heapq.heappush(loads, (load + flops(index), rank))
+    return shares
+
+
+def share_numel(share):
+    """Elements of all matrices of a share."""
+    return sum(len(indices) * shape.numel() for shape, indices in share.items())
+
+
+def stacks_in(flat, share):
+    """A share's stacks, one after the other in a flat tensor: yields (indices, view (N, a, b))."""
+    start = 0
+    for shape, indices in share.items():
+        end = start + len(indices) * shape.numel()
+        yield indices, flat[start:end].view(len(indices), *shape)
+        start = end
+
+
 class Muon(torch.optim.Optimizer):
     """
     Nesterov momentum, then orthogonalized. The step is scaled by sqrt(max(1, rows / columns)), so
     that matrices of any shape change their output by about as much.
+
+    The ranks of a DDP run share the work: each orthogonalizes some of the matrices and sends the
+    result to all. DDP gives every rank the same gradients, so all keep every momentum, and a
+    checkpoint of one rank is complete.
     """
     def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -55,34 +106,46 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        rank, _, world = dist_info()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            updates = self.momentum_updates(params, group["momentum"])
+            grads = [p.grad.contiguous() for p in params]
+            momenta = self.move_momenta(params, grads, group["momentum"])
+            weights = matrices_of(params)
+            grads = matrices_of(grads)
+            momenta = matrices_of(momenta)
 
-            # Matrices of one shape go through Newton-Schulz together: a few large products
-            # instead of many small ones.
-            by_shape = {}  # {shape: ([matrix of a parameter], [its update])}
-            for p, update in zip(params, updates):
-                for matrix, matrix_update in zip(split_fused(p), split_fused(update.contiguous())):
-                    matrices, stack = by_shape.setdefault(matrix.shape, ([], []))
-                    matrices.append(matrix)
-                    stack.append(matrix_update)
-            for (rows, cols), (matrices, stack) in by_shape.items():
-                orthogonal = orthogonalize(torch.stack(stack), self.dtype)
-                size = group["lr"] * max(1, rows / cols) ** 0.5
-                torch._foreach_add_(matrices, list(orthogonal.unbind()), alpha=-size)
+            # What all ranks orthogonalize, a row each. A collective wants rows of one length.
+            shares = share_out([weight.shape for weight in weights], world)
+            longest = max(map(share_numel, shares))
+            orthogonal = weights[0].new_empty(world, longest, dtype=self.dtype)
+            for indices, stack in stacks_in(orthogonal[rank], shares[rank]):
+                # Matrices of one shape go through Newton-Schulz together: a few large products
+                # instead of many small ones.
+                nesterov = torch._foreach_lerp(
+                    [grads[i] for i in indices], [momenta[i] for i in indices], group["momentum"])
+                stack.copy_(orthogonalize(torch.stack(nesterov), self.dtype))
+            if world > 1:
+                # Sent are updates, and not weights: in bfloat16 they are half as many bytes.
+                dist.all_gather_into_tensor(orthogonal.view(-1), orthogonal[rank])
 
-    def momentum_updates(self, params, momentum):
-        """Moves each momentum towards its gradient. -> Nesterov's updates, one per parameter."""
+            for row, share in zip(orthogonal, shares):
+                for indices, stack in stacks_in(row, share):
+                    rows, cols = stack.shape[1:]
+                    size = group["lr"] * max(1, rows / cols) ** 0.5
+                    updates = stack.to(weights[0].dtype).unbind()
+                    torch._foreach_add_([weights[i] for i in indices], updates, alpha=-size)
+
+    def move_momenta(self, params, grads, momentum):
+        """Moves each momentum towards its gradient. -> the momenta, one per parameter."""
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
-        grads = [p.grad for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        return torch._foreach_lerp(grads, buffers, momentum)
+        momenta = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - momentum)
+        return momenta
 
 
 # -----------------------------------------------------------------------------

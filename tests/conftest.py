@@ -3,6 +3,7 @@ What several test files share: no network, one thread, a small tokenizer, a tiny
 for it.
 """
 
+import multiprocessing
 import os
 
 # Before torch is imported, and for child processes
@@ -11,6 +12,7 @@ os.environ.pop("NANOCHAT_TRACEBACK", None)
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanochat import config
 from nanochat.batch import collate
@@ -86,3 +88,28 @@ def make_batch(tokenizer, cfg):
         sampler = Sampler(conversations, tokenizer, mode, cfg.token_stride, max_tokens=256)
         return collate([sampler[i] for i in range(len(conversations))])
     return make
+
+
+def on_a_rank(rank, world, rendezvous, function, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world)
+    function(rank, world, *args)
+
+
+@pytest.fixture
+def run_ranks(tmp_path):
+    """A function (world, function, *args): calls function(rank, world, *args) on gloo ranks."""
+    def run(world, function, *args):
+        processes = []
+        for rank in range(world):
+            # Forked: starting torch anew would take seconds.
+            process = multiprocessing.get_context("fork").Process(
+                target=on_a_rank,
+                args=(rank, world, tmp_path / f"rendezvous_{world}", function, args))
+            process.start()
+            processes.append(process)
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * world
+    return run

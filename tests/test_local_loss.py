@@ -7,14 +7,11 @@ and that it leaves no trace in the saved model.
     python -m pytest tests/test_local_loss.py
 """
 import json
-import multiprocessing
-import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -338,9 +335,6 @@ def test_a_step_without_labels(learner, make_labelled_batch, pages, chats):
 
 def steps_on_a_rank(rank, world, seed_model, batches, folder):
     """Trains on this rank's share of the micro-batches, two to a step over all ranks."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    if world > 1:
-        dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     model = seed_model().train()
     heads = make_heads(model, 1.0, 0.0)
     optimizer = Optimizer(model, "muon", lr=3e-3, heads=heads)
@@ -354,23 +348,16 @@ def steps_on_a_rank(rank, world, seed_model, batches, folder):
     torch.save([losses, heads.state_dict()], folder / f"{rank}_of_{world}")
 
 
-def test_two_ranks_equal_two_passes(make_model, make_labelled_batch, pages, chats, tmp_path):
+def test_two_ranks_equal_two_passes(make_model, make_labelled_batch, pages, chats, tmp_path,
+                                    run_ranks):
     """Micro-batches with labels, without, and without a page: a rank often has none at all."""
     labelled = make_labelled_batch(pages[:3])
     more = make_labelled_batch([pages[5], without_labels(pages[6])])
     unlabelled = make_labelled_batch([without_labels(page) for page in pages[3:5]])
     text = make_labelled_batch(chats[:2])
     batches = [labelled, text, text, more, unlabelled, text, labelled, more]
-    processes = []
-    for rank, world in ((0, 2), (1, 2), (0, 1)):
-        # Forked: starting torch anew would take seconds.
-        process = multiprocessing.get_context("fork").Process(
-            target=steps_on_a_rank, args=(rank, world, make_model, batches, tmp_path))
-        process.start()
-        processes.append(process)
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    for world in (2, 1):
+        run_ranks(world, steps_on_a_rank, make_model, batches, tmp_path)
 
     one, head = torch.load(tmp_path / "0_of_1")
     names = [list(losses) for losses in one]

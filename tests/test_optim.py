@@ -1,7 +1,8 @@
 """
-Proves that Muon orthogonalizes, one matrix or many at once; that every trainable parameter is in
-exactly one group, at the rate of its part; that a saved state goes on bit for bit; that `adamw` is
-torch's AdamW; and the values of the schedules.
+Proves that Muon orthogonalizes, one matrix or many at once; that ranks share this work and stay
+equal to the last bit; that every trainable parameter is in exactly one group, at the rate of its
+part; that a saved state goes on bit for bit; that `adamw` is torch's AdamW; and the values of the
+schedules.
 
 python -m pytest tests/test_optim.py
 """
@@ -10,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat.optim import Muon, Optimizer, orthogonalize, schedule
+from nanochat import checkpoint as ckpt
+from nanochat import optim
+from nanochat.batch import collate
+from nanochat.dataloader import Sampler
+from nanochat.image_modes import MODES
+from nanochat.loop import train_step, wrap_model
+from nanochat.optim import Muon, Optimizer, orthogonalize, schedule, share_out
 
 # -----------------------------------------------------------------------------
 # Muon
@@ -87,6 +94,139 @@ def test_one_muon_step_by_hand():
         direction = orthogonalize(nesterov[None], torch.float32)[0]
         weight = weight - 0.1 * (32 / 8) ** 0.5 * direction
     torch.testing.assert_close(stepped, weight, atol=1e-5, rtol=0)
+
+
+# -----------------------------------------------------------------------------
+# Muon's work, shared over ranks
+
+
+@pytest.mark.parametrize("world", [1, 3, 8, 40])
+def test_shares_are_complete_and_about_equal(world):
+    sizes = [(64, 64)] * 11 + [(256, 64)] * 5 + [(64, 256)] * 5 + [(8, 27)]
+    shapes = [torch.Size(size) for size in sizes]
+    shares = share_out(shapes, world)
+    assert len(shares) == world
+    found = []
+    loads = []
+    for share in shares:
+        load = 0
+        for shape, indices in share.items():
+            found.extend(indices)
+            assert all(shapes[i] == shape for i in indices) and indices == sorted(indices)
+            load += len(indices) * (4 * min(shape) * shape.numel() + 2 * min(shape) ** 3)
+        loads.append(load)
+    assert sorted(found) == list(range(len(shapes)))
+    dearest = 4 * 64 * 64 * 256 + 2 * 64 ** 3
+    assert max(loads) - min(loads) <= dearest  # one matrix
+
+
+@pytest.fixture
+def orthogonalized(monkeypatch):
+    """How many matrices each call of `orthogonalize` had. A fork goes on with a list of its own."""
+    sizes = []
+
+    def counting(G, dtype):
+        sizes.append(len(G))
+        return orthogonalize(G, dtype)
+    monkeypatch.setattr(optim, "orthogonalize", counting)
+    return sizes
+
+
+def steps_of_a_rank(rank, world, dtype, sizes, folder):
+    """Three steps with gradients that are equal on all ranks."""
+    # A fused qkv is three matrices, a kernel one. Most shapes are fewer than the ranks.
+    shapes = [(48, 16), (32, 16), (32, 16), (16, 32), (8, 4, 3, 3), (16, 16), (24, 8)]
+    torch.manual_seed(0)
+    params = [torch.randn(shape) for shape in shapes]
+    first = {"params": params[:4]}
+    second = {"params": params[4:], "lr": 0.01}  # a part with a rate of its own
+    optimizer = Muon([first, second], lr=0.1, dtype=dtype)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        params[1].grad = None
+        optimizer.step()
+    momenta = [optimizer.state[p]["momentum"] for p in params if p.grad is not None]
+    torch.save([params, momenta, sum(sizes)], folder / f"{rank}_of_{world}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_with_equal_gradients(run_ranks, orthogonalized, tmp_path, dtype):
+    """Every rank has the parameters of one process, and all of its momenta to the last bit."""
+    steps_of_a_rank(0, 1, dtype, orthogonalized, tmp_path)
+    orthogonalized.clear()
+    run_ranks(3, steps_of_a_rank, dtype, orthogonalized, tmp_path)
+    expected, expected_momenta, in_one = torch.load(tmp_path / "0_of_1")
+    first, _, _ = torch.load(tmp_path / "0_of_3")
+    assert in_one == 3 * (2 * 3 + 4)  # in each of three steps two fused qkv, and four others
+    shares = []
+    for rank in range(3):
+        params, momenta, share = torch.load(tmp_path / f"{rank}_of_3")
+        shares.append(share)
+        for p, of_rank_0, single in zip(params, first, expected):
+            assert torch.equal(p, of_rank_0)
+            # Stacks of another size may be rounded otherwise.
+            torch.testing.assert_close(p, single, atol=1e-5 if dtype == torch.float32 else 1e-2,
+                                       rtol=0)
+        for momentum, single in zip(momenta, expected_momenta, strict=True):
+            assert torch.equal(momentum, single)
+    assert sum(shares) == in_one and max(shares) <= in_one / 2
+
+
+def two_to_a_step(model, optimizer, batches, rank=0, world=1):
+    """Trains a rank on its share of the micro-batches, two to a step over all ranks."""
+    net = wrap_model(model, compiled=False)
+    own = iter(batches[rank::world])
+    for step in range(len(batches) // 2):
+        train_step(step, net, optimizer, own, 2 // world, 1.0, 1.0, ["images"])
+
+
+def train_on_a_rank(rank, world, make_model, batches, tokenizer, sizes, folder):
+    """Two steps, a checkpoint, and another step."""
+    model = make_model().train()
+    optimizer = Optimizer(model, "muon", lr=3e-3, part_lrs={"sam": 1e-3})
+    two_to_a_step(model, optimizer, batches[:4], rank, world)
+    ckpt.save_checkpoint(folder, 2, model, tokenizer, optimizer, {"world_size": world})
+    two_to_a_step(model, optimizer, batches[4:], rank, world)
+    weights = dict(model.named_parameters())
+    torch.save([weights, optimizer.state_tensors(), sum(sizes)], folder / f"rank_{rank}")
+
+
+def test_two_ranks_train_as_one(make_model, make_batch, pages, chats, tokenizer, cfg, run_ranks,
+                                orthogonalized, tmp_path):
+    sampler = Sampler([*pages, *chats], tokenizer, MODES["test"], cfg.token_stride, max_tokens=256,
+                      pack=256)
+    packed = collate([sampler[i] for i in (0, 1, 10)], 256, max_images=16)
+    batches = [make_batch(pages[:3]), make_batch(pages[3:6]), packed, make_batch(chats[:3]),
+               make_batch(pages[6:8]), make_batch(pages[8:])]
+    for world in (1, 2):
+        folder = tmp_path / f"ranks_{world}"
+        folder.mkdir()
+        run_ranks(world, train_on_a_rank, make_model, batches, tokenizer, orthogonalized, folder)
+    expected, their_state, in_one = torch.load(tmp_path / "ranks_1/rank_0")
+    first, first_state, first_share = torch.load(tmp_path / "ranks_2/rank_0")
+    second, second_state, second_share = torch.load(tmp_path / "ranks_2/rank_1")
+
+    assert first_share + second_share == in_one
+    assert 0.3 * in_one < first_share < 0.7 * in_one
+    assert set(first_state) == set(their_state)
+    for name in first_state:
+        assert torch.equal(first_state[name], second_state[name]), name
+
+    # The checkpoint of two ranks goes on with one.
+    resumed = make_model(1).train()
+    optimizer = Optimizer(resumed, "muon", lr=3e-3, part_lrs={"sam": 1e-3})
+    ckpt.load_training_state(tmp_path / "ranks_2", 2, resumed, optimizer,
+                             allow_other_world_size=True)
+    assert set(optimizer.state_tensors()) == set(their_state)
+    two_to_a_step(resumed, optimizer, batches[4:])
+    before = dict(make_model().named_parameters())
+    for name, p in resumed.named_parameters():
+        assert torch.equal(first[name], second[name]), name
+        moved = (expected[name] - before[name]).abs().mean()
+        # Where a gradient is near zero, its rounding settles the direction: compare the mean.
+        for other in (first[name], p):
+            assert (other - expected[name]).abs().mean() < 0.02 * moved, name
 
 
 # -----------------------------------------------------------------------------
