@@ -159,7 +159,7 @@ small|gpu)
     fi
     # Rows are filled 24-51 % with one page each, so several share a row.
     COMMON=(--mode "$MODES" --workers -1 --max-seq-len 1536 --pack 1536 --random-share 0.1
-            --save-every 1000 --eval-every 500)
+            --place-loss 0.3 --save-every 1000 --eval-every 500)
     STATUS=0
     if [ "$KIND" = gpu ] && [ -z "${TRIAL:-}" ]; then
         echo "== benchmarks"
@@ -169,7 +169,7 @@ small|gpu)
     echo "== tokenizer"
     tokenizer 1024
     echo "== stage 1"
-    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 \
+    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 --local-loss 1 \
         --chars 40-1300 --ramp 150000 --max-minutes "${MINUTES1:-10}" \
         "${SIZE[@]}" "${COMMON[@]}" $(resume stage1)
     echo "== stage 2"
@@ -192,11 +192,17 @@ small|gpu)
     ;;
 full)
     # The paper's two stages (section 3.5) on FineVision's document sets, from the published SAM,
-    # CLIP and nanochat weights.
+    # CLIP and nanochat weights. Between SAM and CLIP is a compressor that knows nothing, and the
+    # decoder is a good language model: what made the earlier attempt ignore its pages. So there is
+    # a stage 0 of rendered pages, whose letters and places are asked for, and some of them stay in
+    # stage 1.
     GPT=${GPT:-nanochat-students/base-d20}
     PRESET=base
     COMMON=(--optimizer adamw --mode 1024px --recompute --too-long clip --bad-data skip
             --workers -1 --eval-every 500 --save-every 1000 --num-iterations 5000)
+    RENDERED=(--local-loss 1 --place-loss 0.3)
+    SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 10 --num-iterations 1000
+           --chars 400-2500)
     SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 10)
     SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 4)
     READ=(--max-new-tokens 4096)
@@ -204,15 +210,20 @@ full)
         PRESET=tiny
         COMMON=(--optimizer adamw --mode 64px --recompute --too-long clip --bad-data skip
                 --workers 1 --num-iterations 2 --eval-pages 8 --statistics-pages 16)
+        SIZE0=(--max-seq-len 256 --pack 256 --device-batch-size 8 --chars 10-40)
         SIZE1=(--max-seq-len 256 --pack 256 --device-batch-size 8)
         SIZE2=(--max-seq-len 384 --pack 384 --device-batch-size 4)
         READ=(--max-new-tokens 8)
     fi
-    echo "== stage 1"
-    stage vis_tok_train --preset "$PRESET" --standardize channel \
+    echo "== stage 0: rendered pages"
+    stage vis_tok_train --model-tag stage0 --preset "$PRESET" --standardize channel \
         --sam facebook/sam-vit-base --clip openai/clip-vit-large-patch14 --gpt "$GPT" \
-        --data finevision:olmOCR-mix-0225-documents=9,finevision:olmOCR-mix-0225-books=1 \
-        --lr 5e-5 --schedule cosine "${SIZE1[@]}" "${COMMON[@]}" $(resume stage1)
+        --data synthpage --damage 0.3 --lr 5e-5 --part-lr compressor=1e-3,projector=1e-3 \
+        "${COMMON[@]}" "${SIZE0[@]}" "${RENDERED[@]}" $(resume stage0)
+    echo "== stage 1"
+    stage vis_tok_train --init "$OUT/stage0" \
+        --data finevision:olmOCR-mix-0225-documents=9,finevision:olmOCR-mix-0225-books=1,synthpage=2 \
+        --lr 5e-5 --schedule cosine "${RENDERED[@]}" "${SIZE1[@]}" "${COMMON[@]}" $(resume stage1)
     echo "== stage 2"
     stage vis_mid_train --encoder "$OUT/stage1" --gpt "$GPT" --text-share 0 \
         --data finevision:olmOCR-mix-0225-documents=7,chartqa=2,smoltalk=1 \

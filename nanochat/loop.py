@@ -98,18 +98,21 @@ def add_training_arguments(parser, **defaults):
                         help="go on from the run folder's last checkpoint")
 
 
-# {flag: (the one with which it has no effect, its value or None for any)}
-WITHOUT_EFFECT = {
-    "matrix_lr": ("optimizer", "adamw"),  # Muon's
-    "tokenizer": ("gpt", None),           # a published decoder brings its own
-    "sam": ("encoder", None),             # has a SAM and a CLIP
-    "clip": ("encoder", None),
-}
+# (flag, the one with which it has no effect, that one's value or None for any)
+WITHOUT_EFFECT = [
+    ("matrix_lr", "optimizer", "adamw"),  # Muon's
+    ("tokenizer", "gpt", None),           # a published decoder brings its own
+    ("sam", "encoder", None),             # has a SAM and a CLIP
+    ("clip", "encoder", None),
+]
+# An earlier run's checkpoint has sizes, weights and tokenizer.
+for flag in ("preset", "standardize", "tokenizer", "sam", "clip", "encoder", "gpt"):
+    WITHOUT_EFFECT.append((flag, "init", None))
 
 
 def refuse_without_effect(given, args):
     """ValueError if a flag of `given`, names of those on the command line, is overruled."""
-    for flag, (other, value) in WITHOUT_EFFECT.items():
+    for flag, other, value in WITHOUT_EFFECT:
         if flag not in given or other not in given:
             continue
         if value is None or getattr(args, other) == value:

@@ -9,8 +9,10 @@ Stage 1: DeepEncoder, projector and a decoder learn to read together, by next-to
 Writes checkpoints/<model-tag>/model_<step>/, and beside each deepencoder_<step>/, the encoder
 alone, which stage 2 starts from.
 """
+import torch
+
 from nanochat import pretrained
-from nanochat.checkpoint import resuming
+from nanochat.checkpoint import load_model, resuming
 from nanochat.common import (
     ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, json_line, matmul_rate,
     print0, run_main)
@@ -42,6 +44,8 @@ def parse_args(argv):
     parser.add_argument("--clip", default="", help=f"CLIP, e.g. {pretrained.CLIP}")
     parser.add_argument("--encoder", default="", help=f"whole encoder, e.g. {pretrained.DEEPSEEK}")
     parser.add_argument("--gpt", default="", help="decoder, e.g. nanochat-students/base-d20")
+    parser.add_argument("--init", default="", help="checkpoint or run folder of an earlier stage 1 "
+                        "whose model learns on, under another schedule or on other data")
     parser.add_argument("--freeze", default="", help="for little data: parts kept as loaded, with "
                         "commas, of sam (without the compressor), clip, gpt")
     parser.add_argument("--tokenizer", default="checkpoints/tokenizer",
@@ -58,6 +62,8 @@ def parse_args(argv):
 
 def check_frozen(parts, args):
     """ValueError if a part would stay as it was drawn at random: nothing could learn through it."""
+    if args.init:
+        return
     loaded = {
         "sam": args.sam or args.encoder,
         "sam-core": args.sam or args.encoder,
@@ -90,11 +96,19 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Tokenizer and model
-    cfg = PRESETS[args.preset]()
-    if args.standardize:
-        cfg.standardize = args.standardize
-    tokenizer = pretrained.choose_decoder(cfg, args)
-    model = DeepseekOCR(cfg).init_weights(args.seed)
+    if args.init:
+        model, tokenizer, _ = load_model(pretrained.find(args.init), device)
+        cfg = model.cfg
+        if args.max_seq_len > cfg.gpt.sequence_len:
+            raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder of {args.init} has "
+                             f"{cfg.gpt.sequence_len} positions")
+        torch.manual_seed(args.seed)  # as init_weights does, for what is drawn after the model
+    else:
+        cfg = PRESETS[args.preset]()
+        if args.standardize:
+            cfg.standardize = args.standardize
+        tokenizer = pretrained.choose_decoder(cfg, args)
+        model = DeepseekOCR(cfg).init_weights(args.seed)
     if not resuming(args):  # a checkpoint of our own replaces published weights anyway
         if args.sam:
             pretrained.load_sam(model, args.sam)

@@ -103,6 +103,16 @@ def test_stage_2_keeps_the_eyes_and_has_a_fresh_decoder(runs, tokenizer):
     assert "inherited --chars=10-12" in runs.stage2
 
 
+def test_a_run_goes_on_from_the_model_of_another(runs, tmp_path):
+    """--init: what the first evaluation finds is what the last one of the earlier run found."""
+    earlier = runs.folder / "stage1"
+    call(vis_tok_train.main, f"--init={earlier}", "--chars=10-12", f"--checkpoints={tmp_path}",
+         "--model-tag=more", "--local-loss=1", "--place-loss=0.3", *TRAIN)
+    for name in ("val/loss", "vision/gap"):
+        assert column(tmp_path / "more", name)[0][1] == pytest.approx(column(earlier, name)[-1][1], abs=1e-5)
+    assert column(tmp_path / "more", "val/loss")[-1][1] < column(earlier, "val/loss")[-1][1]
+
+
 def test_eval(runs, tmp_path):
     lines = call(vision_eval.main, f"--checkpoint={runs.folder / 'stage2'}", f"--out={tmp_path}", "--max-problems=6",
                  "--task=heldout,random_chars", "--batch-size=4", *READ)
