@@ -21,6 +21,7 @@ from nanochat.image_modes import to_rgb
 LARGEST = 12_000_000  # px; what is larger is halved first. A4 at 300 dpi has 8.7 million
 CELL = 16             # px, side of the squares whose median is taken for paper
 FAINTEST = 20         # gray levels between ink and paper; what differs less is paper
+NARROWEST = 8         # px, side of a picture that can hold print
 SOLID = 0.35          # of full ink: from here on a pixel counts as printed
 
 # Skew
@@ -31,6 +32,8 @@ SAMPLED = 30_000      # px of ink that are enough to find the angle
 # Proportions of print, in em. Latin faces differ little in them.
 ASCENT = 0.72         # from the baseline to the top of capitals, b, d, h
 DESCENT = 0.25        # from the baseline to the foot of g, p, q
+LONG_RULE = 100       # px, and THIN: a stroke down the page that is a rule whatever the print
+THIN = 5              # px; the stems of letters as tall as LONG_RULE are wider
 RULE = 6.0            # a stroke of ink longer than this is a rule or a frame, not a letter
 GUTTER = 1.2          # least paper between two columns; spaces in justified lines stay below
 COLUMN = 10.0         # least width of a column of prose, about 20 letters
@@ -38,6 +41,7 @@ SPACE = 0.35          # between words, where a column has no gap to measure
 REACH = 0.15          # of the soft edges of a line, at most
 DOT = 0.3             # height of what belongs to the line beside it: dots, accents, a dash
 TALLEST = 6.0         # what is higher is no line of print but a picture
+GRAIN = 3.0           # px per em; smaller letters are two pixels high, so that is no print
 WORD_GAP = (0.15, 0.5)  # between which the border of letter gaps and word gaps is looked for
 
 
@@ -190,8 +194,16 @@ def rules_of(printed, print_px):
     return found
 
 
+def upright_rules(printed):
+    """The pixels of long thin strokes down the page, (height, width) bool: the rules of a table."""
+    long = long_strokes(np.ascontiguousarray(printed.T), LONG_RULE).T
+    return long & ~long_strokes(long, THIN + 1)
+
+
 def rough_print(printed):
     """About the size of the print in px, which is enough to tell a gutter from a space; 0 = none"""
+    # A rule from top to bottom in every strip would make the whole page one line.
+    printed = printed & ~upright_rules(printed)
     # In strips a few letters wide, neither skew nor a second column closes the gaps between lines.
     height, width = printed.shape
     step = max(CELL, width // 16)
@@ -245,6 +257,10 @@ def ink_of(image):
         image = image.reduce(reduced)
 
     gray = np.asarray(image, dtype=np.float32)
+    # A strip of a pixel or two may be millions long: filled up to cells it would be 16 times as
+    # much, and every row a line to the rules.
+    if min(gray.shape) < NARROWEST:
+        return Ink(np.zeros_like(gray), np.zeros(gray.shape, bool), reduced, 0.0)
     levels, noisy = ink_levels(gray)
     degrees = skew_of(solid(levels, noisy))
     if degrees:
@@ -373,23 +389,30 @@ def bodies_in(profile, print_px):
     """[(top, bottom), ...] of the rows in which the lines of a profile have their body."""
     # The body, the height of an x, has the most ink: ascenders and descenders are few.
     bodies = []
+    peaks = []  # most ink in a row of each, kept because a body may grow by thousands of runs
     for top, bottom in runs(profile > 0.35 * profile.max()):
+        own_peak = profile[top:bottom].max()
         if bodies:
             previous = bodies[-1]
             valley = profile[previous[1]:top].min()
-            peak = min(profile[previous[0]:previous[1]].max(), profile[top:bottom].max())
+            peak = min(peaks[-1], own_peak)
             # An x has more ink at its edges than in its middle, and large print at the top of its
             # capitals, too. But only between lines there is hardly any.
             if valley > 0.25 * peak or top - previous[0] < 1.1 * print_px:
                 bodies[-1] = (previous[0], bottom)
+                peaks[-1] = max(peaks[-1], own_peak)
                 continue
         bodies.append((top, bottom))
+        peaks.append(own_peak)
     return bodies
 
 
 def quietest(profile, start, end):
-    """The row from `start` to `end` - 1 with the least ink, the middle one of equals."""
-    rows = profile[start:end]
+    """
+    The row from `start` to `end` - 1 with the least ink, the middle one of equals; `start` where
+    rounding has left no row between the two, as it does in print of a pixel or two.
+    """
+    rows = profile[start:max(end, start + 1)]
     least = np.flatnonzero(rows == rows.min())
     return start + int(least[len(least) // 2])
 
@@ -457,6 +480,12 @@ def lines_of_column(ink, column, number, rough, notes):
     for box, baseline in zip(boxes, baselines):
         sizes.append((baseline - box.top) / ASCENT)
     usual = weighted_quantile(sizes, [box.width for box in boxes], 0.5)
+    # Screens of dots and grain would be a hundred thousand words, enlarged until they fill windows.
+    if usual < GRAIN:
+        notes.append(f"{len(boxes)} rows of ink from {boxes[0].top} to {boxes[-1].bottom} px are "
+                     f"left out: about {usual:.1f} px high, they are a screen of dots or too small "
+                     f"to be read")
+        return []
 
     lines = []
     for box, baseline, own in zip(boxes, baselines, sizes):
@@ -559,16 +588,16 @@ def find_words(ink, lines):
             after = words[j + 1][0] - right if j + 1 < len(words) else 2 * (width - right)
             padded_left = left - math.floor(min(half, before / 2))
             padded_right = right + math.ceil(min(half, after / 2))
-            profile = ink.levels[:, padded_left:padded_right].sum(1)
-            top = row_border(profile, line.box.top, above, line.print_px)
-            bottom = row_border(profile, line.box.bottom, below, line.print_px)
+            levels = ink.levels[:, padded_left:padded_right]
+            top = row_border(levels, line.box.top, above, line.print_px)
+            bottom = row_border(levels, line.box.bottom, below, line.print_px)
             line.words.append(Box(padded_left, top, padded_right, bottom))
 
 
-def row_border(profile, edge, neighbor, print_px):
+def row_border(levels, edge, neighbor, print_px):
     """
-    y at which a word is cut off from the line above or below it. profile: ink in the rows of the
-    word's columns; edge: of its own line; neighbor: the edge of the other line, y as well.
+    y at which a word is cut off from the line above or below it. levels: ink of the word's columns,
+    over the whole height; edge: of its own line; neighbor: the edge of the other line, y as well.
     """
     if abs(neighbor - edge) >= 1:
         # Soft edges belong to it, as far as they are not the other line's.
@@ -578,7 +607,9 @@ def row_border(profile, edge, neighbor, print_px):
     # descender of the one or the ascender of the other.
     around = round(DESCENT * print_px)
     start = max(0, edge - around)
-    free = start + np.flatnonzero(profile[start:edge + around + 1] < SOLID)
+    # Only of the rows in question: of all rows, each word would cost as much as the page is high.
+    profile = levels[start:edge + around + 1].sum(1)
+    free = start + np.flatnonzero(profile < SOLID)
     if not len(free):
         return edge
     return int(free[np.argmin(np.abs(free - edge))])

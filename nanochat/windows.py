@@ -13,6 +13,7 @@ trained on. So the texts need no matching: `join` puts them one after the other.
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ CLOSEST = 1.15        # em from baseline to baseline, at least ...
 LOOSEST = 1.7         # ... and at most: double-spaced lines are brought together
 SQUEEZED = 0.9        # of its size, to which print is reduced to keep the lines of the page
 BLURRED = 1.6         # print that is enlarged more than this has too few pixels to be read
+HUGE = 20             # times the largest print that the reader knows: hardly print at all
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Row:
 
 @dataclass
 class Window:
-    image: Image.Image    # RGB, size x size
+    image: Image.Image    # gray (L), size x size: a page of small print may have a thousand
     rows: list            # of Row, from top to bottom
     before: str           # what goes between the text of the window before and this one's
 
@@ -265,7 +267,7 @@ class Setter:
             for piece in row.pieces:
                 self.print_piece(canvas, piece, left + piece.x, y + height)
         gray = PAPER - (PAPER - INK) * canvas
-        return Image.fromarray(gray.round().astype(np.uint8)).convert("RGB")
+        return Image.fromarray(gray.round().astype(np.uint8))
 
     def heights(self, rows):
         """Of the baselines under the top of the print, px; last, the foot of the print."""
@@ -321,15 +323,13 @@ def split(image, known):
     ink = ink_of(image)
     lines, notes = find_lines(ink)
     if not lines:
-        return [], ["no print was found"]
+        return [], [*notes, "no print was found"]
     note_print(lines, ink, known, notes)
 
     windows = []
-    for number in range(lines[-1].column + 1):
-        column = [line for line in lines if line.column == number]
-        if not column:
-            continue  # nothing but a picture
-        setter = Setter(column, ink, known)
+    # In reading order already; columns with nothing but a picture have no lines.
+    for _, column in groupby(lines, key=lambda line: line.column):
+        setter = Setter(list(column), ink, known)
         for rows, opens in setter.parts():
             before = "\n\n" if opens else " "
             windows.append(Window(setter.draw(rows), rows, before if windows else ""))
@@ -337,12 +337,16 @@ def split(image, known):
 
 
 def note_print(lines, ink, known, notes):
-    """Notes print that is too small to be read, however it is enlarged."""
+    """Notes print that is too small to be read, however it is enlarged, or hardly print at all."""
     smallest = min(line.print_px for line in lines)
-    low, _ = known.print_px
+    largest = max(line.print_px for line in lines)
+    low, high = known.print_px
     if low / smallest > BLURRED:
         notes.append(f"print of about {smallest * ink.reduced:.0f} px is too small: the reader "
                      f"knows {low:g} px and more; scan at a higher resolution")
+    if largest > HUGE * high:
+        notes.append(f"print of about {largest * ink.reduced:.0f} px was found: a picture, or "
+                     f"lines that touch, look like that, and their text is lost")
 
 
 def join(windows, texts):

@@ -19,10 +19,11 @@ import contextlib
 import glob
 import io
 import json
+import logging
+import math
 import os
 import sys
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -36,6 +37,7 @@ from nanochat.reader import READER, add_arguments, load_engine
 POINTS_PER_INCH = 72  # the unit of PDF pages
 CHAT_ROOM = 200       # positions that the answer to a line of --chat has, at least
 PDF_HEAD = 1024       # bytes in which a PDF's signature may begin; readers allow for junk before it
+MISSING = 100         # pages in a row that a PDF claims and does not have, before it is given up
 
 # -----------------------------------------------------------------------------
 # Files and their pages
@@ -48,6 +50,7 @@ class Page:
     number: int = None              # from 1; None where the file is one page
     image: Image.Image = None       # RGB, upright
     error: Exception = None         # in place of the image
+    notes: list = field(default_factory=list)  # what a person should know: text that is not drawn
 
     @property
     def name(self):
@@ -169,7 +172,13 @@ def count_pdf_pages(source):
 
 def picture_pages(path, source):
     """Yields the pages of a picture: one, or those of a TIFF."""
-    with Image.open(source, formats=FORMATS) as image:
+    try:
+        image = Image.open(source, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        # PIL names the open file, which for standard input is an address in memory.
+        raise ValueError(f"cannot identify it: no picture ({', '.join(FORMATS)}), and no PDF, "
+                         f"which has %PDF- in its first {PDF_HEAD} bytes") from error
+    with image:
         check_pixels(image.width, image.height, "make it smaller")
         frames = n_frames(image)
         for k in range(frames):
@@ -187,34 +196,89 @@ def open_pdf(source):
         import pypdfium2
     except ImportError:
         raise ValueError("PDFs need pypdfium2: pip install pypdfium2") from None
+    # Its warning about XFA forms names no file; `notes_on` says it of each page.
+    logging.getLogger("pypdfium2").setLevel(logging.ERROR)
     try:
         document = pypdfium2.PdfDocument(source)
     except pypdfium2.PdfiumError as error:
-        raise ValueError(f"not a PDF that can be opened, encrypted or broken ({error})") from error
+        if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
+            raise ValueError("the PDF needs a password: save a copy without one") from error
+        raise ValueError(f"not a PDF that can be opened, broken, without pages or encrypted in an "
+                         f"unknown way ({error})") from error
     # The values of form fields are drawn only if this is done before any page is loaded.
     document.init_forms()
     return document
 
 
+class MissingPage(ValueError):
+    """A page that a PDF counts but does not have, or only in pieces."""
+
+
 def pdf_pages(path, source, dpi):
     """Yields the pages of a PDF, drawn at `dpi`; a page that cannot be drawn has its error."""
     with contextlib.closing(open_pdf(source)) as document:
-        for k in range(len(document)):
+        count = len(document)
+        missing = 0  # in a row
+        for k in range(count):
             try:
-                page = Page(path, k + 1, draw_pdf_page(document, k, dpi))
+                image, notes = draw_pdf_page(document, k, dpi)
+                page = Page(path, k + 1, image, notes=notes)
+                missing = 0
             except Exception as error:
                 page = Page(path, k + 1, error=error)
+                missing = missing + 1 if isinstance(error, MissingPage) else 0
             yield page
+            # A damaged file may count a million pages and have one.
+            if missing == MISSING and k + 1 < count:
+                yield Page(path, error=MissingPage(
+                    f"pages {k + 2} to {count} are left out: {MISSING} in a row before them are "
+                    f"missing, so the file probably counts more pages than it has"))
+                return
 
 
 def draw_pdf_page(document, k, dpi):
-    """PIL image (RGB) of page k, from 0, of an open PDF."""
+    """-> (PIL image, RGB, of page k, from 0, of an open PDF; list of notes on it)."""
+    from pypdfium2 import PdfiumError
+    try:
+        page = document[k]
+    except PdfiumError as error:
+        raise MissingPage("the page is missing or broken") from error
     scale = dpi / POINTS_PER_INCH
-    with contextlib.closing(document[k]) as page:
-        width, height = page.get_size()  # points
-        check_pixels(width * scale, height * scale, "lower --dpi", f" at {dpi} dpi")
+    with contextlib.closing(page):
+        check_page_size(*page.get_size(), dpi)
         with contextlib.closing(page.render(scale=scale)) as bitmap:
-            return bitmap.to_pil().convert("RGB")
+            image = bitmap.to_pil().convert("RGB")
+        return image, notes_on(document, page, image)
+
+
+def check_page_size(width, height, dpi):
+    """ValueError for a PDF page of width x height points that cannot be drawn at `dpi`."""
+    if width <= 0 or height <= 0:
+        raise ValueError(f"the page has no area, {width:g} x {height:g} points: nothing of it can "
+                         f"be drawn")
+    pixels_per_dpi = width * height / POINTS_PER_INCH ** 2  # those of the page at 1 dpi
+    most = int(math.sqrt(MAX_PIXELS / pixels_per_dpi))
+    fix = f"lower --dpi to {most}" if most else "no --dpi is low enough, so the file is damaged"
+    scale = dpi / POINTS_PER_INCH
+    check_pixels(width * scale, height * scale, fix, f" at {dpi} dpi")
+
+
+def notes_on(document, page, image):
+    """Notes about an open page of a PDF, drawn as `image`, whose text is not in the picture."""
+    from pypdfium2.raw import FORMTYPE_XFA_FULL
+    notes = []
+    if document.get_formtype() == FORMTYPE_XFA_FULL:
+        notes.append("the file is an XFA form, which is not drawn: this is the page that it has "
+                     "for programs without XFA; print the form to a PDF")
+    is_blank = all(low == high for low, high in image.getextrema())
+    if is_blank:
+        with contextlib.closing(page.get_textpage()) as text_page:
+            text = text_page.get_text_range()
+        letters = len("".join(text.split()))
+        if letters:
+            notes.append(f"the page is drawn blank, but the file has {letters} characters of text "
+                         f"for it: hidden, or in a font that is broken or not embedded")
+    return notes
 
 
 def check_pixels(width, height, fix, at=""):
@@ -261,6 +325,25 @@ def say(engine, conversation, args):
     return result
 
 
+def batches(source, size):
+    """
+    Lists of up to `size` Pages; fewer where their pictures are large, since memory is for one
+    picture of the largest size and not for `size` of them.
+    """
+    batch = []
+    pixels = 0
+    for page in source:
+        batch.append(page)
+        if page.image is not None:
+            pixels += page.image.width * page.image.height
+        if len(batch) == size or pixels >= MAX_PIXELS:
+            yield batch
+            batch = []
+            pixels = 0
+    if batch:
+        yield batch
+
+
 def read_files(engine, args):
     """Reads every page of args.files and prints it. -> number of files or pages that failed."""
     files = list(files_of(args.files))
@@ -272,7 +355,7 @@ def read_files(engine, args):
         if not bar.disable:
             bar.total = count_pages(files)
             bar.refresh()
-        while batch := list(islice(source, batch_size)):
+        for batch in batches(source, batch_size):
             headings = [heading(page, len(files)) for page in batch]
             if args.stream:
                 print(headings[0], end="")
@@ -305,6 +388,8 @@ def heading(page, n_files):
 
 def remark(page, result):
     """Says on standard error what a person should know about this page."""
+    for note in page.notes:
+        show(f"note: {page.name}: {note}", sys.stderr)
     if isinstance(result, Exception):
         show(f"error: {page.name}: {reason(result)}", sys.stderr)
         return

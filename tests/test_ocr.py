@@ -182,7 +182,7 @@ def test_a_format_that_would_start_another_program_is_not_opened(run, tmp_path):
     (tmp_path / "page.png").write_bytes(postscript)
     lines, err, status = run(tmp_path / "page.png")
     assert (lines, status) == ([], 1)
-    assert "cannot identify" in err
+    assert "cannot identify it: no picture (PNG, " in err
 
 
 def test_pages_of_a_pdf(run, engine, tmp_path, monkeypatch):
@@ -224,6 +224,84 @@ def test_filled_fields_of_a_form_are_drawn(run, tmp_path):
     assert (texts(lines), status) == (["grey 51"], 0)
 
 
+def pdf(path, page=b"", kids=b"3 0 R", count=1, catalog=b"", others=b""):
+    """Writes a PDF by hand, with what is given in its dictionaries; one page of an inch a side."""
+    path.write_bytes(
+        b"%%PDF-1.7\n1 0 obj << /Type /Catalog /Pages 2 0 R %s >> endobj\n"
+        b"2 0 obj << /Type /Pages /Kids [%s] /Count %d /MediaBox [0 0 72 72] >> endobj\n"
+        b"3 0 obj << /Type /Page /Parent 2 0 R %s >> endobj\n%s\ntrailer << /Root 1 0 R >>\n"
+        % (catalog, kids, count, page, others))
+    return path
+
+
+def test_pages_without_area_and_files_without_pages(run, tmp_path):
+    pytest.importorskip("pypdfium2")
+    pdf(tmp_path / "a.pdf", b"/CropBox [100 100 200 200]")
+    pdf(tmp_path / "b.pdf", kids=b"", count=0)
+    lines, err, status = run(tmp_path, "--jsonl")
+    flat, none = records(lines)
+    assert (flat["page"], none["page"], status) == (1, None, 1)
+    assert f"{tmp_path / 'a.pdf'} page 1: the page has no area, 0 x 0 points" in err
+    assert f"{tmp_path / 'b.pdf'}: not a PDF that can be opened, broken, without pages" in err
+
+
+def test_pages_that_a_pdf_only_claims_to_have(run, tmp_path, monkeypatch):
+    """It counts a million pages; each would be an error, and the files after it never read."""
+    pytest.importorskip("pypdfium2")
+    monkeypatch.setattr(ocr, "MISSING", 3)
+    pdf(tmp_path / "a.pdf", count=1_000_000)
+    picture(tmp_path / "b.png", 5)
+    lines, err, status = run(tmp_path, "--jsonl")
+    real, *missing, rest, after = records(lines)
+    assert (real["text"], after["text"], status) == ("grey 255", "grey 5", 1)
+    assert [record["page"] for record in missing] == [2, 3, 4]
+    assert "pages 5 to 1000000 are left out" in rest["error"]
+    assert "a.pdf page 2: the page is missing or broken" in err
+
+
+@pytest.mark.parametrize("side, fix", [(8400, b"lower --dpi to 76"), (10 ** 9, b"so the file is")])
+def test_pages_too_large_to_be_drawn(run, tmp_path, side, fix):
+    pytest.importorskip("pypdfium2")
+    path = pdf(tmp_path / "a.pdf", b"/MediaBox [0 0 %d %d]" % (side, side))
+    _, err, status = run(path)
+    assert status == 1
+    assert fix.decode() in err and "a.pdf page 1: " in err
+    if side == 8400:  # and what the message says is true
+        with pytest.raises(ValueError, match="lower --dpi to 76"):
+            ocr.check_page_size(side, side, 77)
+        ocr.check_page_size(side, side, 76)
+
+
+def test_text_that_is_not_drawn_is_said(run, tmp_path, caplog):
+    """Invisible text on a page without anything else, as a font that is missing leaves it."""
+    pytest.importorskip("pypdfium2")
+    content = b"BT /F1 12 Tf 3 Tr 9 9 Td (lost words) Tj ET"
+    stream = b"4 0 obj << /Length %d >> stream\n%s\nendstream endobj" % (len(content), content)
+    font = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+    page = b"/Contents 4 0 R /Resources << /Font << /F1 %s >> >>" % font
+    pdf(tmp_path / "a.pdf", page, others=stream)
+    pdf(tmp_path / "b.pdf")
+    form = b"/NeedsRendering true /AcroForm << /Fields [] /XFA 4 0 R >>"
+    xfa = b"4 0 obj << /Length 11 >> stream\n<xdp></xdp>\nendstream endobj"
+    pdf(tmp_path / "c.pdf", catalog=form, others=xfa)
+    _, err, status = run(tmp_path)
+    notes = err.splitlines()
+    assert status == 0
+    assert len(notes) == 2  # a blank page is no error, and pypdfium2 itself says nothing
+    assert "a.pdf page 1: the page is drawn blank, but the file has 9 characters" in notes[0]
+    assert "c.pdf page 1: the file is an XFA form, which is not drawn" in notes[1]
+    assert not caplog.records
+
+
+def test_large_pages_are_read_in_smaller_batches(run, engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(ocr, "MAX_PIXELS", 4000)
+    for k, size in enumerate([(60, 60), (60, 60), (10, 10), (10, 10), (10, 10)]):
+        picture(tmp_path / f"{k}.png", k, size)
+    lines, _, _ = run(tmp_path, "--batch-size=3", "--jsonl")
+    assert engine.batches == [2, 3]
+    assert texts(lines) == [f"grey {k}" for k in range(5)]
+
+
 def test_a_picture_that_mentions_pdf_is_a_picture(run, tmp_path):
     path = tmp_path / "a.png"
     info = PngImagePlugin.PngInfo()
@@ -255,7 +333,7 @@ def test_an_encrypted_pdf(run, tmp_path):
     (tmp_path / "a.pdf").write_bytes(content.replace(b"trailer\n<<", locked))
     lines, err, status = run(tmp_path / "a.pdf")
     assert (lines, status) == ([], 1)
-    assert "encrypted or broken" in err
+    assert "a.pdf: the PDF needs a password: save a copy without one" in err
 
 
 def test_pages_are_drawn_batch_by_batch(run, engine, tmp_path, monkeypatch):

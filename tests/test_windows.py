@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from nanochat.lines import find_lines, ink_of
+from nanochat.lines import find_lines, ink_of, split_rows
 from nanochat.windows import MARGIN, Known, join, split
 from tasks.fonts import font_folder, line_height, text_width
 from tasks.synthdoc import SynthDoc
@@ -255,6 +255,8 @@ def test_a_word_that_is_wider_than_a_window_is_cut():
 @pytest.mark.parametrize("image", [
     Image.new("RGB", (300, 200), "white"), Image.new("L", (300, 200), 0), Image.new("L", (1, 1)),
     Image.effect_noise((300, 200), 40), Image.linear_gradient("L"),
+    # A strip becomes cells of 16 px a side: filled up, this one would be 64 million pixels.
+    Image.linear_gradient("L").resize((1, 256)).resize((1, 4_000_000)),
 ])
 def test_pictures_without_print(image):
     assert split(image, KNOWN) == ([], ["no print was found"])
@@ -275,6 +277,46 @@ def test_small_print_and_pictures_are_said():
     windows, notes = split(image, KNOWN)
     assert "a picture of 30" in notes[0] and "is left out" in notes[0]
     assert join(windows, [oracle(window, words) for window in windows]).split() == TEXT.split()
+
+
+def test_a_table_with_rules_is_not_one_line():
+    """Its rules go from top to bottom, so that no row of pixels between its lines is empty."""
+    image = Image.new("L", (600, 500), 255)
+    draw = ImageDraw.Draw(image)
+    words = []
+    for top in range(0, 500, 20):
+        draw.line((0, top, 600, top), 0)
+        for left in range(0, 600, 50):
+            draw.line((left, 0, left, 500), 0)
+            draw.text((left + 8, top + 4), "123.4", 0, face("pil", 11))
+            words.append(("123.4", left + 22, top + 11))
+    windows, _ = split(image, KNOWN)
+    read_words = join(windows, [oracle(window, words) for window in windows]).split()
+    assert len(read_words) == len(words)
+
+
+def test_a_screen_of_dots_is_left_out():
+    """As a photo in old print: 90,000 "words" that would fill a thousand windows."""
+    pixels = np.full((1200, 1200), 255, np.uint8)
+    pixels[::4, ::4] = 0
+    windows, notes = split(Image.fromarray(pixels), KNOWN)
+    assert windows == []
+    assert "300 rows of ink from 0 to 1197 px are left out" in notes[-2]
+    assert notes[-1] == "no print was found"
+
+
+def test_what_looks_like_huge_print_is_said():
+    """A photo in dots of many sizes: the larger ones touch, so that nothing parts its rows."""
+    y, x = np.mgrid[:1700, :1200]
+    shades = (np.sin(x / 90) + np.cos(y / 70) + 2) / 4
+    dots = (x % 8 * 8 + y % 8) / 64 < shades
+    _, notes = split(Image.fromarray(np.where(dots, 255, 0).astype(np.uint8)), KNOWN)
+    assert "px was found: a picture, or lines that touch" in notes[-1]
+
+
+def test_print_of_a_pixel():
+    """Rounding leaves no row between the top of the stretch and the body of its line."""
+    assert split_rows(np.array([1, 9, 9, 9]), 1.0) == [(0, 1), (1, 4)]
 
 
 def test_empty_texts_leave_no_gaps():
