@@ -139,9 +139,9 @@ page)
         --max-minutes "${MINUTES2:-40}" "${COMMON[@]}" $(resume stage2)
     echo "== evaluation"
     "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout --controls \
-        --chars "$CHARS" --damage 0.3 --out "$OUT/stage2/eval" "${READ[@]}"
+        --chars "$CHARS" --out "$OUT/stage2/eval" "${READ[@]}"
     "$PYTHON" -m scripts.vision_eval --checkpoint "$OUT/stage2" --task heldout_words,random_chars \
-        --chars 248-264 --damage 0.3 --out "$OUT/stage2/other_text" "${READ[@]}"
+        --chars 248-264 --out "$OUT/stage2/other_text" "${READ[@]}"
     "$PYTHON" -m scripts.speedrun_report --checkpoints "$OUT" --started "$STARTED" \
         --evaluations eval,other_text
     ;;

@@ -25,7 +25,7 @@ import sys
 from PIL import Image
 
 from nanochat.common import (
-    ArgumentParser, banner, barrier, check_wandb, compute_init, dist_info, every_or_never,
+    ArgumentParser, banner, barrier, check_wandb, compute_init, dist_info, every_or_never, fraction,
     init_wandb, json_line, natural, positive_int, print0, read_record, run_main,
     write_json)
 from nanochat.conversation import OCR_PROMPT, Task
@@ -47,6 +47,7 @@ USED_BY = {
     "path": ("fox", "fox-cn", "omnidocbench", "chartqa-test", "folder"),
     "allow_outside": ("folder",),
     "chars": SPLITS,
+    "damage": (*SPLITS, "fox_like", "omnidocbench_like"),
     "kinds": ("omnidocbench",),
     "prompt": ("omnidocbench",),
 }
@@ -71,6 +72,8 @@ def parse_args(argv):
     parser.add_argument("--chars", default="",
                         help="synthetic pages: LO-HI characters, or several ranges, each a set of "
                              "its own; empty = as trained")
+    parser.add_argument("--damage", type=fraction, default=None,
+                        help="scan damage of synthetic pages, 0 to 1 (default: as trained)")
     parser.add_argument("--kinds", default="text",
                         help="what the truth of OmniDocBench's pages holds: text, table, equation")
     parser.add_argument("--prompt", default="",
@@ -144,16 +147,21 @@ def tasks_of(args, user_config, image_size):
             kinds = tuple(args.kinds.split(","))
             tasks.append((name, OmniDocBench(args.path or QUIVR, kinds, prompt)))
         else:
-            task = open_set(name, args.path, "all", args, image_size, generated)
+            flags = copy.copy(args)
+            flags.damage = args.damage or 0.0  # the likenesses of benchmarks are clean
+            task = open_set(name, args.path, "all", flags, image_size, generated)
             tasks.append((name, task))
     return tasks
 
 
 def split_tasks(name, size, args, user_config, image_size):
-    """[(name, task), ...] of one split of SynthDoc, with faces and print as in training."""
+    """[(name, task), ...] of one split of SynthDoc, with faces, print and damage of training."""
     chars = parse_chars(args.chars or user_config["chars"])
     common = {"image_size": image_size, "faces": user_config["faces"].split(","),
               "min_px": user_config.get("min_px", MIN_PX), "seed": args.seed}
+    damage = user_config.get("damage", 0) if args.damage is None else args.damage
+    if damage:
+        common["damage"] = damage
     # Without --chars the pages are those of training: all its ranges mixed in one set.
     if not args.chars or len(chars) == 1:
         return [(name, SynthDoc(name, size, chars=chars, **common))]
