@@ -174,6 +174,8 @@ BAD = {
     "lmms": ("--checkpoint=/nope", "--bogus"),
     "parity": ("--sizes=a", "--sizes=", "--sizes=0", "--preset=giant", "--sizes=33 --preset=tiny"),
     "speedrun_report": ("--checkpoints=nowhere", "--evaluations=none"),
+    "pictures": ("--what=poems", "--what=reading --evaluation=nowhere", "--what=curves --runs=a=nowhere",
+                 "--what=curves --runs=nothing", "--what=network --sizes=giant"),
 }
 
 

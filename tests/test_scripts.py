@@ -209,7 +209,7 @@ def test_kill_9_then_resume_equals_the_unbroken_run(runs, tokenizer_dir, tmp_pat
 
 def test_stage_2_resumes_after_ctrl_c(runs, tmp_path):
     flags = stage2_flags(tmp_path, runs.folder)
-    status, errors = killed_after("step 00004/", signal.SIGINT, "scripts.vis_mid_train", *flags)
+    status, errors = killed_after("step 00003/", signal.SIGINT, "scripts.vis_mid_train", *flags)
     assert status == 130 and "--resume" in errors and "Traceback" not in errors
     call(vis_mid_train.main, *flags, "--resume")
     assert_same_run(tmp_path / "stage2", runs.folder / "stage2")
@@ -354,7 +354,8 @@ def test_before_anything_is_trained(main, flag, tmp_path, monkeypatch, capsys):
     """The defaults look like hub names; what the hub says of them would tell a newcomer nothing."""
     monkeypatch.chdir(tmp_path)
     page = ["page.png"] if main is ocr.main else []
-    for flags in ([], [f"{flag}=checkpoints/mine"]):
+    without = [] if main is ocr.main else [[]]  # by default it reads with the repository's own reader
+    for flags in (*without, [f"{flag}=checkpoints/mine"]):
         line = error_of(capsys, main, "--device-type=cpu", *flags, *page)
         assert "no such folder checkpoints/" in line and "train first (bash speedrun.sh)" in line
     assert not list(tmp_path.iterdir())
