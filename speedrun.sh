@@ -200,9 +200,8 @@ full)
     PRESET=base
     COMMON=(--optimizer adamw --mode 1024px --recompute --too-long clip --bad-data skip
             --workers -1 --eval-every 500 --save-every 1000 --num-iterations 5000)
-    RENDERED=(--local-loss 1 --place-loss 0.3)
-    SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 10 --num-iterations 1000
-           --chars 400-2500)
+    RENDERED=(--local-loss 1 --place-loss 0.3 --chars 400-2500 --damage 0.3)
+    SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 10 --num-iterations 1000)
     SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 10)
     SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 4)
     READ=(--max-new-tokens 4096)
@@ -210,7 +209,8 @@ full)
         PRESET=tiny
         COMMON=(--optimizer adamw --mode 64px --recompute --too-long clip --bad-data skip
                 --workers 1 --num-iterations 2 --eval-pages 8 --statistics-pages 16)
-        SIZE0=(--max-seq-len 256 --pack 256 --device-batch-size 8 --chars 10-40)
+        RENDERED=(--local-loss 1 --place-loss 0.3 --chars 20-40 --damage 0.3)
+        SIZE0=(--max-seq-len 256 --pack 256 --device-batch-size 8)
         SIZE1=(--max-seq-len 256 --pack 256 --device-batch-size 8)
         SIZE2=(--max-seq-len 384 --pack 384 --device-batch-size 4)
         READ=(--max-new-tokens 8)
@@ -218,7 +218,7 @@ full)
     echo "== stage 0: rendered pages"
     stage vis_tok_train --model-tag stage0 --preset "$PRESET" --standardize channel \
         --sam facebook/sam-vit-base --clip openai/clip-vit-large-patch14 --gpt "$GPT" \
-        --data synthpage --damage 0.3 --lr 5e-5 --part-lr compressor=1e-3,projector=1e-3 \
+        --data synthpage --lr 5e-5 --part-lr compressor=1e-3,projector=1e-3 \
         "${COMMON[@]}" "${SIZE0[@]}" "${RENDERED[@]}" $(resume stage0)
     echo "== stage 1"
     stage vis_tok_train --init "$OUT/stage0" \
