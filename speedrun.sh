@@ -2,7 +2,7 @@
 # The main job: from nothing to a model that reads pages it has never seen.
 #
 #   bash speedrun.sh           nano: two CPU cores, no GPU, no hub, about 14 minutes (the default)
-#   bash speedrun.sh page      a paragraph a page: the same machine, 150 minutes at most
+#   bash speedrun.sh page      a paragraph a page: the same machine, 135 minutes of training
 #   bash speedrun.sh small     dense pages at the paper's geometry: one CUDA GPU, no hub,
 #                              16 minutes of training
 #   bash speedrun.sh gpu       the same, after every benchmark of scripts/bench.py
@@ -117,7 +117,6 @@ nano)
 page)
     # Paragraphs of 128 to 512 characters (2 to 8 a vision token) in eight faces, slightly damaged.
     # Minutes end a stage, or the steps of a faster machine.
-    PRESET=page
     CHARS=120-136,248-264,376-392,504-520
     SIZE=(--num-iterations 20000 --device-batch-size 16 --eval-every 250 --save-every 250)
     READ=()
@@ -129,7 +128,7 @@ page)
     echo "== tokenizer"
     tokenizer 270
     echo "== stage 1"
-    stage vis_tok_train --preset "$PRESET" --tokenizer "$OUT/tokenizer" --local-loss 1 \
+    stage vis_tok_train --preset page --tokenizer "$OUT/tokenizer" --local-loss 1 \
         --chars 128-512 --min-px 11 --damage 0.3 --random-share 0.15 \
         --faces sans,sans-bold,sans-oblique,serif,serif-bold,mono,stix,stix-bold \
         --ramp 16000 --primer 8x4,16x8,24x12 --max-minutes "${MINUTES1:-95}" \
