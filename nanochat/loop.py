@@ -104,10 +104,14 @@ WITHOUT_EFFECT = [
     ("tokenizer", "gpt", None),           # a published decoder brings its own
     ("sam", "encoder", None),             # has a SAM and a CLIP
     ("clip", "encoder", None),
+    ("preset", "init", None),             # an earlier run's sizes, weights and tokenizer
+    ("standardize", "init", None),
+    ("tokenizer", "init", None),
+    ("sam", "init", None),
+    ("clip", "init", None),
+    ("encoder", "init", None),
+    ("gpt", "init", None),
 ]
-# An earlier run's checkpoint has sizes, weights and tokenizer.
-for flag in ("preset", "standardize", "tokenizer", "sam", "clip", "encoder", "gpt"):
-    WITHOUT_EFFECT.append((flag, "init", None))
 
 
 def refuse_without_effect(given, args):
