@@ -101,6 +101,7 @@ def add_training_arguments(parser, **defaults):
 # (flag, the one with which it has no effect, that one's value or None for any)
 WITHOUT_EFFECT = [
     ("matrix_lr", "optimizer", "adamw"),  # Muon's
+    ("primer", "ramp", 0),                # is the beginning of the curriculum
     ("tokenizer", "gpt", None),           # a published decoder brings its own
     ("sam", "encoder", None),             # has a SAM and a CLIP
     ("clip", "encoder", None),

@@ -182,7 +182,7 @@ BAD = {
 WITHOUT_EFFECT = {
     "vis_tok_train": ("--matrix-lr=1 --optimizer=adamw", "--sam=a/b --encoder=c/d",
                       "--tokenizer=x --gpt=a/b", "--data=folder:x --ramp=5", "--stream",
-                      "--init=x --preset=nano", "--init=x --gpt=a/b", "--init=x --tokenizer=y",
+                      "--init=x --preset=nano", "--primer=8x4 --ramp=0", "--init=x --gpt=a/b", "--init=x --tokenizer=y",
                       "--val-share=0.2", "--data=synthpage --faces=sans", "--page-parts=table=1",
                       "--data=folder:x --chars=10-20", "--data=synthchart --damage=0.1"),
     "vis_mid_train": ("--tokenizer=x --gpt=a/b", "--data=folder:x --ramp=5", "--allow-outside"),

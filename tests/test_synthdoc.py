@@ -317,3 +317,26 @@ def test_missing_fonts_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         SynthDoc("train", 1)
+
+
+def test_grids_of_a_primer_come_in_one_after_the_other():
+    grids = [(8, 4), (16, 8), (20, 10)]
+    task = SynthDoc("train", 1200, image_size=256, chars=(128, 300), ramp=1200, primer=grids)
+    # A quarter of the curriculum is primer pages: a third of it for each further grid.
+    for first, known in ((0, 1), (100, 2), (200, 3), (900, 3)):
+        assert {task.grid(i) for i in range(first, first + 100)} == set(grids[:known])
+    for i in (5, 150, 250):
+        columns, rows = task.grid(i)
+        lines = task[i]["page"].boxes[0].lines
+        assert len(lines) <= rows and all(len(line.text) <= columns for line in lines)
+        assert task.truth(i) == task[i]["messages"][-1]["content"]
+    # With one grid there is nothing to draw, and pages are what they were.
+    plain, named = (SynthDoc("train", 9, image_size=256, ramp=20, **more) for more in ({}, {"primer": [(8, 4)]}))
+    assert [page["id"] for page in plain] == [page["id"] for page in named]
+    assert all(digest(a) == digest(b) for a, b in zip(plain, named))
+
+
+@pytest.mark.parametrize("primer", [[(0, 4)], [(8, 0)], [(200, 4)]])
+def test_a_grid_that_cannot_be_printed(primer):
+    with pytest.raises(ValueError, match="primer has a grid of"):
+        SynthDoc("train", 9, image_size=256, ramp=20, primer=primer)
