@@ -1,8 +1,10 @@
 # Sourced by speedrun.sh and test.sh: leaves $PYTHON pointing at an environment that has the
-# packages named in the arguments, beside those that everything needs.
+# packages named in the arguments, beside those that everything needs. By itself (bash setup_env.sh)
+# it makes .venv with those.
 #
 # PYTHON=/path/to/python          an existing environment: used as it is, nothing is installed
 # TORCH_INDEX_URL=https://...     where pip takes torch from, e.g. the index of a CUDA build
+set -e  # a failed installation must not be noted as done
 if [ -n "${PYTHON:-}" ]; then
     echo "using the existing environment of PYTHON=$PYTHON"
 else

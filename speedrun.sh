@@ -48,8 +48,7 @@ fi
 PACKAGES=""
 [ "$KIND" != full ] || PACKAGES="datasets huggingface_hub"
 [ "$RUN" = dummy ] || PACKAGES="$PACKAGES wandb"
-# shellcheck disable=SC2086
-. ./setup_env.sh $PACKAGES
+. ./setup_env.sh "$PACKAGES"  # quoted: without an argument it would be given ours, the kind
 
 DEVICE=""
 [ -z "${TRIAL:-}" ] || DEVICE="--device-type cpu"
@@ -119,16 +118,16 @@ page)
     # Minutes end a stage, or the steps of a faster machine.
     CHARS=120-136,248-264,376-392,504-520
     SIZE=(--num-iterations 20000 --device-batch-size 16 --eval-every 250 --save-every 250)
-    READ=()
+    READ=(--max-problems 256)
     if [ -n "${TRIAL:-}" ]; then
         SIZE=(--num-iterations 2 --device-batch-size 8 --eval-pages 8 --statistics-pages 8)
         READ=(--max-problems 4 --max-new-tokens 20)
     fi
-    COMMON=(--max-seq-len 1000 --place-loss 0.3 "${SIZE[@]}")
+    COMMON=(--max-seq-len 1000 "${SIZE[@]}")
     echo "== tokenizer"
     tokenizer 270
     echo "== stage 1"
-    stage vis_tok_train --preset page --tokenizer "$OUT/tokenizer" --local-loss 1 \
+    stage vis_tok_train --preset page --tokenizer "$OUT/tokenizer" \
         --chars 128-512 --min-px 11 --damage 0.3 --random-share 0.15 \
         --faces sans,sans-bold,sans-oblique,serif,serif-bold,mono,stix,stix-bold \
         --ramp 16000 --primer 8x4,16x8,24x12 --max-minutes "${MINUTES1:-95}" \
@@ -158,7 +157,7 @@ small|gpu)
     fi
     # Rows are filled 24-51 % with one page each, so several share a row.
     COMMON=(--mode "$MODES" --workers -1 --max-seq-len 1536 --pack 1536 --random-share 0.1
-            --place-loss 0.3 --save-every 1000 --eval-every 500)
+            --save-every 1000 --eval-every 500)
     STATUS=0
     if [ "$KIND" = gpu ] && [ -z "${TRIAL:-}" ]; then
         echo "== benchmarks"
@@ -168,7 +167,7 @@ small|gpu)
     echo "== tokenizer"
     tokenizer 1024
     echo "== stage 1"
-    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 --local-loss 1 \
+    stage vis_tok_train --tokenizer "$OUT/tokenizer" --data synthdoc=3,synthpage=1 \
         --chars 40-1300 --ramp 150000 --max-minutes "${MINUTES1:-10}" \
         "${SIZE[@]}" "${COMMON[@]}" $(resume stage1)
     echo "== stage 2"
@@ -199,7 +198,7 @@ full)
     PRESET=base
     COMMON=(--optimizer adamw --mode 1024px --recompute --too-long clip --bad-data skip
             --workers -1 --eval-every 500 --save-every 1000 --num-iterations 5000)
-    RENDERED=(--local-loss 1 --place-loss 0.3 --chars 400-2500 --damage 0.3)
+    RENDERED=(--chars 400-2500 --damage 0.3)
     SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 10 --num-iterations 1000)
     SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 10)
     SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 4)
@@ -208,7 +207,7 @@ full)
         PRESET=tiny
         COMMON=(--optimizer adamw --mode 64px --recompute --too-long clip --bad-data skip
                 --workers 1 --num-iterations 2 --eval-pages 8 --statistics-pages 16)
-        RENDERED=(--local-loss 1 --place-loss 0.3 --chars 20-40 --damage 0.3)
+        RENDERED=(--chars 20-40 --damage 0.3)
         SIZE0=(--max-seq-len 256 --pack 256 --device-batch-size 8)
         SIZE1=(--max-seq-len 256 --pack 256 --device-batch-size 8)
         SIZE2=(--max-seq-len 384 --pack 384 --device-batch-size 4)

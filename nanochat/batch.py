@@ -11,8 +11,9 @@ import torch
 IGNORE = -1  # target of a position that is not supervised
 NO_GLYPH = -1  # of a token that prints nothing
 
-# What `collate` counts, beside "drawn/<task>". slots: positions, padding included.
-COUNTS = ("images", "positions", "slots", "bad", "clipped", "dropped")
+# What `collate` counts, in addition to "drawn/<task>". slots: positions, padding included.
+# no_places: pages that know their letters but cannot be asked for places (glyphs_of_tokens).
+COUNTS = ("images", "positions", "slots", "bad", "clipped", "dropped", "no_places")
 
 NO_POINTS = ((), {})  # of an image without labels of a kind
 

@@ -246,6 +246,16 @@ def run_main(main):
         print(f"error: {error}\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
               file=sys.stderr, flush=True)
         sys.exit(1)
+    except ImportError as error:
+        # Packages that only some features need are imported where they are used.
+        package = (error.name or "").split(".")[0]
+        if os.environ.get("NANOCHAT_TRACEBACK") or package in ("nanochat", "scripts", "tasks"):
+            raise
+        advice = str(error)
+        if package:
+            advice = f"this needs the package {package}: {sys.executable} -m pip install {package}"
+        print(f"error: {advice}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except torch.OutOfMemoryError as error:
         if os.environ.get("NANOCHAT_TRACEBACK"):
             raise

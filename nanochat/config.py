@@ -170,7 +170,7 @@ def nano():
         second_stage=CLIPConfig(grid=4, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(
             sequence_len=512, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=192),
-        standardize="position", modes=("64px",))
+        standardize="none", modes=("64px",))
 
 
 def dense():
@@ -212,7 +212,7 @@ def mini():
         second_stage=CLIPConfig(grid=8, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(
             sequence_len=2048, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=256),
-        standardize="position", modes=("512px",))
+        standardize="none", modes=("512px",))
 
 
 def small():
@@ -227,7 +227,7 @@ def small():
         second_stage=CLIPConfig(grid=10, width=512, depth=3, n_head=8, ffn=2048, patch_size=0),
         gpt=GPTConfig(
             sequence_len=4096, vocab_size=1024, n_layer=5, n_head=6, n_kv_head=6, n_embd=384),
-        standardize="position", modes=("640px", "512px"))
+        standardize="none", modes=("640px", "512px"))
 
 
 def tiny():

@@ -5,6 +5,7 @@ Which samples micro-batch k of rank r holds is arithmetic on indices, so any ste
 a resumed run sees exactly what the unbroken one would have seen. Where a set can only be read in
 order (Stream), every batch carries the state from which reading goes on.
 """
+import codecs
 import os
 import shutil
 import sys
@@ -100,7 +101,11 @@ class Sampler:
         if sample is None:
             return Sample([], counts={**drawn, **cut})
         characters = self.supervised_characters(sample)  # after the cut
-        return sample._replace(characters=characters, counts={**drawn, **cut})
+        counts = {**drawn, **cut}
+        knows_letters = any("glyphs" in kinds for kinds in sample.labels)
+        if knows_letters and not sample.glyphs:
+            counts["no_places"] = 1
+        return sample._replace(characters=characters, counts=counts)
 
     def mode_of(self, i):
         """
@@ -230,25 +235,40 @@ def first_positions(ids, positions, image_token_id):
 
 def glyphs_of_tokens(tokenizer, ids, mask, labels):
     """
-    -> Sample.glyphs. Empty unless there is one image, with labels, and what the assistant says is,
-    but for whitespace, what the glyphs spell in their order.
+    -> Sample.glyphs. Empty unless there is one image, with labels, and its glyphs, in their order,
+    spell what the assistant says, but for whitespace. Glyphs before that text are page headers and
+    the like, which nobody is asked to read.
     """
     if len(labels) != 1 or "glyphs" not in labels[0]:
         return ()
     printed, _ = labels[0]["glyphs"]
-    found = []
-    spelled = []
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    spelled = []  # characters said so far
+    first_characters = []  # of each token: which of `spelled` it begins with
     for token, supervised in zip(ids, mask):
         first = NO_GLYPH
         if supervised and token < len(tokenizer.ranks):
-            characters = "".join(tokenizer.decode([token]).split())
-            if characters:
+            inside_a_character = has_bytes_left(decoder)
+            characters = "".join(decoder.decode(tokenizer.decode_bytes([token])).split())
+            # A character of several tokens is the glyph of the first of them.
+            begins_one = characters or has_bytes_left(decoder)
+            if begins_one and not inside_a_character:
                 first = len(spelled)
             spelled.extend(characters)
-        found.append(first)
-    # A character that is cut off by the edge of the page has no label, and one of several tokens
-    # is in none of them: then it is not known which glyph a token stands for.
-    return found if spelled == list(printed) else ()
+        first_characters.append(first)
+
+    before = len(printed) - len(spelled)
+    # The edge of the page may have cut off a letter, or the answer may not be what is printed, as
+    # with a table: then it is not known which glyph a token stands for.
+    if before < 0 or list(printed[before:]) != spelled:
+        return ()
+    return [NO_GLYPH if first == NO_GLYPH else before + first for first in first_characters]
+
+
+def has_bytes_left(decoder):
+    """Whether an incremental decoder waits for the rest of a character."""
+    undecoded, _ = decoder.getstate()
+    return bool(undecoded)
 
 
 def check_texts(messages, where):

@@ -295,6 +295,11 @@ class Standardize(nn.Module):
             self.add_grid(g)
 
     @property
+    def moves(self):
+        """Whether there are running statistics that training changes."""
+        return self.kind != "none" and not self.frozen
+
+    @property
     def first_grid(self):
         return next(iter(self.grids))
 

@@ -41,16 +41,16 @@ class Evaluator:
         self.heads = heads
         if heads is not None:
             self.sampler_settings["labels"] = LABELS
-        print0(f"preparing {val_pages} pages for validation and {statistics_pages} for the "
-               f"encoder's statistics, in {len(modes)} mode(s)")
+        print0(f"preparing {val_pages} pages for validation")
         self.val_batches, usable = self.batches(val_task, val_pages, self.mode)
-        self.statistics_batches = []  # for each mode
-        for mode in modes:
-            batches, _ = self.batches(statistics_task, statistics_pages, mode)
-            self.statistics_batches.append(batches)
+        self.modes = modes
+        self.statistics_task = statistics_task
+        self.statistics_pages = statistics_pages
+        self.statistics_batches = None  # of each mode; made when a model first needs them
         self.pages = [val_task[i] for i in usable[:READ_PAGES]]
         self.pixels = self.val_batches[0].views[self.mode.size][:READ_PAGES]
-        if heads is not None and not any(batch.label_points("glyphs") for batch in self.val_batches):
+        has_letters = any(batch.label_points("glyphs") for batch in self.val_batches)
+        if heads is not None and not has_letters:
             print0("NOTE: no validation page has labels of its letters: vision/local_accuracy and "
                    "vision/place_accuracy are not measured")
 
@@ -94,8 +94,8 @@ class Evaluator:
         Leaves the model in training mode.
         """
         model.eval()
-        for batches in self.statistics_batches:
-            reestimate_statistics(model, batches)
+        if model.encoder.standardize.moves:
+            self.reestimate(model)
         figures = validate(model, self.val_batches)
         for depth, cosine in cosines(model, self.pixels).items():
             figures[f"vision/cosine_{depth}"] = cosine
@@ -105,6 +105,17 @@ class Evaluator:
         model.train()
         return figures, pages_read
 
+    def reestimate(self, model):
+        """Measures the statistics of the compressor's output in each mode."""
+        if self.statistics_batches is None:
+            print0(f"preparing {self.statistics_pages} pages for the encoder's statistics, in "
+                   f"{len(self.modes)} mode(s)")
+            self.statistics_batches = []
+            for mode in self.modes:
+                batches, _ = self.batches(self.statistics_task, self.statistics_pages, mode)
+                self.statistics_batches.append(batches)
+        for batches in self.statistics_batches:
+            reestimate_statistics(model, batches)
 
     def accuracies(self, model):
         """{"vision/<head>_accuracy": share of right answers} of the heads whose labels there are."""
@@ -124,7 +135,7 @@ def reestimate_statistics(model, batches):
     one mode; each rank takes its share. Running averages lag behind weights that move fast.
     """
     encoder = model.encoder
-    if encoder.standardize.kind == "none" or encoder.standardize.frozen:
+    if not encoder.standardize.moves:
         return
     rank, _, world_size = dist_info()
     side = max(batches[0].views)  # px, of the global view

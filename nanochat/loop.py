@@ -79,10 +79,12 @@ def add_training_arguments(parser, **defaults):
     flag("--warmup-steps", natural, 20, help="steps of linear warm-up")
     flag("--grad-clip", real(above=True, off=-1), 1.0,
          help="limit of the global gradient norm; -1 = off")
-    flag("--local-loss", real(), 0.0, help="weight of the local reading loss, which asks each "
-         "vision token of a rendered page which letters it shows; 0 = off, 1 is usual")
-    flag("--place-loss", real(), 0.0, help="weight of the place loss, which asks the decoder before "
-         "each character where on a rendered page that stands; 0 = off, 0.3 is usual")
+    flag("--local-loss", real(off=-1), -1, help="weight of the local reading loss, which asks each "
+         "vision token of a rendered page which letters it shows; 0 = off; -1 = 1 in stage 1 where "
+         "--data has rendered pages, else off")
+    flag("--place-loss", real(off=-1), -1, help="weight of the place loss, which asks the decoder "
+         "before each character where on a rendered page that stands; 0 = off; -1 = 0.3 in both "
+         "stages where --data has rendered pages, else off")
     # Evaluation
     flag("--eval-every", every_or_never, 100,
          help="steps between evaluations; -1 = only at the end")

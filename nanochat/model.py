@@ -67,7 +67,8 @@ class DeepseekOCR(nn.Module):
         n_embd = cfg.gpt.n_embd
         self.encoder = DeepEncoder(cfg)
         self.projector = Projector(self.encoder.width, n_embd)
-        self.image_newline = nn.Parameter(torch.zeros(n_embd))
+        has_rows = self.encoder.layout == "grid"  # a sequence has no use for newlines
+        self.image_newline = nn.Parameter(torch.zeros(n_embd), requires_grad=has_rows)
         self.view_seperator = nn.Parameter(torch.zeros(n_embd))  # sic, the published name
         self.gpt = GPT(cfg.gpt)
 

@@ -1,7 +1,7 @@
 """
 What does each choice do to reading? Stage 1 once per variant and seed, and one table of results.
 
-    python -m scripts.ablation                  # standardization and optimizer, 300 steps, 3 seeds
+    python -m scripts.ablation                  # losses and standardization, 300 steps, 3 seeds
     python -m scripts.ablation --seeds=0,1 --steps=50 --variants="lr=1e-3;lr=3e-3 warmup-steps=40"
 
 A variant is any flags of scripts.vis_tok_train without their dashes, separated by spaces (a value
@@ -18,12 +18,17 @@ import sys
 from nanochat.common import (
     ArgumentParser, git_commit, json_line, positive_int, print0, read_record, run_main)
 
-# What the decoder sees of the encoder, and what trains them: the two choices that decided most.
+# What the encoder is told beside the next token, and what the decoder sees of it. With both losses
+# (the default) and with neither, and then with one of them.
 VARIANTS = (
-    "standardize=none optimizer=muon;"
-    "standardize=channel optimizer=muon;"
-    "standardize=position optimizer=muon;"
-    "standardize=position optimizer=adamw lr=2e-3"
+    "standardize=none local-loss=0 place-loss=0;"
+    "standardize=channel local-loss=0 place-loss=0;"
+    "standardize=position local-loss=0 place-loss=0;"
+    "standardize=none;"
+    "standardize=channel;"
+    "standardize=position;"
+    "standardize=none place-loss=0;"
+    "standardize=none local-loss=0"
 )
 # Of a run's summary.json. The gap says whether the page is read at all, the cosines whether all
 # pages look alike to the decoder (near 1: the encoder has collapsed).

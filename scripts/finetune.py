@@ -28,7 +28,8 @@ from nanochat.optim import Optimizer, schedule
 from nanochat.pretrained import find
 from nanochat.reader import NEEDED
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, refuse_ignored, training_sets
+from tasks.registry import (
+    add_data_arguments, choose_losses, refuse_ignored, training_sets)
 
 # Settings of the checkpoint's run that hold here too unless they are given on the command line.
 INHERITED = ("mode", "chars", "faces", "min_px", "random_share", "max_seq_len", "damage",
@@ -92,6 +93,7 @@ def main(argv=None):
     if args.max_seq_len > positions:
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder of {args.checkpoint} has "
                          f"{positions} positions")
+    choose_losses(args, local=0.0, place=0.0)  # few pages of one's own say where their letters are
     run = Run(args, "fine-tuning")
     if args.freeze_sam:
         model.encoder.freeze_sam()

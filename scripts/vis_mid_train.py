@@ -28,7 +28,8 @@ from nanochat.mixture import Mixture, fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, refuse_ignored, training_sets
+from tasks.registry import (
+    add_data_arguments, choose_losses, refuse_ignored, training_sets)
 from tasks.synthchat import SynthChat
 
 # Settings of stage 1 that hold here too unless they are given on the command line.
@@ -79,6 +80,8 @@ def main(argv=None):
     print0(f"encoder: {encoder_dir}")
     theirs = {k: v for k, v in stage1["user_config"].items() if k in INHERITED}
     args = parser.inherit(argv, theirs, os.path.join(encoder_dir, "meta.json"))
+    # What letters look like is SAM's, which is frozen by now; the new decoder has places to learn.
+    choose_losses(args, local=0.0, place=0.3)
     run = Run(args, "stage 2")
 
     # -------------------------------------------------------------------------

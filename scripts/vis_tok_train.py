@@ -28,7 +28,8 @@ from nanochat.mixture import fingerprints
 from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
 from nanochat.run import Run, samples_per_step
-from tasks.registry import add_data_arguments, refuse_ignored, training_sets
+from tasks.registry import (
+    add_data_arguments, choose_losses, refuse_ignored, training_sets)
 
 
 def parse_args(argv):
@@ -57,6 +58,7 @@ def parse_args(argv):
     given = parser.given(argv)
     refuse_without_effect(given, args)
     refuse_ignored(given, args.data)
+    choose_losses(args, local=1.0, place=0.3)
     return args
 
 

@@ -41,7 +41,7 @@ from tasks.registry import EVALUATED, open_set, parse_chars
 from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
 
 # Flags that change a prediction or a page: results under others must not be mixed.
-SETTINGS = ("max_new_tokens", "no_repeat", "path", "chars", "seed", "kinds", "prompt")
+SETTINGS = ("max_new_tokens", "no_repeat", "path", "chars", "seed", "kinds", "prompt", "damage")
 # The tasks that a flag has to do with. Elsewhere it would be ignored, which nobody expects.
 USED_BY = {
     "path": ("fox", "fox-cn", "omnidocbench", "chartqa-test", "folder"),

@@ -37,6 +37,7 @@ from tasks.synthdoc import SynthDoc
 
 RENDERED = ("synthdoc", "synthpage", "synthchart", "synthchat")  # made as they go, never used up
 TRAINING_SETS = (*RENDERED, "folder", "finevision", "chartqa", "smoltalk")
+KNOW_LETTERS = ("synthdoc", "synthpage")  # say where on their pages each letter is printed
 BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omnidocbench_like")
 # What scripts.vision_eval scores, beside the splits of SynthDoc.
 EVALUATED = (*BENCHMARKS, "folder", "synthchart")
@@ -188,6 +189,20 @@ def refuse_ignored(given, data):
             named = ", ".join(sorted(names))
             raise ValueError(f"--{flag.replace('_', '-')} has no effect on {named}: it is for "
                              f"{', '.join(sets)}; leave it out")
+
+
+def choose_losses(args, local, place):
+    """
+    Fills in --local-loss and --place-loss where they are -1: with `local` and `place` if a set of
+    --data knows where its letters are, else with 0.
+    """
+    names = {name for name, _, _ in parse_data(args.data)}
+    if not names & set(KNOW_LETTERS):
+        local = place = 0.0
+    if args.local_loss == -1:
+        args.local_loss = local
+    if args.place_loss == -1:
+        args.place_loss = place
 
 
 # -----------------------------------------------------------------------------

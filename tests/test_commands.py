@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,63 @@ def test_commands_of_speedrun_are_accepted(kind, tmp_path, monkeypatch):
     assert len(lines) >= 3
     for line in lines:
         check_command(line, monkeypatch)
+
+
+FAKE_PYTHON3 = """#!/usr/bin/env bash
+# Stands in for python3 on the PATH: makes a .venv whose python writes down what pip is asked for,
+# fails to install what $BROKEN names, and then fails, so that nothing is trained.
+if [ "$1" != -m ]; then exit 0; fi
+mkdir -p .venv/bin
+cat > .venv/bin/python <<'END'
+#!/usr/bin/env bash
+echo "$@" >> "$COMMANDS"
+if [ "$2" != pip ]; then exit 7; fi
+if [ -n "${BROKEN:-}" ] && [[ " $* " == *" $BROKEN "* ]]; then exit 5; fi
+END
+chmod +x .venv/bin/python
+"""
+
+
+def set_up(tmp_path, *command, broken=""):
+    """Runs a script in a copy of the repository's shell scripts. -> (exit status, what pip got)."""
+    for name in ("speedrun.sh", "setup_env.sh", "test.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    python3 = tmp_path / "bin" / "python3"
+    python3.write_text(FAKE_PYTHON3)
+    python3.chmod(0o755)
+    log = tmp_path / "commands"
+    environment = {**os.environ, "COMMANDS": str(log), "BROKEN": broken, "TRIAL": "1",
+                   "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    environment.pop("PYTHON", None)
+    status = subprocess.run(["bash", *command], env=environment, cwd=tmp_path,
+                            capture_output=True).returncode
+    return status, [line for line in log.read_text().splitlines() if "pip install" in line]
+
+
+@pytest.mark.parametrize("command, extras", [
+    (["speedrun.sh"], set()),
+    (["speedrun.sh", "page"], set()),
+    (["speedrun.sh", "small"], set()),
+    (["speedrun.sh", "full"], {"datasets", "huggingface_hub"}),
+    (["test.sh"], {"pytest", "pytest-xdist", "datasets", "huggingface_hub", "transformers",
+                   "pypdfium2"}),
+    (["setup_env.sh"], set()),
+])
+def test_only_the_packages_that_are_needed_are_installed(tmp_path, command, extras):
+    status, [torch, rest] = set_up(tmp_path, *command)
+    assert status == (0 if command == ["setup_env.sh"] else 7)
+    assert torch.split()[-1] == "torch==2.13.0"
+    always = {"torch==2.13.0", "numpy", "pillow", "tqdm", "tiktoken", "safetensors", "matplotlib",
+              "rustbpe", "rapidfuzz"}
+    assert set(rest.split("check")[1].split()) == always | extras
+    assert (tmp_path / ".venv" / "installed").exists()
+
+
+@pytest.mark.parametrize("script", ["speedrun.sh", "test.sh", "setup_env.sh"])
+def test_a_failed_installation_is_not_noted_as_done(tmp_path, script):
+    status, _ = set_up(tmp_path, script, broken="tiktoken")
+    assert status == 5 and not (tmp_path / ".venv" / "installed").exists()
 
 
 def test_file_tree_names_every_file():

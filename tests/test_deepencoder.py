@@ -411,6 +411,11 @@ def test_a_second_stage_may_give_a_sequence(sequence_cfg):
     torch.testing.assert_close(positions[:6], tiles.flatten(0, 1))
     assert torch.equal(positions[-1], model.view_seperator)
 
+    # A parameter without a gradient would have no state to resume from, and DDP would wait for it.
+    positions.sum().backward()
+    at_the_pages = [p for part in ("queries", "projector") for _, p in model.parts()[part]]
+    assert all(p.grad is not None for p in at_the_pages if p.requires_grad)
+
 
 @pytest.mark.parametrize("rows, cols, side", [(0, 0, 10), (1, 1, 16), (3, 2, 10)])
 def test_a_grid_has_a_newline_for_each_row_of_tokens(rows, cols, side):

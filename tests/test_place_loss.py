@@ -23,6 +23,7 @@ from nanochat.optim import Optimizer
 from nanochat.place_loss import CELL, TOKEN, PlaceHead, place_accuracy, places
 from scripts import vis_tok_train
 from tasks.synthdoc import SynthDoc
+from tasks.synthpage import TEXT, SynthPage
 
 STRIDE = 32  # px of a token in the tiny preset: 8 x 4 cells of 4 x 8 px
 CELLS = (4, 8)
@@ -123,6 +124,30 @@ def test_what_is_not_known_is_not_asked(make_labelled_batch, pages, chats):
     assert list(known.said) == [1]
     # Beside the wrong page, the truth about it is not known.
     assert make_labelled_batch(pages[:2]).deranged().said == {}
+
+
+def test_letters_around_the_text_are_left_out(make_labelled_batch, tokenizer):
+    """Whole pages have headers and page numbers, which are printed but not part of the answer."""
+    pages = SynthPage("train", 12, 640, chars=(40, 200), parts=TEXT, kinds=("text",), seed=0)
+    longer = 0
+    for page in pages:
+        batch = make_labelled_batch([page], MODES["64px"])
+        answer = "".join(page["messages"][-1]["content"].split())
+        longer += len(page["labels"][0]["glyphs"]) > len(answer)
+        [(at, glyphs)] = batch.said.values()
+        first_of_the_answer = len(page["labels"][0]["glyphs"]) - len(answer)
+        assert glyphs[0] == first_of_the_answer and (np.diff(glyphs) > 0).all()
+    assert longer > 2
+
+
+def test_a_character_of_several_tokens_is_one_glyph(make_labelled_batch, tokenizer):
+    text = "a\u2022\u00e9b"
+    assert len(tokenizer.encode(text)) > 4
+    batch = make_labelled_batch([marked_page(text, (64, 64), [(1, 1), (20, 1), (40, 1), (60, 1)])])
+    [(at, glyphs)] = batch.said.values()
+    assert glyphs.tolist() == [0, 1, 2, 3]
+    first_bytes = [tokenizer.decode_bytes([t]) for t in batch.targets.flatten()[at].tolist()]
+    assert [b[0] for b in first_bytes] == [c.encode()[0] for c in text]
 
 
 def test_clipped_text_is_asked_for_as_far_as_it_goes(tokenizer, pages):

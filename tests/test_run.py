@@ -253,3 +253,13 @@ def test_out_of_memory_says_what_to_do(capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 1 and "And more" not in err and "Traceback" not in err
     assert "halve the batch (--device-batch-size" in err and "--resume" in err
+
+
+def test_a_missing_package_says_how_to_get_it(capsys):
+    def main():
+        import no_such_package.part  # noqa: F401
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1
+    assert "needs the package no_such_package" in err and "-m pip install no_such_package" in err
