@@ -133,7 +133,9 @@ def test_held_out_samples_may_be_bad_or_text(model, tokenizer, cfg, pages, chats
     assert [c["id"] for c, _, _ in rows] == [page["id"] for page in pages[:6]]
     assert figures["val/loss"] > 0 and -1 <= figures["vision/cosine_sam"] <= 1
     out = capsys.readouterr().out
-    assert "preparing 6 pages for validation and 8 for the encoder's statistics" in out  # a wait
+    # Waits are announced.
+    assert "preparing 6 pages for validation\n" in out
+    assert "preparing 8 pages for the encoder's statistics" in out
     assert "leaves out 12 samples that have no picture or cannot be used" in out
     with pytest.raises(BadSample, match="mixed row 1: broken"):
         evaluator_of(task, tokenizer, cfg, "raise")
