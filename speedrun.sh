@@ -20,6 +20,7 @@
 # FLAGS=...             extra flags for both stages
 # MINUTES1=, MINUTES2=  minutes of training at most in the stages of page (95 and 40) and small
 #                       (10 and 6)
+# NANOCHAT_CUDNN=0      SAM's global attention without cuDNN, should that fail on your GPU
 # TRIAL=1               runs page's, small's or full's commands at toy size, on a CPU
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -199,9 +200,10 @@ full)
     COMMON=(--optimizer adamw --mode 1024px --recompute --too-long clip --bad-data skip
             --workers -1 --eval-every 500 --save-every 1000 --num-iterations 5000)
     RENDERED=(--chars 400-2500 --damage 0.3)
-    SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 10 --num-iterations 1000)
-    SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 10)
-    SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 4)
+    # About 10 rows of 3 pages in stages 0 and 1, and 4 rows of 6 in stage 2.
+    SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --num-iterations 1000)
+    SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 32)
+    SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 24)
     READ=(--max-new-tokens 4096)
     if [ -n "${TRIAL:-}" ]; then  # against a hub of tiny weights: python -m tests.full_trial
         PRESET=tiny

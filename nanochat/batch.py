@@ -51,6 +51,7 @@ class Batch:
     # {image: (where a character of its text is about to be written, as indices into B * T,
     #          which of its labelled glyphs that is)}, int64 arrays of equal length
     said: dict = field(default_factory=dict)
+    memo: dict = field(default_factory=dict)  # what a head has worked out from the labels, to keep
     # (n,) int64: where targets are not IGNORE, as indices into B * T
     supervised_at: torch.Tensor = field(init=False)
 
@@ -133,7 +134,7 @@ class Batch:
         labels = self.labels
         if labels:
             labels = [labels[i] for i in source]
-        return replace(self, views=views, labels=labels, said={})
+        return replace(self, views=views, labels=labels, said={}, memo={})
 
 
 def join_points(pieces):

@@ -181,9 +181,9 @@ def synchronize(device):
 
 
 def to_device(tensor, device):
-    """A small tensor of the host on the device; a GPU is not waited for."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # copies from other memory may wait
+    """A small tensor on the device; a GPU is not waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # copies from other memory of the host may wait
     return tensor.to(device, non_blocking=True)
 
 

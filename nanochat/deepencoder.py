@@ -53,7 +53,7 @@ class SAMAttention(nn.Module):
         self.head_dim = width // n_head
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.cudnn = False  # see SAM.choose_kernels
+        self.cudnn = {}  # {patches a side: whether cuDNN attends}, see SAM.choose_kernels
         table = (2 * grid - 1, self.head_dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(table))
         self.rel_pos_w = nn.Parameter(torch.zeros(table))
@@ -81,7 +81,7 @@ class SAMAttention(nn.Module):
         padding = self.padding(H, W)
         q = F.pad(q, (0, padding))
         k = F.pad(k, (0, padding))
-        y = attention(q, k, v, scale=1.0, cudnn=self.cudnn)  # (B, heads, HW, D)
+        y = attention(q, k, v, scale=1.0, cudnn=self.cudnn.get(H, False))  # (B, heads, HW, D)
         return y.transpose(1, 2).reshape(B, H, W, C)
 
     def padding(self, H, W):
@@ -241,7 +241,7 @@ class SAM(nn.Module):
             if block.window == 0:
                 attn = block.attn
                 width = attn.head_dim + H + W + attn.padding(H, W)
-                attn.cudnn = cudnn_pays(x.device, x.dtype, H * W, width, attn.head_dim)
+                attn.cudnn[H] = cudnn_pays(x.device, x.dtype, H * W, width, attn.head_dim)
 
     def forward(self, x, taps=None):
         # A frozen ViT needs no graph. Its parameters are frozen together: one stands for all.

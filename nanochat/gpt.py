@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.layers import Linear, Packing, attention, run_blocks
+from nanochat.layers import Linear, Packing, attention, run_blocks, varlen_works
 
 EPS = torch.finfo(torch.float32).eps  # 1.19e-7, whatever the compute dtype
 SOFTCAP = 15.0  # logits stay within +-15
@@ -238,6 +238,9 @@ class GPT(nn.Module):
         packing = None
         if lengths:
             packing = Packing(lengths, T, x.device)
+            # Tried here, the first time: inside a block whose activations are recomputed, the trial
+            # would be counted among them, and be missing when they are computed again.
+            varlen_works(x.device)
             x = packing.flatten(x)  # (1, B * T, C)
             cos = packing.flatten(cos.expand(B, -1, -1, -1))
             sin = packing.flatten(sin.expand(B, -1, -1, -1))

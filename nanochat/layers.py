@@ -7,6 +7,7 @@ autocast).
 Shapes: B rows or images, H heads, T positions, D channels per head, C = H * D.
 """
 import inspect
+import os
 import time
 from functools import lru_cache
 from itertools import accumulate
@@ -92,8 +93,10 @@ def cudnn_pays(device, dtype, positions, width, value_width):
     Whether cuDNN's kernel beats `attention` for queries and keys of `width` channels and narrower
     values: it takes them as they are, where flash attention's want padding to `width`. Both are
     timed once per size, forward and backward. Only for shapes that seldom change: cuDNN makes a
-    plan for every new one.
+    plan for every new one. NANOCHAT_CUDNN=0 in the environment answers no.
     """
+    if os.environ.get("NANOCHAT_CUDNN") == "0":
+        return False
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     shape = (2, 8, positions)  # images and heads enough to fill a GPU

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.batch import IGNORE
-from nanochat.common import all_reduce, dist_info
+from nanochat.common import all_reduce, dist_info, to_device
 from nanochat.layers import Linear
 from nanochat.model import weight_zero
 
@@ -126,7 +126,11 @@ class LocalHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def targets(self, batch):
-        return cell_targets(batch, self.stride, self.cells)
+        """cell_targets of the batch. A step asks twice, and on dense pages that takes its time."""
+        key = (self.stride, self.cells)
+        if key not in batch.memo:
+            batch.memo[key] = cell_targets(batch, self.stride, self.cells)
+        return batch.memo[key]
 
     def forward(self, features):
         # Without standardization features may have any scale, and single steps of AdamW threw the
@@ -161,8 +165,9 @@ class LocalHead(nn.Module):
 
     def ask(self, features, views, classes):
         """-> (logits (cells, CLASSES) in fp32, classes (cells,)) of these views, on the device."""
-        views = torch.tensor(views).to(features.device, non_blocking=True)
-        classes = torch.from_numpy(classes).to(features.device, non_blocking=True)
+        views = to_device(torch.tensor(views), features.device)
+        # Megabytes on dense pages, so they travel in two bytes each.
+        classes = to_device(torch.from_numpy(classes.astype(np.int16)), features.device).long()
         logits = self(features.index_select(0, views))
         return logits.flatten(0, 2).float(), classes.flatten()
 

@@ -237,8 +237,11 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     optimizer.zero_grad()
 
     seconds = time.perf_counter() - start
+    compiling = compiled_graphs() != graphs_before
     if agree_on_time:
+        # Whether the step counts, too: ranks may compile for different steps.
         seconds = all_reduce(seconds, dist.ReduceOp.MAX)
+        compiling = all_reduce(float(compiling), dist.ReduceOp.MAX) > 0
     counts = sum((Counter(batch.counts) for batch in micro_batches), Counter())
     totals = all_reduce([counts[name] for name in counters])
     states = [batch.state for batch in micro_batches if batch.state]
@@ -250,7 +253,7 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
         flops=flops,
         counts=dict(zip(counters, totals)),
         streams={str(state["worker"]): state for state in states},
-        compiling=compiled_graphs() != graphs_before,
+        compiling=compiling,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat import gpt
 from nanochat.config import GPTConfig
 from nanochat.gpt import EPS, GPT, KVCache
 from nanochat.layers import attention
@@ -239,3 +240,15 @@ def test_too_long():
         KVCache(gpt.cfg, 1, 33, "cpu", torch.float32)
     with pytest.raises(ValueError, match="33 positions, the decoder has 32"):
         gpt(torch.zeros(1, 33, 32))
+
+
+def test_kernels_are_tried_outside_of_blocks_that_are_recomputed(monkeypatch):
+    """A trial in there would save tensors that are missing when the block is computed again."""
+    order = []
+    run_blocks = gpt.run_blocks
+    monkeypatch.setattr(gpt, "varlen_works", lambda device: order.append("trial"))
+    monkeypatch.setattr(gpt, "run_blocks", lambda *args, **settings: (
+        order.append("blocks"), run_blocks(*args, **settings))[1])
+    model = gpt.GPT(GPTConfig(**SIZES))
+    model(torch.randn(1, 7, SIZES["n_embd"]), lengths=[[3, 4]])
+    assert order == ["trial", "blocks", "blocks"]

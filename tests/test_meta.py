@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from nanochat.batch import collate
+from nanochat.common import to_device
 from nanochat.dataloader import Sampler, ahead
 from nanochat.engine import Engine, LiveRows, TokenChoice
+from nanochat.heads import LABELS, WithHeads, loss_weights, make_heads
 from nanochat.image_modes import MODES, Mode
 from nanochat.loop import accumulate_gradients, count_losses
 from nanochat.model import DeepseekOCR
@@ -31,7 +33,7 @@ def meta_model(cfg):
 
 
 def batch_of(conversations, tokenizer, mode=PLAIN, pack=0):
-    sampler = Sampler(conversations, tokenizer, mode, 32, max_tokens=256, pack=pack)
+    sampler = Sampler(conversations, tokenizer, mode, 32, max_tokens=256, pack=pack, labels=LABELS)
     batch = collate([sampler[i] for i in range(len(conversations))], pack, max_images=16)
     return next(ahead([batch], META))
 
@@ -50,10 +52,14 @@ def test_a_training_step(meta_model, tokenizer, pages, chats, monkeypatch, kind,
     ]
     model = meta_model.train()
     model.recompute(chunked)
-    optimizer = Optimizer(model, kind, lr=1e-3, dtype=model.dtype)
+    heads = make_heads(model, 1.0, 0.3)
+    net = WithHeads(model, heads)
+    weights = loss_weights(1.0, 0.3)
+    optimizer = Optimizer(model, kind, lr=1e-3, dtype=model.dtype, heads=heads)
     for _ in range(2):  # the optimizer's state is there from the second step on
-        counts = count_losses(model, batches, ["text"])
-        losses, flops = accumulate_gradients(model, model, batches, counts, {"text": 1.0})
+        counts = count_losses(net, batches, weights)
+        losses, flops = accumulate_gradients(net, model, batches, counts, weights)
+        assert len(losses) == 5
         norm = optimizer.clip_grad_norm(1.0)
         assert losses["text"].device == norm.device == META and flops > 0
         optimizer.step(1.0)
@@ -82,3 +88,20 @@ def test_the_meta_device_finds_what_it_should(meta_model, tokenizer, chats):
         meta_model(batch)["text"][0].item()
     with pytest.raises((RuntimeError, NotImplementedError)):
         meta_model(batch.to(META))  # placeholders are looked for on the device
+
+
+class OnAGPU:
+    """Stands in for a CUDA tensor, which cannot be pinned."""
+    device = torch.device("cuda")
+
+    def pin_memory(self):
+        raise RuntimeError("cannot pin 'torch.cuda.LongTensor' only dense CPU tensors can be pinned")
+
+    def to(self, device, non_blocking):
+        return self
+
+
+def test_what_is_on_the_gpu_already_is_not_pinned():
+    """In validation the whole batch is on the device; in a training step its ids are not."""
+    tensor = OnAGPU()
+    assert to_device(tensor, torch.device("cuda")) is tensor
