@@ -67,7 +67,7 @@ def add_training_arguments(parser, **defaults):
          "ranks; -1 = one micro-batch per rank")
     # Optimizer
     flag("--optimizer", default="muon", choices=["muon", "adamw"],
-         help="muon: Muon for the matrices of blocks, AdamW for the rest")
+         help="muon: Muon for matrices and convolutions, AdamW for the rest")
     flag("--lr", positive, 3e-3, help="AdamW's learning rate")
     flag("--matrix-lr", positive, 0.02, help="Muon's learning rate")
     flag("--part-lr", default="", help="AdamW's rate for single parts, Muon's follows in "
@@ -118,11 +118,13 @@ WITHOUT_EFFECT = [
 
 
 def refuse_without_effect(given, args):
-    """ValueError if a flag of `given`, names of those on the command line, is overruled."""
+    """ValueError if a flag of `given`, names of those on the command line, has no effect."""
     for flag, other, value in WITHOUT_EFFECT:
-        if flag not in given or other not in given:
-            continue
-        if value is None or getattr(args, other) == value:
+        if value is None:
+            overruled = other in given
+        else:
+            overruled = getattr(args, other) == value
+        if flag in given and overruled:
             raise ValueError(f"--{flag.replace('_', '-')} has no effect beside "
                              f"--{other}={getattr(args, other)}: leave one of them out")
 

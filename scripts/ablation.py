@@ -106,6 +106,8 @@ def tabulate(summaries):
             "min": round(min(values), 4),
             "max": round(max(values), 4),
         }
+    # Finished runs are not repeated: some may be of an earlier commit, with other defaults.
+    row["commits"] = sorted({summary.get("commit", "unknown") for summary in summaries})
     row["minutes"] = round(statistics.mean(summary["minutes"] for summary in summaries), 2)
     return row
 
@@ -117,6 +119,9 @@ def print_row(variant, row):
         value = row[figure]
         cells.append(f"{name} {value['mean']:.3f} ({value['min']:.3f}-{value['max']:.3f})")
     print0(" | ".join(cells))
+    if row["commits"] != [git_commit()]:
+        print0(f"NOTE: runs of {', '.join(row['commits'])} and not of {git_commit()}; another "
+               f"--checkpoints repeats them")
 
 
 def main(argv=None):

@@ -29,7 +29,7 @@ from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer, schedule
 from nanochat.run import Run, samples_per_step
 from tasks.registry import (
-    add_data_arguments, choose_losses, refuse_ignored, training_sets)
+    add_data_arguments, choose_losses, parse_data, refuse_ignored, training_sets)
 from tasks.synthchat import SynthChat
 
 # Settings of stage 1 that hold here too unless they are given on the command line.
@@ -107,7 +107,9 @@ def main(argv=None):
     modes = [get_mode(name) for name in mode_names]
     for mode in modes:
         model.encoder.add_mode(mode)
-    n_samples = args.num_iterations * batch_size + 100  # whole cycles of the mixture need a few more
+    # Mixtures hold whole cycles only: one of pages and chat, each page from a cycle of --data.
+    cycle = 100 * sum(share for _, _, share in parse_data(args.data))
+    n_samples = args.num_iterations * batch_size + cycle
     task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
     if args.text_share:
         chat = SynthChat("train", n_samples, seed=args.seed)

@@ -240,12 +240,12 @@ def ablate(capsys, *flags):
 
 def test_finished_runs_are_tabulated_and_not_repeated(tmp_path, capsys):
     for seed, gap in enumerate([0.1, 0.2, 0.6]):
-        summary = dict.fromkeys(ablation.FIGURES, gap) | {"minutes": 2.0}
+        summary = dict.fromkeys(ablation.FIGURES, gap) | {"minutes": 2.0, "commit": "abc"}
         folder = tmp_path / ablation.run_name("lr=1e-3 recompute", 300, seed)
         folder.mkdir()
         write_json(folder / "summary.json", summary)
     [row] = ablate(capsys, "--variants=lr=1e-3 recompute", f"--checkpoints={tmp_path}")
-    assert row["runs"] == 3 and row["minutes"] == 2.0
+    assert row["runs"] == 3 and row["minutes"] == 2.0 and row["commits"] == ["abc"]
     assert row["vision/gap"] == {"mean": 0.3, "min": 0.1, "max": 0.6}
 
 
