@@ -155,7 +155,7 @@ def choose_compile(device, name="auto"):
 
 
 def why_not_compile(device):
-    """What torch.compile lacks on this machine, or None if it works: a trivial function is tried."""
+    """What torch.compile lacks on this machine, or None if a trivial function compiles."""
     compilers = ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")
     if not any(shutil.which(compiler) for compiler in compilers):
         return f"it needs one of {', '.join(compilers)} and none is on the PATH: install gcc"

@@ -1,8 +1,8 @@
 """
 Sizes of the model, and the presets: `nano` and `page` (two CPU cores), `dense` and `mini` (to try
 recipes for dense pages on a CPU), `small` (one GPU) and `base` (the published DeepEncoder with a
-nanochat d20). Every class of the model is built from these dataclasses alone; nothing in the model knows a
-preset's name.
+nanochat d20). Every class of the model is built from these dataclasses alone; nothing in the model
+knows a preset's name.
 """
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -124,7 +124,7 @@ class ModelConfig:
     def from_dict(cls, d):
         """Inverse of `to_dict`. Unknown and missing keys raise: a config is not guessed at."""
         d = dict(d)
-        if "clip" in d:  # checkpoints from before December 2026 had no other second stage
+        if "clip" in d:  # early checkpoints had no other second stage
             d["second_stage"] = {"kind": "clip", **d.pop("clip")}
         kind = d.get("second_stage", {}).get("kind")
         if kind not in SECOND_STAGES:

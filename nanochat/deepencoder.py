@@ -275,7 +275,8 @@ class Standardize(nn.Module):
     Zero mean and unit variance over the batch, without affine parameters: per channel, or per
     channel and position. Otherwise what all pages share (paper, layout) dominates the features,
     the part that tells pages apart is drowned, and the decoder falls back on its language prior
-    (FINDINGS.md, "standardisation"). Kind "none" is the identity and holds no state.
+    (FINDINGS.md, "standardisation"). A remedy for runs without rendered pages, whose letters can
+    be asked for instead. Kind "none", as published, is the identity and holds no state.
 
     In training, a micro-batch is standardized by its own statistics, on its own rank. Batches of
     fewer than 8 images, evaluation and a frozen module use running statistics. Those lag behind

@@ -1,7 +1,8 @@
 """
 What shows early whether a model reads, and why not when it does not: validation loss, the same
 loss with every page swapped for another (the gap), the mean cosine between pages' features at
-several depths of the encoder, and predictions beside truths. Always on the same pages.
+several depths of the encoder, how many letters and places its heads name, and predictions beside
+truths. Always on the same pages.
 """
 import math
 
@@ -118,7 +119,7 @@ class Evaluator:
             reestimate_statistics(model, batches)
 
     def accuracies(self, model):
-        """{"vision/<head>_accuracy": share of right answers} of the heads whose labels there are."""
+        """{"vision/<head>_accuracy": share of right answers} of the heads that have labels."""
         gauges = {"local": local_accuracy, "place": place_accuracy}
         found = {}
         for name, head in (self.heads or {}).items():

@@ -90,8 +90,8 @@ class Mixture:
 
 def flatten(parts):
     """[(task, share)] with every mixture replaced by its tasks, in proportion, in lowest terms."""
-    # A nested task's share is share * inner_share / total_share. Multiplying all shares by what
-    # any of the mixtures will divide by keeps them integers.
+    # A nested task's share is share * inner_share / total_share. All shares are first multiplied by
+    # every total_share, so that each of these divisions is exact.
     scale = math.prod(task.total_share for task, _ in parts if isinstance(task, Mixture))
     flat = []
     for task, share in parts:

@@ -25,8 +25,8 @@ def fuse(embeddings, is_image, features, features_per_row):
     """
     Puts image features where the placeholders are.
 
-    embeddings (B, T, C); is_image (B, T) bool, on the host, or a GPU is waited for; features (P, C),
-    those of all rows in order; features_per_row: B ints.
+    embeddings (B, T, C); is_image (B, T) bool, on the host, or a GPU is waited for; features
+    (P, C), those of all rows in order; features_per_row: B ints.
 
     Counts are compared per row, not in total. Otherwise a surplus in one row and a lack in the
     next would give a page's features to its neighbour, and no error would tell.

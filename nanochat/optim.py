@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
             grads = matrices_of(grads)
             momenta = matrices_of(momenta)
 
-            # What all ranks orthogonalize, a row each. A collective wants rows of one length.
+            # Row r holds what rank r orthogonalizes. A collective wants rows of one length.
             shares = share_out([weight.shape for weight in weights], world)
             longest = max(map(share_numel, shares))
             orthogonal = weights[0].new_empty(world, longest, dtype=self.dtype)

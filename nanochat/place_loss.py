@@ -2,16 +2,17 @@
 The place loss: while the model trains, the decoder is asked, before each character that it writes,
 where on the page that character stands: on which vision token, and in which cell of it.
 
-The local reading loss (local_loss.py) tells the encoder what its tokens show. That leaves the
-decoder's finding its place as the slow part on dense pages: letters can be read off the tokens long
-before the decoder knows which of them comes next (FINDINGS.md). Rendered pages know, since their
+The local reading loss (local_loss.py) tells the encoder what its tokens show. On dense pages the
+slow part is then that the decoder has to find its place: letters can be read off the tokens long
+before it knows which of them comes next (FINDINGS.md). Rendered pages know, since their
 glyphs are labelled in reading order.
 
 The head reads the decoder's hidden states before its last block, so that one block is left to look
 at the place and to name the character. As the local head, it is for training only.
 
-Shapes: I labelled images, Q characters of one at most, P decoder positions of one, C channels of the
-        decoder's hidden states, (R, S) rows and columns of cells in a token.
+Shapes: I labelled images, Q the most characters that one of them shows, P decoder positions of an
+        image, C channels of the decoder's hidden states, (R, S) rows and columns of cells in a
+        token.
 """
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ TOKEN = "place"      # which vision token, nats per character
 CELL = "place_cell"  # which row and which column of cells in that token, nats per character
 
 POINTER_WIDTH = 64   # channels of the pointer's queries and keys
-POINTER_SCALE = 0.5  # of their products: AdamW moves weights at one rate, scores should follow
+POINTER_SCALE = 0.5  # shrinks their products: at AdamW's rate, scores would overshoot without it
 
 
 # -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Where time and memory go: training steps, generation, data, and the comparison w
     python -m scripts.bench                            # nano, here: stage1, stage2, generate
     python -m scripts.bench --what=data --workers=2    # pages per CPU second, padding, data wait
     python -m scripts.bench --what=transformers --batch=16              # needs a trained checkpoint
-    python -m scripts.bench --what=memory --preset=base --mode=base --batch=4 --seq=8192 --recompute
+    python -m scripts.bench --what=memory --preset=base --mode=1024px --batch=4 --seq=8192 --recompute
     python -m scripts.bench --suite=checkpoints/bench.jsonl   # all that is asked of a new GPU
 
 Prints one JSON line per measurement. MFU is the model's FLOPs (forward_flops, nanochat/model.py) as
@@ -51,10 +51,10 @@ SUITE = (
     "--preset=small --batch=64 --seq=768 --what=stage1,stage2 --compile=no",
     "--preset=small --batch=64 --what=data --workers=-1",
     "--preset=small --batch=64 --what=generate --new-tokens=1000",
-    "--preset=base --mode=base --batch=64 --what=generate --new-tokens=1000",
-    "--preset=base --mode=base --batch=8 --seq=1536 --what=memory,stage1 --optimizer=adamw",
-    "--preset=base --mode=base --batch=4 --seq=8192 --what=memory,stage2 --optimizer=adamw",
-    "--preset=base --mode=base --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw",
+    "--preset=base --mode=1024px --batch=64 --what=generate --new-tokens=1000",
+    "--preset=base --mode=1024px --batch=8 --seq=1536 --what=memory,stage1 --optimizer=adamw",
+    "--preset=base --mode=1024px --batch=4 --seq=8192 --what=memory,stage2 --optimizer=adamw",
+    "--preset=base --mode=1024px --batch=4 --seq=8192 --pack=6 --what=stage2 --optimizer=adamw",
 )
 
 PROMPT_ROOM = 64  # decoder positions for the prompt's text, beside the page and what is generated

@@ -484,6 +484,7 @@ PANELS = {
     "1-ned": ("score on 16 fixed pages", "1-NED", "val/one_minus_ned", (-0.03, 1.03)),
     "local": ("letters read off the vision tokens", "share", "vision/local_accuracy",
               (-0.03, 1.03)),
+    "place": ("places known to the decoder", "share", "vision/place_accuracy", (-0.03, 1.03)),
 }
 
 

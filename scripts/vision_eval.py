@@ -58,8 +58,6 @@ def parse_args(argv):
     parser = ArgumentParser(__doc__)
     # Model
     add_arguments(parser)
-    # -1: as many tokens as the task needs (Scorer.token_limit). A fixed number would cut the
-    # pages of one task short and let the loops of another run on.
     # Pages
     parser.add_argument("--task", default="heldout,heldout_words,random_chars",
                         help=f"with commas: {', '.join(SPLITS + EVALUATED)}; folder:DIR is short "

@@ -82,7 +82,7 @@ def add_page_arguments(parser, **defaults):
     # Rendered pages
     flag("--chars", default="31-41",
          help="characters per page, 10 or more: LO-HI or LO-HIxWEIGHT, several with commas")
-    flag("--faces", default=FACES, help="faces of the print (tasks/synthdoc.py), with commas")
+    flag("--faces", default=FACES, help="faces of the print (tasks/fonts.py), with commas")
     flag("--min-px", type=positive_int, default=10,
          help="smallest print in px, where the text fits at it")
     flag("--random-share", type=fraction, default=0.2,

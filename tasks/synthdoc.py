@@ -266,7 +266,7 @@ class SynthDoc(Task):
                   grid), then layouts that grow freer in face, size and position page by page.
                   Earlier kinds stay in the mix: a sudden change first disturbs what was learned
     primer        [(columns, rows), ...], the grids of primer pages. They come in one after the
-                  other, and a less free page is as large and as long as one of them
+                  other. A page that is not yet free has print size and length from one of them
     faces         names from FACES; None is all of them
     min_px        smallest print: a text that does not fit in its face at this size is set in
                   another face, and smaller only if it fits in none
