@@ -277,7 +277,7 @@ def count_losses(learner, micro_batches, names):
 def accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights):
     """
     Forward and backward of each micro-batch. -> ({name: mean loss as a tensor, this rank's part},
-    FLOPs). Every loss is a mean over the whole step, on whichever micro-batch or rank its parts fall.
+    FLOPs). Every loss is a mean over the whole step, over all micro-batches and ranks.
     """
     world_size = dist_info()[2]
     totals = {}

@@ -4,7 +4,7 @@ Where time and memory go: training steps, generation, data, and the comparison w
     python -m scripts.bench                            # nano, here: stage1, stage2, generate
     python -m scripts.bench --what=data --workers=2    # pages per CPU second, padding, data wait
     python -m scripts.bench --what=transformers --batch=16              # needs a trained checkpoint
-    python -m scripts.bench --what=memory --preset=base --mode=1024px --batch=4 --seq=8192 --recompute
+    python -m scripts.bench --what=memory --preset=base --mode=1024px --batch=4 --seq=8192
     python -m scripts.bench --suite=checkpoints/bench.jsonl   # all that is asked of a new GPU
 
 Prints one JSON line per measurement. MFU is the model's FLOPs (forward_flops, nanochat/model.py) as
