@@ -9,6 +9,7 @@ The splits are those of words.py: train, heldout, heldout_words and random_chars
 """
 import math
 import random
+from functools import lru_cache
 
 from nanochat.conversation import Task, ocr_conversation
 from tasks.damage import parse_damage, skew_margin
@@ -216,9 +217,14 @@ def lay_out(rng, blocks, face, width, height, freedom=1.0, min_px=MIN_PX, margin
     return Page(width, height, boxes, face, px, ink, paper)
 
 
+@lru_cache(None)
 def primer_px(width, columns):
     """Print size in px at which so many letters of PRIMER_FACE fill the width of a page."""
-    return round(width / columns / 0.602)  # a letter advances by 0.602 em
+    px = round(width / columns / 0.602)  # a letter advances by 0.602 em
+    # ... and by whole px, so that a row can be wider than that.
+    while text_width(PRIMER_FACE, px, "x" * columns) > width:
+        px -= 1
+    return px
 
 
 def primer_text(words, grid):

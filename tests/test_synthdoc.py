@@ -336,6 +336,13 @@ def test_grids_of_a_primer_come_in_one_after_the_other():
     assert all(digest(a) == digest(b) for a, b in zip(plain, named))
 
 
+@pytest.mark.parametrize("size, grid", [(64, (8, 4)), (256, (16, 8)), (256, (20, 10)), (256, (24, 12))])
+def test_every_letter_of_a_primer_is_on_its_page(size, grid):
+    page = SynthDoc("train", 9, image_size=size, chars=(32, 300), ramp=10**6, primer=[grid])[0]
+    spelled = [char for char, _, _ in page["labels"][0]["glyphs"]]
+    assert spelled == list("".join(page["messages"][-1]["content"].split()))
+
+
 @pytest.mark.parametrize("primer", [[(0, 4)], [(8, 0)], [(200, 4)]])
 def test_a_grid_that_cannot_be_printed(primer):
     with pytest.raises(ValueError, match="primer has a grid of"):
