@@ -29,15 +29,21 @@ STEEPEST = 3.0        # degrees that are looked for, either way
 SLIGHTEST = 0.2       # degrees that are left as they are
 SAMPLED = 30_000      # px of ink that are enough to find the angle
 
+SPECKLESS = 10        # px of rough_print from which single pixels are dust
+
+# A stroke at least so long and no wider than THIN is a rule, whatever the print, px: the strokes of
+# letters as large as that are wider.
+LONG_RULE = 100
+THIN = 5
+
 # Proportions of print, in em. Latin faces differ little in them.
 ASCENT = 0.72         # from the baseline to the top of capitals, b, d, h
 DESCENT = 0.25        # from the baseline to the foot of g, p, q
-LONG_RULE = 100       # px, and THIN: a stroke down the page that is a rule whatever the print
-THIN = 5              # px; the stems of letters as tall as LONG_RULE are wider
 RULE = 6.0            # a stroke of ink longer than this is a rule or a frame, not a letter
 GUTTER = 1.2          # least paper between two columns; spaces in justified lines stay below
 COLUMN = 10.0         # least width of a column of prose, about 20 letters
 SPACE = 0.35          # between words, where a column has no gap to measure
+TAB = 1.0             # what is wider is no space: tab stops, gaps between the cells of a table
 REACH = 0.15          # of the soft edges of a line, at most
 DOT = 0.3             # height of what belongs to the line beside it: dots, accents, a dash
 TALLEST = 6.0         # what is higher is no line of print but a picture
@@ -141,21 +147,28 @@ def ink_levels(gray):
     sign = np.where(in_cells(beyond).sum(2) >= 0, 1, -1)
     ink = np.maximum(darker * per_pixel(sign, gray.shape, Image.Resampling.NEAREST), 0)
 
-    found = ink[ink > floor]
     noisy = floor > FAINTEST
+    found = ink[ink > floor]
     if not found.size:
         return np.zeros_like(ink), noisy
     # Thin strokes never reach full ink, so the darkest of them say what that is. Below the floor
     # the levels are kept: they are the soft edges of letters.
-    full = max(np.percentile(found, 95), floor / SOLID)
-    return np.minimum(ink / full, 1), noisy
+    faintest = floor / SOLID
+    full = max(np.percentile(found, 95), faintest)
+    # Full ink is a matter of the neighborhood: beside black print a paragraph may be gray.
+    darkest = in_cells(ink).max(2).astype(np.uint8)
+    darkest = np.asarray(Image.fromarray(darkest).filter(ImageFilter.MaxFilter(3)), np.float32)
+    full_here = np.where(darkest > floor, np.clip(darkest, faintest, full), full)
+    full_here = per_pixel(full_here, gray.shape, Image.Resampling.BILINEAR)
+    return np.minimum(ink / full_here, 1), noisy
 
 
 def solid(levels, noisy):
     """The printed pixels, (height, width) bool."""
     printed = levels > SOLID
-    # On a clean page a single pixel may be a comma.
-    return without_specks(printed) if noisy else printed
+    cleaned = without_specks(printed)
+    # On a clean page a single pixel may be a comma, but not in print of this size.
+    return cleaned if noisy or rough_print(cleaned) >= SPECKLESS else printed
 
 
 def without_specks(printed):
@@ -200,10 +213,17 @@ def upright_rules(printed):
     return long & ~long_strokes(long, THIN + 1)
 
 
+def flat_rules(printed):
+    """The pixels of long thin strokes across the page: the rules of a table or of a form."""
+    long = long_strokes(printed, LONG_RULE)
+    return long & ~long_strokes(np.ascontiguousarray(long.T), THIN + 1).T
+
+
 def rough_print(printed):
     """About the size of the print in px, which is enough to tell a gutter from a space; 0 = none"""
-    # A rule from top to bottom in every strip would make the whole page one line.
-    printed = printed & ~upright_rules(printed)
+    # A rule from top to bottom in every strip would make the whole page one line, and one across
+    # has as much ink in its strip as several lines of text.
+    printed = printed & ~upright_rules(printed) & ~flat_rules(printed)
     # In strips a few letters wide, neither skew nor a second column closes the gaps between lines.
     height, width = printed.shape
     step = max(CELL, width // 16)
@@ -213,8 +233,8 @@ def rough_print(printed):
         rows = printed[:, left:left + step].sum(1)
         for top, bottom in runs(rows > 0):
             heights.append(bottom - top)
-            # As wide as its ink is: a dot counts for little, and a picture for no more than print.
-            weights.append(float(rows[top:bottom].mean()))
+            # As its ink is: a dot and dot leaders count for little, a picture for no more than print.
+            weights.append(float(rows[top:bottom].mean()) * min(bottom - top, CELL))
     if not heights:
         return 0.0
     # Strips without a b or a p are as high as an x, and those are the lower ones.
@@ -372,6 +392,9 @@ def split_rows(profile, print_px):
     if len(profile) < 1.9 * print_px:
         return [(0, len(profile))]
     bodies = bodies_in(profile, print_px)
+    # A single body that is higher than the print of the page is a line of larger print.
+    if len(bodies) == 1 and print_px > GRAIN:
+        print_px = max(print_px, 1.4 * (bodies[0][1] - bodies[0][0]))
     cuts = []
     first = bodies[0][0]
     if first > 0.9 * print_px:  # more than ascenders: a short line, of little ink, stands above
@@ -519,7 +542,9 @@ def mark_paragraphs(lines):
 
 def border_of_gaps(gaps):
     """In em: wider gaps are between words, others between letters. gaps: all of a column, in em."""
-    gaps = np.sort(gaps)
+    gaps = np.sort(gaps[gaps < TAB])
+    if not len(gaps):
+        return WORD_GAP[1]
     borders = np.linspace(*WORD_GAP, 36)
     scores = []
     # Otsu's rule: the border that leaves two groups whose means are furthest apart.
@@ -527,7 +552,7 @@ def border_of_gaps(gaps):
         n = int(np.searchsorted(gaps, border))
         score = 0.0
         if 0 < n < len(gaps):
-            apart = gaps[n:].clip(max=1).mean() - gaps[:n].mean()  # a tab must not decide alone
+            apart = gaps[n:].mean() - gaps[:n].mean()
             score = n * (len(gaps) - n) * apart ** 2
         scores.append(score)
     # Every border between the same two gaps has the same score: the middle one is safest.
@@ -567,6 +592,7 @@ def usual_space(lines, words_of):
     for line, words in zip(lines, words_of):
         for (_, end), (start, _) in zip(words, words[1:]):
             spaces.append((start - end) / line.print_px)
+    spaces = [space for space in spaces if space < TAB]
     return float(np.median(spaces)) if spaces else SPACE
 
 

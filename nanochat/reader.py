@@ -8,6 +8,7 @@ share (save_pretrained). Also the flags that every script which reads has in com
 
 A model whose meta.json says so reads larger pictures in windows (nanochat/windows.py).
 """
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,8 +73,8 @@ class NanoDeepseekOCR(DeepseekOCR):
         mode: name of an image mode, "auto", a Mode, or a function (width, height) -> Mode; default
         the one trained in. prompt: a question about the picture, in place of reading it.
         max_new_tokens: default as many as the decoder has positions left. no_repeat: an
-        engine.NoRepeat. windows: as the flag --windows. Raises conversation.BadSample, a
-        ValueError, for what is no sound picture.
+        engine.NoRepeat. windows: as the flag --windows. Warns of text that is left out. Raises
+        conversation.BadSample, a ValueError, for what is no sound picture.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer to read with: load it with "
@@ -89,6 +90,8 @@ class NanoDeepseekOCR(DeepseekOCR):
         prompt = "\n" + prompt if prompt else OCR_PROMPT
         conversation = ocr_conversation(image, "", "image", prompt)
         [result] = engine.generate([conversation], max_new_tokens)
+        for note in getattr(result, "notes", []):  # what windows left out or could not decide
+            warnings.warn(note)
         return result.text
 
 

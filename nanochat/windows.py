@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from nanochat.lines import Box, find_lines, ink_of, pitch_of, quietest
+from nanochat.lines import Box, find_lines, ink_of, pitch_of, quietest, weighted_quantile
 
 # What a window is printed with, gray levels: the middle of what rendered pages have.
 PAPER = 240
@@ -32,6 +32,7 @@ CLOSEST = 1.15        # em from baseline to baseline, at least ...
 LOOSEST = 1.7         # ... and at most: double-spaced lines are brought together
 SQUEEZED = 0.9        # of its size, to which print is reduced to keep the lines of the page
 BLURRED = 1.6         # print that is enlarged more than this has too few pixels to be read
+BAR = 0.55            # share of ink in a line: print has at most 0.46, what has more is dark paper
 HUGE = 20             # times the largest print that the reader knows: hardly print at all
 
 
@@ -243,17 +244,32 @@ class Setter:
             # it shares one with what follows. The blank line between them is lost.
             if parts and self.chars(parts[-1][0]) < fewest:
                 both = parts[-1][0] + paragraph
-                if self.chars(both) <= most and len(both) < self.fitting:
+                if self.chars(both) <= most and self.fits(both):
                     parts[-1] = (both, parts[-1][1])
                     continue
-            # Equal parts: a last window with three words would be a page like none, too.
-            n = max(math.ceil(self.chars(paragraph) / most),
-                    math.ceil(len(paragraph) / self.fitting))
-            n = min(n, len(paragraph))
-            edges = [round(k * len(paragraph) / n) for k in range(n + 1)]
-            for start, end in zip(edges, edges[1:]):
-                parts.append((paragraph[start:end], start == 0))
+            for k, rows in enumerate(self.equal_parts(paragraph)):
+                parts.append((rows, k == 0))
         return parts
+
+    def equal_parts(self, paragraph):
+        """
+        [rows of a window, ...] of a paragraph that may be too long for one. Parts of about equal
+        length: a last window with three words would be a page like none, too.
+        """
+        _, most = self.known.chars
+        n = max(math.ceil(self.chars(paragraph) / most),
+                math.ceil(len(paragraph) / self.fitting))
+        for n in range(min(n, len(paragraph)), len(paragraph) + 1):
+            edges = [round(k * len(paragraph) / n) for k in range(n + 1)]
+            parts = [paragraph[start:end] for start, end in zip(edges, edges[1:])]
+            # Larger print, and rows that are set apart, take more room than `fitting` counts.
+            if all(self.fits(rows) for rows in parts):
+                break
+        return parts  # at worst a row each
+
+    def fits(self, rows):
+        """Whether the rows fit a window from top to bottom."""
+        return self.heights(rows)[-1] <= self.known.size - 2 * MARGIN
 
     def draw(self, rows):
         """The picture of a window."""
@@ -338,7 +354,10 @@ def split(image, known):
 
 def note_print(lines, ink, known, notes):
     """Notes print that is too small to be read, however it is enlarged, or hardly print at all."""
-    smallest = min(line.print_px for line in lines)
+    # Dashes and rows of dots are lines, too: what counts as print has a part of the page's width.
+    sizes = [line.print_px for line in lines]
+    widths = [line.box.width for line in lines]
+    smallest = weighted_quantile(sizes, widths, 0.05)
     largest = max(line.print_px for line in lines)
     low, high = known.print_px
     if low / smallest > BLURRED:
@@ -347,6 +366,11 @@ def note_print(lines, ink, known, notes):
     if largest > HUGE * high:
         notes.append(f"print of about {largest * ink.reduced:.0f} px was found: a picture, or "
                      f"lines that touch, look like that, and their text is lost")
+    for line in lines:
+        box = line.box
+        if ink.printed[box.top:box.bottom, box.left:box.right].mean() > BAR:
+            notes.append(f"a dark bar from {box.top * ink.reduced:.0f} to "
+                         f"{box.bottom * ink.reduced:.0f} px: light print on it is lost")
 
 
 def join(windows, texts):

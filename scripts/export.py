@@ -1,9 +1,9 @@
 """
 Writes a checkpoint as a folder to share, and pushes it to the hub if asked.
 
-    # for from_pretrained
+    # for from_pretrained; --push uploads it, too
     python -m scripts.export --checkpoint=checkpoints/stage2 --out=export/nano
-    python -m scripts.export --checkpoint=checkpoints/stage2 --out=export/nano --push=me/my-reader
+    python -m scripts.export --checkpoint=checkpoints/stage2 --out=export/mine --push=me/my-reader
 
     # half as large, for pages of any size: those that are not the model's own are read in windows
     # of print of 10 to 14 px and 130 to 400 characters, on which it was trained
@@ -60,6 +60,9 @@ def main(argv=None):
     model = NanoDeepseekOCR.from_pretrained(args.checkpoint)
     if args.windows:
         mode = get_mode(model.meta.get("mode", model.cfg.modes[0]))
+        if mode.tile:
+            raise ValueError(f"--windows has no effect on a model of mode {mode.name}, which reads "
+                             f"larger pages in tiles: leave it out")
         model.meta["windows"] = Known.parse(args.windows, mode.size).to_meta()
     results = None
     results_path = args.results or os.path.join(args.checkpoint, "eval", "summary.json")

@@ -89,6 +89,9 @@ def main(argv=None):
     theirs = {k: v for k, v in meta["user_config"].items() if k in INHERITED}
     theirs["mode"] = meta["mode"]  # the one validated in, where it was trained in several
     args = parser.inherit(argv, theirs, os.path.join(folder, "meta.json"))
+    if "windows" in meta:
+        print0(f"NOTE: {args.checkpoint} reads pages of any size in windows; here they are resized "
+               f"to its image mode {args.mode}, and the fine-tuned model will read them so")
     positions = model.cfg.gpt.sequence_len
     if args.max_seq_len > positions:
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder of {args.checkpoint} has "

@@ -75,8 +75,15 @@ def files_of(arguments):
         elif argument == "-" or os.path.exists(argument):
             yield argument
         else:
+            matches = sorted(glob.glob(argument, recursive=True))
+            for path in matches:
+                if os.path.isdir(path):
+                    yield from files_in(path)
+                else:
+                    yield path
             # Without a match the pattern stays, and opening it becomes an error like any other.
-            yield from sorted(glob.glob(argument, recursive=True)) or [argument]
+            if not matches:
+                yield argument
 
 
 def files_in(folder):
@@ -179,15 +186,24 @@ def picture_pages(path, source):
         raise ValueError(f"cannot identify it: no picture ({', '.join(FORMATS)}), and no PDF, "
                          f"which has %PDF- in its first {PDF_HEAD} bytes") from error
     with image:
-        check_pixels(image.width, image.height, "make it smaller")
         frames = n_frames(image)
         for k in range(frames):
-            image.seek(k)
-            image.load()
             number = k + 1 if frames > 1 else None
-            # Converted here already, so that a picture which cannot be (broken EXIF, grey levels
-            # that are not finite) is an error of this file and not of its whole batch.
-            yield Page(path, number, to_rgb(image.copy()))
+            try:
+                yield Page(path, number, frame_of(image, k))
+            except Exception as error:
+                # One broken page, whatever its decoder raises, must not stop those after it.
+                yield Page(path, number, error=error)
+
+
+def frame_of(image, k):
+    """Frame k of an open picture as RGB."""
+    image.seek(k)
+    check_pixels(image.width, image.height, "make it smaller")
+    image.load()
+    # Converted here already, so that a picture which cannot be (broken EXIF, gray levels that are
+    # not finite) is an error of this page and not of its whole batch.
+    return to_rgb(image.copy())
 
 
 def open_pdf(source):

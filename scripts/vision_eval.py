@@ -18,12 +18,14 @@ exit status is 1 when every page of a task failed.
 import copy
 import hashlib
 import importlib.util
+import inspect
 import os
 import random
 import sys
 
 from PIL import Image
 
+from nanochat import lines, windows
 from nanochat.common import (
     ArgumentParser, banner, barrier, check_wandb, compute_init, dist_info, every_or_never, fraction,
     init_wandb, json_line, natural, positive_int, print0, read_record, run_main,
@@ -268,7 +270,17 @@ def settings_of(args, engine, meta, by_character):
     # None for a model that reads without windows, which is also what earlier evaluations have.
     known = getattr(engine, "known", None)
     settings["windows"] = known and known.to_meta()
+    if known is not None:
+        settings["window_rules"] = source_digest(lines, windows)
     return settings
+
+
+def source_digest(*modules):
+    """Of the source of modules: predictions made by other rules must not be mixed."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()
 
 
 def check_settings(settings, out):
@@ -459,8 +471,12 @@ def evaluate_task(scorer, name, task, args, against):
     figures["reused"] = counts["reused"]
     figures["max_new_tokens"] = limit
     if name in against:
-        comparison = compare(rows, against[name])
-        figures["against"] = {"out": args.against, **comparison}
+        try:
+            comparison = compare(rows, against[name])
+        except ValueError as error:  # no page in common: no reason to lose what was read
+            print0(f"NOTE: not compared with --against={args.against}: {error}")
+        else:
+            figures["against"] = {"out": args.against, **comparison}
     print_figures(name, figures)
     print_pages(rows, args.samples)
     print_warnings(figures, rows, limit)
