@@ -2,7 +2,6 @@
 Process set-up, devices, printing and small files: the same few lines in every script.
 """
 import argparse
-import ctypes
 import datetime
 import hashlib
 import importlib.util
@@ -91,7 +90,6 @@ def compute_init(device_type=""):
         set_cuda_defaults()
     else:
         device = torch.device(device_type)
-        keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         # Rank 0 may spend long in an evaluation or a checkpoint while the others wait for it.
         timeout = datetime.timedelta(hours=2)
@@ -100,22 +98,6 @@ def compute_init(device_type=""):
         else:
             dist.init_process_group("gloo", timeout=timeout)
     return device
-
-
-def keep_freed_memory():
-    """
-    Has the C library keep memory that is freed, up to gigabytes. Every step allocates the same
-    tensors anew; by default each large one comes from the system page by page and goes back to it,
-    which is a seventh of a nano step (FINDINGS.md).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library than glibc
-        return
-    # The names and numbers are those of malloc.h.
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)  # its largest int
-    mallopt(M_MMAP_THRESHOLD, 2 ** 30)
 
 
 def set_cuda_defaults():
