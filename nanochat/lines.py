@@ -29,7 +29,7 @@ STEEPEST = 3.0        # degrees that are looked for, either way
 SLIGHTEST = 0.2       # degrees that are left as they are
 SAMPLED = 30_000      # px of ink that are enough to find the angle
 
-SPECKLESS = 10        # px of rough_print from which single pixels are dust
+SPECKLESS = 16        # px of rough_print from which single pixels are dust and no full stop
 
 # A stroke at least so long and no wider than THIN is a rule, whatever the print, px: the strokes of
 # letters as large as that are wider.

@@ -325,6 +325,27 @@ def test_pages_of_a_tiff(run, tmp_path):
     assert [record["page"] for record in records(lines)] == [1, 2]
 
 
+def test_a_broken_page_of_a_tiff_leaves_those_after_it(run, tmp_path, monkeypatch):
+    frame_of = ocr.frame_of
+
+    def breaks(image, k):
+        if k == 1:
+            raise OSError("decoder error -2")
+        return frame_of(image, k)
+
+    monkeypatch.setattr(ocr, "frame_of", breaks)
+    lines, err, status = run(many_pages(tmp_path / "b.tiff", [10, 11, 12]), "--jsonl")
+    assert status == 1 and "page 2" in err and "decoder error -2" in err
+    assert [record.get("text") for record in records(lines)] == ["grey 10", None, "grey 12"]
+
+
+def test_a_pattern_may_match_a_folder(run, tmp_path):
+    (tmp_path / "scans").mkdir()
+    picture(tmp_path / "scans" / "a.png", 7)
+    lines, _, status = run(tmp_path / "sc*", "--jsonl")
+    assert (texts(lines), status) == (["grey 7"], 0)
+
+
 def test_an_encrypted_pdf(run, tmp_path):
     pytest.importorskip("pypdfium2")
     content = many_pages(tmp_path / "a.pdf", [1]).read_bytes()

@@ -295,6 +295,54 @@ def test_a_table_with_rules_is_not_one_line():
     assert len(read_words) == len(words)
 
 
+def test_text_above_a_table_with_flat_rules():
+    """A rule has as much ink in a strip of the page as several lines of text."""
+    font = face("pil", 18)
+    lines = textwrap.wrap(TEXT, 60)[:3]
+    image, words = typeset((700, 600), font, lines)
+    draw = ImageDraw.Draw(image)
+    for row in range(11):
+        draw.line((20, 140 + 30 * row, 680, 140 + 30 * row), 0)
+    for row in range(10):
+        for left in (30, 250, 470):
+            draw.text((left, 145 + 30 * row), "123.4", 0, font)
+    windows, notes = split(image, KNOWN)
+    text = join(windows, [oracle(window, words) for window in windows])
+    assert text.split() == " ".join(lines).split()
+    assert not any("too small" in note for note in notes)
+
+
+@pytest.mark.parametrize("gray", [170, 200])
+def test_gray_print_beside_black_print(gray):
+    lines = textwrap.wrap(TEXT, 50)
+    image, words = typeset((700, 500), face("pil", 18), lines[:3])
+    more, gray_words = typeset((700, 500), face("pil", 18), lines[3:], at=(20, 140), ink=gray)
+    image.paste(more.crop((0, 130, 700, 500)), (0, 130))
+    text, _, _ = read(image, words + gray_words)
+    assert text.split() == TEXT.split()
+
+
+def test_a_list_with_wide_spacing_fits_its_windows():
+    items = "milk eggs bread butter salt rice beans corn apples pears".split()
+    image, words = typeset((400, 700), face("pil", 20), items, pitch=56)
+    text, _, _ = read(image, words, Known(256, (18, 22), (60, 200)))
+    assert text.split() == items
+
+
+def test_words_beside_a_table_without_rules_stay_whole():
+    lines = textwrap.wrap(TEXT, 60)[:2]
+    font = face("pil", 16)
+    image, words = typeset((700, 500), font, lines)
+    draw = ImageDraw.Draw(image)
+    for row in range(10):
+        for left in (20, 200, 380, 560):
+            draw.text((left, 80 + 24 * row), "12.5", 0, font)
+    windows, _ = split(image, KNOWN)
+    prose = [piece for window in windows for row in window.rows for piece in row.pieces
+             if piece.box.top < 70]
+    assert len(prose) == len(words)
+
+
 def test_a_screen_of_dots_is_left_out():
     """As a photo in old print: 90,000 "words" that would fill a thousand windows."""
     pixels = np.full((1200, 1200), 255, np.uint8)
