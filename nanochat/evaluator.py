@@ -30,7 +30,8 @@ class Evaluator:
     modes             the image modes trained in; pages are validated in the first, statistics of
                       the compressor's output are re-estimated in each
     sampler_settings  keyword arguments of Sampler: limits and what happens to bad samples
-    val_task          held-out pages; statistics_task: pages like those trained on
+    val_task          held-out pages
+    statistics_task   pages like those trained on; None for an encoder without such statistics
     heads             that learn beside the model, of make_heads: their accuracy is measured too
     """
     def __init__(self, tokenizer, modes, layout, sampler_settings, val_task, statistics_task,
@@ -44,10 +45,13 @@ class Evaluator:
             self.sampler_settings["labels"] = LABELS
         print0(f"preparing {val_pages} pages for validation")
         self.val_batches, usable = self.batches(val_task, val_pages, self.mode)
-        self.modes = modes
-        self.statistics_task = statistics_task
-        self.statistics_pages = statistics_pages
-        self.statistics_batches = None  # of each mode; made when a model first needs them
+        self.statistics_batches = []  # for each mode
+        if statistics_task is not None:
+            print0(f"preparing {statistics_pages} pages for the encoder's statistics, in "
+                   f"{len(modes)} mode(s)")
+            for mode in modes:
+                batches, _ = self.batches(statistics_task, statistics_pages, mode)
+                self.statistics_batches.append(batches)
         self.pages = [val_task[i] for i in usable[:READ_PAGES]]
         self.pixels = self.val_batches[0].views[self.mode.size][:READ_PAGES]
         has_letters = any(batch.label_points("glyphs") for batch in self.val_batches)
@@ -95,8 +99,8 @@ class Evaluator:
         Leaves the model in training mode.
         """
         model.eval()
-        if model.encoder.standardize.moves:
-            self.reestimate(model)
+        for batches in self.statistics_batches:
+            reestimate_statistics(model, batches)
         figures = validate(model, self.val_batches)
         for depth, cosine in cosines(model, self.pixels).items():
             figures[f"vision/cosine_{depth}"] = cosine
@@ -105,18 +109,6 @@ class Evaluator:
         figures["val/one_minus_ned"] = sum(score for *_, score in pages_read) / len(pages_read)
         model.train()
         return figures, pages_read
-
-    def reestimate(self, model):
-        """Measures the statistics of the compressor's output in each mode."""
-        if self.statistics_batches is None:
-            print0(f"preparing {self.statistics_pages} pages for the encoder's statistics, in "
-                   f"{len(self.modes)} mode(s)")
-            self.statistics_batches = []
-            for mode in self.modes:
-                batches, _ = self.batches(self.statistics_task, self.statistics_pages, mode)
-                self.statistics_batches.append(batches)
-        for batches in self.statistics_batches:
-            reestimate_statistics(model, batches)
 
     def accuracies(self, model):
         """{"vision/<head>_accuracy": share of right answers} of the heads that have labels."""

@@ -121,6 +121,8 @@ def main(argv=None):
     labels = LABELS if heads is not None else ()
     sampler = Sampler(task, tokenizer, modes, layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)
+    if not model.encoder.standardize.moves:
+        statistics_task = None
     evaluator = Evaluator(tokenizer, modes, layout, limits, val_task, statistics_task,
                           args.eval_pages, args.statistics_pages, heads)
 

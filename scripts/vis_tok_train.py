@@ -144,6 +144,8 @@ def main(argv=None):
     labels = LABELS if heads is not None else ()
     sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)
+    if not model.encoder.standardize.moves:
+        statistics_task = None
     evaluator = Evaluator(tokenizer, modes, cfg.layout, limits, val_task, statistics_task,
                           args.eval_pages, args.statistics_pages, heads)
 
