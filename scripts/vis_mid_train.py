@@ -49,8 +49,8 @@ def make_parser():
     # Data
     parser.add_argument("--text-share", type=integer(0, 99), default=10,
                         help="built-in text-only chat, in a hundred samples, beside --data")
-    add_data_arguments(parser, ramp=3200)
-    add_training_arguments(parser, model_tag="stage2", num_iterations=800, eval_every=150,
+    add_data_arguments(parser, ramp=4800)
+    add_training_arguments(parser, model_tag="stage2", num_iterations=950, eval_every=150,
                            save_every=150)
     parser.inherits(INHERITED, "stage 1")
     return parser

@@ -51,8 +51,8 @@ def parse_args(argv):
                         "commas, of sam (without the compressor), clip, gpt")
     parser.add_argument("--tokenizer", default="checkpoints/tokenizer",
                         help="folder of scripts.tok_train; a published decoder brings its own")
-    add_data_arguments(parser, chars="31-41x4,16-30x1", ramp=9600)
-    add_training_arguments(parser, model_tag="stage1", num_iterations=900, eval_every=150,
+    add_data_arguments(parser, chars="31-41x4,16-30x1", ramp=12800)
+    add_training_arguments(parser, model_tag="stage1", num_iterations=1000, eval_every=150,
                            save_every=150)
     args = parser.parse_args(argv)
     given = parser.given(argv)
