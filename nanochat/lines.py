@@ -233,7 +233,7 @@ def rough_print(printed):
         rows = printed[:, left:left + step].sum(1)
         for top, bottom in runs(rows > 0):
             heights.append(bottom - top)
-            # As its ink is: a dot and dot leaders count for little, a picture for no more than print.
+            # As its ink is: dots and dot leaders count for little, a picture no more than print.
             weights.append(float(rows[top:bottom].mean()) * min(bottom - top, CELL))
     if not heights:
         return 0.0

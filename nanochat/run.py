@@ -128,7 +128,8 @@ class Run:
                 changed.append(f"--{key.replace('_', '-')} was {old!r}, now {new!r}")
         if changed:
             raise ValueError(f"cannot resume {self.folder} under a changed config: "
-                             f"{'; '.join(changed)}")
+                             f"{'; '.join(changed)}. Give the values that it began with, or begin "
+                             f"another run with another --model-tag")
         self.say_changes(before)
 
     def say_changes(self, before):

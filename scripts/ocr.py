@@ -75,15 +75,17 @@ def files_of(arguments):
         elif argument == "-" or os.path.exists(argument):
             yield argument
         else:
-            matches = sorted(glob.glob(argument, recursive=True))
-            for path in matches:
-                if os.path.isdir(path):
-                    yield from files_in(path)
-                else:
-                    yield path
             # Without a match the pattern stays, and opening it becomes an error like any other.
-            if not matches:
-                yield argument
+            yield from matches_of(argument) or [argument]
+
+
+def matches_of(pattern):
+    """Files that match, and those in folders that match; each once, as ** matches both."""
+    found = {}
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        for file in files_in(path) if os.path.isdir(path) else [path]:
+            found.setdefault(os.path.normpath(file), file)
+    return list(found.values())
 
 
 def files_in(folder):

@@ -222,7 +222,7 @@ def primer_px(width, columns):
     """Print size in px at which so many letters of PRIMER_FACE fill the width of a page."""
     px = round(width / columns / 0.602)  # a letter advances by 0.602 em
     # ... and by whole px, so that a row can be wider than that.
-    while text_width(PRIMER_FACE, px, "x" * columns) > width:
+    while px > 1 and text_width(PRIMER_FACE, px, "x" * columns) > width:
         px -= 1
     return px
 

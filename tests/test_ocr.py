@@ -344,6 +344,8 @@ def test_a_pattern_may_match_a_folder(run, tmp_path):
     picture(tmp_path / "scans" / "a.png", 7)
     lines, _, status = run(tmp_path / "sc*", "--jsonl")
     assert (texts(lines), status) == (["grey 7"], 0)
+    lines, _, status = run(tmp_path / "**", "--jsonl")  # the folder and what is in it
+    assert (texts(lines), status) == (["grey 7"], 0)
 
 
 def test_an_encrypted_pdf(run, tmp_path):

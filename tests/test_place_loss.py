@@ -120,6 +120,7 @@ def test_what_is_not_known_is_not_asked(make_labelled_batch, pages, chats):
     cut["labels"] = [{"glyphs": cut["labels"][0]["glyphs"][:3]}]  # one letter is off the page
     batch = make_labelled_batch([plain, cut, chats[0]])
     assert places(batch, CELLS) == [] and len(batch.image_at) == 2
+    assert batch.counts["no_places"] == 1  # of the page whose letters are known, but one
     known = make_labelled_batch([plain, pages[1]])
     assert list(known.said) == [1]
     # Beside the wrong page, the truth about it is not known.
