@@ -13,7 +13,8 @@ else
     # .venv/installed lists what earlier calls have installed, a line for each list of packages.
     if ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
         python3 -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} is too old: 3.11 or later is needed"'
-        [ -x "$PYTHON" ] || python3 -m venv .venv
+        # Debian without python3-venv, and Ctrl-C, leave an environment without pip: that is mended.
+        "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
         pip_install=("$PYTHON" -m pip install --quiet --disable-pip-version-check)
         # torch first and by itself: an index of CUDA builds has none of the other packages.
         "${pip_install[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0

@@ -116,8 +116,8 @@ def new_folder(final):
     try:
         yield temporary
         seal(temporary)
-    except Exception:
-        # What is left of a failed write, on a full disk for instance, must not take room.
+    except BaseException:
+        # What is left of a failed write, on a full disk or after Ctrl-C, must not take room.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -498,16 +498,18 @@ def load_training_state(run_dir, step, model, optimizer, allow_other_world_size=
     """
     rank, _, world = dist_info()
     path = checkpoint_dir(run_dir, step)
-    verify(path)
+    state_file = optimizer_file(path, rank)
+    verify(path, [WEIGHTS, CONFIG, TOKENIZER, META, state_file])
     meta = read_record(path, META, keys=["world_size"])
     # By default refused: whoever allows it has thought about the data, as said above.
     if meta["world_size"] != world and not allow_other_world_size:
         raise ValueError(f"{path} was written by {meta['world_size']} processes, this run has "
-                         f"{world}: resume with the same number")
+                         f"{world}, and a stream's place is known for each of them: resume with "
+                         f"the same number")
 
     # Both files are read before anything is changed.
     weights = read_tensors(path, WEIGHTS)
-    state = read_tensors(path, optimizer_file(path, rank))
+    state = read_tensors(path, state_file)
     load_weights(model, weights, path)
     optimizer.load_state_tensors(state)
     return meta

@@ -3,11 +3,13 @@ Process set-up, devices, printing and small files: the same few lines in every s
 """
 import argparse
 import datetime
+import errno
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +87,10 @@ def compute_init(device_type=""):
                          f"device here; use --device-type=cpu")
     _, local_rank, world_size = dist_info()
     if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"process {local_rank} of this machine has no GPU of its own, there "
+                             f"are {torch.cuda.device_count()}: use torchrun "
+                             f"--nproc_per_node={torch.cuda.device_count()}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         set_cuda_defaults()
@@ -230,20 +236,35 @@ def json_line(record):
     print0(json.dumps(record))
 
 
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+
+
 def run_main(main):
     """
     Entry point of a script. An expected error ends in one clear line and exit status 1, Ctrl-C in
     one line and status 130; neither prints a traceback through our own frames.
     """
+    # A file name, or a text that a model reads, may have characters that the terminal lacks.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         # Only here, when DDP and all else in main's frame is gone: the process group must not be
         # destroyed with DDP, which holds Python's lock while gloo's threads wait for it.
         compute_cleanup()
+    except BrokenPipeError:
+        # Whoever read our output (`| head`) has had enough. Python would complain once more when
+        # it flushes at exit, so what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, as shells have it
     except (ValueError, OSError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK"):
             raise
-        print(f"error: {error}\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
+        advice = ""
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            advice = ("; make room: training then goes on with --resume, vision_eval with the same "
+                      "command")
+        print(f"error: {error}{advice}\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
               file=sys.stderr, flush=True)
         sys.exit(1)
     except ImportError as error:
@@ -256,10 +277,12 @@ def run_main(main):
             advice = f"this needs the package {package}: {sys.executable} -m pip install {package}"
         print(f"error: {advice}", file=sys.stderr, flush=True)
         sys.exit(1)
-    except torch.OutOfMemoryError as error:
-        if os.environ.get("NANOCHAT_TRACEBACK"):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # On a CPU, and on MPS, torch raises a RuntimeError that only its text tells from others.
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if os.environ.get("NANOCHAT_TRACEBACK") or not (known or OUT_OF_MEMORY.search(str(error))):
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"error: out of memory ({reason}): halve the batch (--device-batch-size, or "
               f"--batch-size), or train with --recompute; training goes on with --resume, its "
               f"steps have the same samples\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
@@ -380,8 +403,8 @@ fraction = real(high=1)
 
 
 def write_json(path, value):
-    with open(path, "w") as f:
-        json.dump(value, f, indent=1)
+    """Writes a JSON file whole or not at all."""
+    replace_file(path, json.dumps(value, indent=1))
 
 
 def read_json(path):

@@ -382,12 +382,10 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
 
 
 def micro_batches(start, stop, size, rank, world):
-    """The sample numbers of this rank's micro-batches start..stop-1, each a range."""
-    batches = []
+    """Yields the sample numbers of this rank's micro-batches start..stop-1, each a range."""
     for k in range(start, stop):
         first = (k * world + rank) * size
-        batches.append(range(first, first + size))
-    return batches
+        yield range(first, first + size)
 
 
 def check_workers(states, workers):

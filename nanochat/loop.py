@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from nanochat.checkpoint import LARGEST_SIZE
 from nanochat.common import (
     all_reduce, banner, dist_info, every_or_never, gather, integer, natural, positive, positive_int,
     print0, real)
@@ -50,7 +51,8 @@ def add_training_arguments(parser, **defaults):
     # From conversations to rows of tokens
     flag("--mode", default="", help="image mode; several with commas are taken in turn, and "
          "validation uses the first; empty = the preset's first")
-    flag("--max-seq-len", integer(2), 256, help="decoder positions per sample, image included")
+    flag("--max-seq-len", integer(2, LARGEST_SIZE), 256,
+         help="decoder positions per sample, image included")
     flag("--max-images", positive_int, 16, help="images per sample, and per packed row")
     flag("--pack", natural, 0, help="positions of a row that holds several samples; 0 = one a row")
     flag("--too-long", default="raise", choices=["raise", "clip", "drop"],

@@ -255,14 +255,15 @@ class Optimizer:
     def state_tensors(self):
         """
         {"<parameter name>.<state name>": tensor}, and {"<parameter name>": tensor} of the
-        weights of the heads.
+        weights of the heads. References, which the next step changes: copies would need as much
+        memory again on the device.
         """
-        tensors = {name: p.detach().clone() for name, p in self.beside.items()}
+        tensors = {name: p.detach() for name, p in self.beside.items()}
         for name, p in self.params.items():
             for optimizer in self.optimizers:
                 # A parameter has no state before its first step, nor in the other optimizer.
                 for key, value in optimizer.state.get(p, {}).items():
-                    tensors[f"{name}.{key}"] = value.detach().clone()
+                    tensors[f"{name}.{key}"] = value.detach()
         return tensors
 
     def load_state_tensors(self, tensors):

@@ -49,7 +49,10 @@ def earlier_config(args):
     if not args.resume or not ckpt.steps_of(folder) or not os.path.exists(path):
         return {}
     try:
-        return read_record(path)
+        config = read_record(path, {"total_batch_size": int, "device_batch_size": int})
+        if not isinstance(config.get("data_fingerprints", {}), dict):
+            raise ValueError(f"{path}: data_fingerprints is not an object")
+        return config
     except ValueError as error:
         raise ValueError(f"{error}: delete it to resume without comparing the flags with those of "
                          f"the run, which each checkpoint's meta.json has too") from error
@@ -104,7 +107,7 @@ class Run:
         self.limit = 60 * args.max_minutes if args.max_minutes > 0 else math.inf  # seconds of steps
 
         steps = ckpt.steps_of(self.folder)
-        if (steps or os.path.exists(self.config_path)) and not args.resume:
+        if steps and not args.resume:
             raise FileExistsError(f"{self.folder} holds a run: --resume continues it, another "
                                   f"--model-tag keeps it, or delete it")
         check_wandb(args.run)
@@ -112,7 +115,7 @@ class Run:
         if self.earlier:
             self.check_same_config()
         self.start = steps[-1] if steps else None
-        if args.resume and not steps:
+        if not steps and (args.resume or os.path.exists(self.config_path)):
             print0(f"{self.folder} has no whole checkpoint: starting from the beginning")
         barrier()  # no rank writes before every rank has looked
 
@@ -174,11 +177,17 @@ class Run:
         encoder alone, which stage 2 starts from, is written again if it is missing.
         """
         checkpoint = ckpt.checkpoint_dir(self.folder, self.start)
-        meta = ckpt.read_record(checkpoint, ckpt.META, keys=["tokenizer", "loop_state"])
+        meta = ckpt.read_record(checkpoint, ckpt.META, keys=["tokenizer", "loop_state", "world_size"])
         if meta["tokenizer"] != tokenizer.fingerprint():
             raise ValueError(f"cannot resume {self.folder}: it was trained with another tokenizer "
                              f"than the one at --tokenizer now; ids mean nothing to another one")
-        ckpt.load_training_state(self.folder, self.start, model, optimizer)
+        print0(f"loading {checkpoint}")
+        ckpt.load_training_state(self.folder, self.start, model, optimizer,
+                                 allow_other_world_size=not self.args.stream)
+        world_size = dist_info()[2]
+        if meta["world_size"] != world_size:
+            print0(f"NOTE: it was written by {meta['world_size']} processes, now there are "
+                   f"{world_size}. Every step has the same samples, so only rounding differs")
         try:
             self.state = LoopState(**meta.pop("loop_state"))
         except TypeError as error:  # another version's, or none at all
@@ -227,6 +236,9 @@ class Run:
         except BlockingIOError:
             raise ValueError(f"{self.folder} is being trained by another process: wait for it, "
                              f"stop it, or use another --model-tag") from None
+        except OSError as error:  # some network file systems have no locks
+            print0(f"NOTE: {self.folder} cannot be locked ({error}): nothing here would notice a "
+                   f"second run that writes into it, so start none")
 
     def forget_lost_steps(self):
         """metrics.jsonl without what was logged after the checkpoint that the run resumes from."""

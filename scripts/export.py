@@ -19,10 +19,26 @@ The folder's sha256.json, checked by every load, finds a damaged copy.
 import os
 
 from nanochat import pretrained
+from nanochat.checkpoint import WEIGHTS, sha256_of
 from nanochat.common import ArgumentParser, json_line, print0, read_record, run_main
 from nanochat.image_modes import get_mode
 from nanochat.reader import NanoDeepseekOCR
 from nanochat.windows import Known
+
+
+def why_not_of(model, checkpoint, results, path):
+    """What tells the results in `path` from results of this model; None if nothing does."""
+    # A run folder keeps one summary, which may be of an earlier step than its last checkpoint.
+    step = model.meta.get("step")
+    if results.get("step") != step:
+        return f"at step {results.get('step')}, this model is of step {step}"
+    # Two runs may end at the same step. An evaluation notes the weights that it read with.
+    settings = os.path.join(os.path.dirname(path), "settings.json")
+    if os.path.exists(settings):
+        weights = os.path.join(pretrained.find(checkpoint), WEIGHTS)
+        if read_record(settings).get("weights") != sha256_of(weights):
+            return "with other weights than this model's"
+    return None
 
 
 def main(argv=None):
@@ -48,7 +64,7 @@ def main(argv=None):
                              "environment")
     args = parser.parse_args(argv)
     given = parser.given(argv)
-    for flag in ("dtype", "windows", "command"):
+    for flag in ("dtype", "windows", "command", "results"):
         if flag in given and args.format != "nano":
             raise ValueError(f"--{flag} has no effect on --format={args.format}: leave it out")
     if os.path.exists(args.out):  # before the model is loaded, which takes its time
@@ -68,11 +84,9 @@ def main(argv=None):
     results_path = args.results or os.path.join(args.checkpoint, "eval", "summary.json")
     if args.results or os.path.exists(results_path):
         results = read_record(results_path)
-        # A run folder keeps one summary, which may be of an earlier step than its last checkpoint.
-        step = model.meta.get("step")
-        if results.get("step") != step:
-            print0(f"NOTE: {results_path} was measured at step {results.get('step')}, this model "
-                   f"is of step {step}: the card has no figures")
+        reason = why_not_of(model, args.checkpoint, results, results_path)
+        if reason:
+            print0(f"NOTE: {results_path} was measured {reason}: the card has no figures")
             results = None
 
     # -------------------------------------------------------------------------
@@ -85,7 +99,12 @@ def main(argv=None):
         model.save_pretrained(args.out, results, args.dtype, args.command)
     if args.push:
         print0(f"uploading {args.out} to {args.push}")
-        pretrained.push(args.out, args.push)
+        try:
+            pretrained.push(args.out, args.push)
+        except (ValueError, OSError) as error:
+            # The same command would find its own folder in the way.
+            raise type(error)(f"{error}; {args.out} is whole, so what remains is: hf upload "
+                              f"{args.push} {args.out}") from error
     json_line({"exported": args.out, "format": args.format, "files": sorted(os.listdir(args.out)),
                "pushed": args.push or None})
 

@@ -25,6 +25,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -96,16 +97,22 @@ def files_in(folder):
             endings.add(ending)
     wanted = []
     others = 0
-    for parent, _, names in os.walk(folder):
+    linked = 0
+    unreadable = []  # folders: opening one of them as a file becomes an error like any other
+    for parent, folders, names in os.walk(folder, onerror=lambda e: unreadable.append(e.filename)):
         for name in names:
             if os.path.splitext(name)[1].lower() in endings:
                 wanted.append(os.path.join(parent, name))
             else:
                 others += 1
+        # Not entered, since a link to a folder above it would never end.
+        linked += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
     if others or not wanted:
         print(f"{folder}: {others} files are not pictures or PDFs by their names", file=sys.stderr)
-    # A folder without any is returned itself, and opening it becomes an error like any other.
-    return sorted(wanted) or [folder]
+    if linked:
+        print(f"{folder}: {linked} folders are links and were left out: name them", file=sys.stderr)
+    # So does a folder without any.
+    return sorted(wanted + unreadable) or [folder]
 
 
 def pages(files, dpi):
@@ -317,7 +324,7 @@ def read_batch(engine, batch, args):
     if args.stream:
         answers = [say(engine, conversation, args) for conversation in conversations]
     else:
-        answers = engine.generate_each(conversations, token_limit(args), args.temperature)
+        answers = answers_of(engine, conversations, args)
     # Back in the order of the batch, with the pages that have no answer.
     answers = iter(answers)
     results = []
@@ -326,18 +333,33 @@ def read_batch(engine, batch, args):
     return results
 
 
+def answers_of(engine, conversations, args):
+    """-> a Result for each conversation, or the exception that reading it ended in."""
+    try:
+        return engine.generate_each(conversations, token_limit(args), args.temperature)
+    except torch.OutOfMemoryError:
+        raise  # of no page in particular: a smaller --batch-size helps
+    except Exception as error:
+        if len(conversations) == 1:
+            return [error]
+    # Which one failed is not known, and its failure must not take the others with it.
+    return [answer for one in conversations for answer in answers_of(engine, [one], args)]
+
+
 def token_limit(args):
     """Tokens that an answer may take; None = as many as the decoder has room for."""
     return None if args.max_new_tokens == -1 else args.max_new_tokens
 
 
 def say(engine, conversation, args):
-    """Prints the answer as its tokens come. -> Result, or the ValueError of what is too long."""
+    """Prints the answer as its tokens come. -> Result, or the exception that it ended in."""
     pieces = engine.stream(conversation, token_limit(args), args.temperature)
     try:
         for piece, result in pieces:
             print(piece, end="", flush=True)
-    except ValueError as error:
+    except (torch.OutOfMemoryError, BrokenPipeError):
+        raise
+    except Exception as error:
         return error
     print()
     return result
@@ -516,6 +538,9 @@ def parse_arguments(argv):
     if args.files and args.chat:
         raise ValueError("--chat talks without pictures: leave the files out, or ask about them "
                          "with --prompt")
+    if args.prompt and args.chat:
+        raise ValueError("--prompt asks one question, --chat takes them from standard input: give "
+                         "only one")
     if args.jsonl and not args.files:
         raise ValueError("--jsonl is for files: leave it out, or name some")
     if args.stream and args.jsonl:
@@ -539,13 +564,7 @@ def main(argv=None):
     # What is printed during set-up is not part of any page's text.
     with contextlib.redirect_stdout(sys.stderr):
         engine, _ = load_engine(args, compute_init(args.device_type))
-    try:
-        failed = work(engine, args)
-    except BrokenPipeError:
-        # Whoever read our output (head, less) has gone, so there is nobody left to tell. Python
-        # flushes standard output once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE, as other commands end in this case
+    failed = work(engine, args)
     if failed:
         print(f"{failed} files or pages could not be read", file=sys.stderr)
         sys.exit(1)

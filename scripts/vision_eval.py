@@ -5,7 +5,7 @@ Scores a checkpoint on pages it has never seen: greedy, cached, batched generati
     python -m scripts.vision_eval --task=heldout --chars=14-20,31-41,60-68      # a curve
     python -m scripts.vision_eval --checkpoint=checkpoints/reader --task=folder:examples
     python -m scripts.vision_eval --against=checkpoints/other/eval --out=DIR    # two models, paired
-    torchrun --standalone --nproc_per_node=8 -m scripts.vision_eval \
+    torchrun --standalone --nproc_per_node=8 -m scripts.vision_eval -- \
         --task=omnidocbench --path=DIR --kinds=text,table                       # real pages
 
 Benchmarks are read whole; --max-problems=N asks for a seeded sample, and every figure then says
@@ -26,6 +26,7 @@ import sys
 from PIL import Image
 
 from nanochat import lines, windows
+from nanochat.checkpoint import WEIGHTS, sha256_of
 from nanochat.common import (
     ArgumentParser, banner, barrier, check_wandb, compute_init, dist_info, every_or_never, fraction,
     init_wandb, json_line, natural, positive_int, print0, read_record, run_main,
@@ -255,11 +256,9 @@ def default_out(args):
 def settings_of(args, engine, meta, by_character):
     """What the predictions and scores depend on, besides the pages and their number."""
     # The weights and not the checkpoint's name: a run folder stands for its last checkpoint.
-    path = os.path.join(fetch(args.checkpoint), "model.safetensors")
-    with open(path, "rb") as f:
-        weights = hashlib.file_digest(f, "sha256").hexdigest()
+    weights = os.path.join(fetch(args.checkpoint), WEIGHTS)
     settings = {
-        "weights": weights,
+        "weights": sha256_of(weights),
         "by_character": by_character,
         "mode": args.mode or meta["mode"],
         # "auto" would say nothing: it is bf16 on one machine and fp32 on the next
@@ -295,7 +294,7 @@ def check_settings(settings, out):
         raise ValueError(f"{out} holds an evaluation under other settings ({'; '.join(changes)}): "
                          "give another --out, or delete it")
     barrier()  # no rank may find what rank 0 writes now
-    if dist_info()[0] == 0:
+    if dist_info()[0] == 0 and not os.path.exists(path):
         os.makedirs(out, exist_ok=True)
         write_json(path, settings)
     barrier()  # the folder is there

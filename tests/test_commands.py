@@ -66,6 +66,8 @@ def check_command(command, monkeypatch):
         start = words.index("torch.distributed.run") + 1 if words[0] != "torchrun" else 1
         launch = get_args_parser().parse_args(words[start:])
         assert launch.module, command
+        # Without it, --run would be ambiguous to torchrun, whoever adds it to the command.
+        assert f"-m {launch.training_script} -- " in command, command
         check_script(launch.training_script, launch.training_script_args, monkeypatch)
     else:
         at = words.index("-m")
@@ -84,26 +86,53 @@ def test_every_script_shows_a_command():
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands in for $PYTHON: writes its arguments down instead of running them.
+if [[ "$*" == -c*'device="cuda"'* ]]; then exit "${CUDA_STATUS:-0}"; fi
 if [ "$1" = -c ]; then echo 2; exit 0; fi
 printf '%q ' python "$@" >> "$COMMANDS"
 echo >> "$COMMANDS"
 """
+FAKE_NVIDIA_SMI = """#!/usr/bin/env bash
+# Stands in for nvidia-smi: a GPU, with an old driver.
+echo 535.104
+"""
 
 
-@pytest.mark.parametrize("kind", ["nano", "page", "small", "gpu", "full"])
-def test_commands_of_speedrun_are_accepted(kind, tmp_path, monkeypatch):
-    python = tmp_path / "python"
-    python.write_text(FAKE_PYTHON)
-    python.chmod(0o755)
+def speedrun(tmp_path, kind, **environment):
+    """speedrun.sh with a fake python and a fake GPU. -> (exit status, stderr, its commands)."""
+    for name, text in (("python", FAKE_PYTHON), ("nvidia-smi", FAKE_NVIDIA_SMI)):
+        path = tmp_path / name
+        path.write_text(text)
+        path.chmod(0o755)
     log = tmp_path / "commands"
-    environment = {**os.environ, "PYTHON": str(python), "COMMANDS": str(log), "TRIAL": "1",
-                   "CHECKPOINTS": str(tmp_path / "out")}
-    subprocess.run(["bash", str(ROOT / "speedrun.sh"), kind], env=environment, check=True,
-                   capture_output=True)
-    lines = [line for line in log.read_text().splitlines() if "scripts." in line]
-    assert len(lines) >= 3
-    for line in lines:
-        check_command(line, monkeypatch)
+    log.touch()
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "COMMANDS": str(log),
+                   "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                   "CHECKPOINTS": str(tmp_path / "out"), **environment}
+    ended = subprocess.run(["bash", str(ROOT / "speedrun.sh"), kind], env=environment,
+                           capture_output=True, text=True)
+    commands = [line for line in log.read_text().splitlines() if "scripts." in line]
+    return ended.returncode, ended.stderr, commands
+
+
+@pytest.mark.parametrize("trial", ["", "1"])
+@pytest.mark.parametrize("kind", ["nano", "page", "small", "gpu", "full"])
+def test_commands_of_speedrun_are_accepted(kind, trial, tmp_path, monkeypatch):
+    status, err, commands = speedrun(tmp_path, kind, TRIAL=trial)
+    assert status == 0, err
+    assert len(commands) >= 3
+    for command in commands:
+        check_command(command, monkeypatch)
+    on_gpu = kind in ("small", "gpu", "full") and not trial
+    trained = [line for line in commands if "train" in line and "tok_train --out" not in line]
+    assert all(("--device-type cuda" in line) == on_gpu for line in trained)
+
+
+@pytest.mark.parametrize("kind", ["small", "gpu", "full"])
+def test_a_gpu_that_torch_cannot_use_is_an_error(kind, tmp_path):
+    """An old driver: torch would train on the CPU without a word."""
+    status, err, commands = speedrun(tmp_path, kind, CUDA_STATUS="1", TRIAL="")
+    assert status == 1 and not commands
+    assert "driver 535.104" in err and "set TORCH_INDEX_URL" in err
 
 
 FAKE_PYTHON3 = """#!/usr/bin/env bash
@@ -121,7 +150,7 @@ chmod +x .venv/bin/python
 """
 
 
-def set_up(tmp_path, *command, broken=""):
+def set_up(tmp_path, *command, broken="", wandb_run=""):
     """Runs a script in a copy of the repository's shell scripts. -> (exit status, what pip got)."""
     for name in ("speedrun.sh", "setup_env.sh", "test.sh"):
         shutil.copy(ROOT / name, tmp_path)
@@ -133,6 +162,8 @@ def set_up(tmp_path, *command, broken=""):
     environment = {**os.environ, "COMMANDS": str(log), "BROKEN": broken, "TRIAL": "1",
                    "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     environment.pop("PYTHON", None)
+    if wandb_run:
+        environment["WANDB_RUN"] = wandb_run
     status = subprocess.run(["bash", *command], env=environment, cwd=tmp_path,
                             capture_output=True).returncode
     return status, [line for line in log.read_text().splitlines() if "pip install" in line]
@@ -155,6 +186,21 @@ def test_only_the_packages_that_are_needed_are_installed(tmp_path, command, extr
               "rustbpe", "rapidfuzz"}
     assert set(rest.split("check")[1].split()) == always | extras
     assert (tmp_path / ".venv" / "installed").exists()
+
+
+def test_wandb_is_installed_for_a_run_that_logs_to_it(tmp_path):
+    _, [_, rest] = set_up(tmp_path, "speedrun.sh", wandb_run="mine")
+    assert "wandb" in rest.split()
+
+
+def test_an_environment_without_pip_is_mended(tmp_path):
+    """As python3 -m venv leaves it where ensurepip is missing, or is stopped."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text("#!/usr/bin/env bash\nexit 1\n")
+    python.chmod(0o755)
+    status, installed = set_up(tmp_path, "setup_env.sh")
+    assert status == 0 and len(installed) == 2
 
 
 @pytest.mark.parametrize("script", ["speedrun.sh", "test.sh", "setup_env.sh"])
@@ -191,10 +237,12 @@ def test_pictures_are_there_and_light():
     for name in ("README.md", "FINDINGS.md"):
         text = (ROOT / name).read_text()
         shown.update(re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+        shown.update(re.findall(r'<img src="([^"]+)"', text))
     assert shown
     assert sum((ROOT / name).stat().st_size for name in shown) <= 300_000
     # None that nothing shows
-    assert {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()} == shown
+    there = {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()}
+    assert there == {name for name in shown if name.startswith("docs/")}
 
 
 def imports_of(path):

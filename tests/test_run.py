@@ -5,6 +5,8 @@ and batch; and that damaged records are named, skipped and counted.
     python -m pytest tests/test_run.py
 """
 import argparse
+import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -108,11 +110,12 @@ def test_a_run_json_of_an_earlier_version(begun):
     assert resume(begun.parent, "--device-batch-size=8").config["total_batch_size"] == 32
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_holds_on_to_nothing(begun, capsys):
-    (begun / "model_000003").rmdir()
+@pytest.mark.parametrize("flags", [["--resume"], []])
+def test_a_run_that_failed_before_its_first_checkpoint_holds_on_to_nothing(begun, capsys, flags):
     with pytest.raises(FileExistsError, match="--resume continues it"):
         Run(make_args(begun.parent, "--lr=0.1"), "stage 1")
-    run = resume(begun.parent, "--lr=0.1", "--device-batch-size=4")
+    (begun / "model_000003").rmdir()
+    run = Run(make_args(begun.parent, "--lr=0.1", "--device-batch-size=4", *flags), "stage 1")
     assert run.start is None and run.config["total_batch_size"] == 4
     run.check_data({"Folder": "9 pages, cd"})
     assert "no whole checkpoint: starting from the beginning" in capsys.readouterr().out
@@ -128,7 +131,7 @@ def test_micro_batches_of_another_size_have_the_same_samples_in_a_step():
     step = 7
     for size in (32, 16, 4):
         accumulate = 32 // size
-        batches = micro_batches(step * accumulate, (step + 1) * accumulate, size, 0, 1)
+        batches = list(micro_batches(step * accumulate, (step + 1) * accumulate, size, 0, 1))
         assert sorted(i for batch in batches for i in batch) == list(range(7 * 32, 8 * 32))
 
 
@@ -192,6 +195,14 @@ def test_data_that_changed_are_refused_on_resume(begun):
         resume(begun.parent).check_data({})
 
 
+def test_a_file_system_without_locks_is_said(tmp_path, tokenizer, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    begin(tmp_path, tokenizer)
+    assert "cannot be locked ([Errno 38] Function not implemented)" in capsys.readouterr().out
+
+
 # -----------------------------------------------------------------------------
 # Damaged files
 
@@ -206,10 +217,14 @@ def test_damaged_lines_of_metrics_are_skipped_and_counted(begun, capsys):
     assert f"5 damaged lines of {metrics}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", "\udcff"])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "7", "\udcff", "{}", '{"total_batch_size": "x", "device_batch_size": 32}',
+    '{"total_batch_size": -1}',
+    '{"total_batch_size": 32, "device_batch_size": 32, "data_fingerprints": [1]}',
+])
 def test_a_damaged_run_json_is_named(begun, text):
     (begun / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match="run/run.json .*delete it to resume without comparing"):
+    with pytest.raises(ValueError, match="run/run.json.* delete it to resume without comparing"):
         resume(begun.parent)
 
 
@@ -245,14 +260,37 @@ def test_random_parts_are_not_frozen(tmp_path, flags, parts):
     vis_tok_train.check_frozen(loaded.freeze.split(","), loaded)
 
 
-def test_out_of_memory_says_what_to_do(capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nAnd more"),
+    MemoryError(),
+])
+def test_out_of_memory_says_what_to_do(capsys, error):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+        raise error
     with pytest.raises(SystemExit) as stop:
         run_main(main)
     err = capsys.readouterr().err
     assert stop.value.code == 1 and "And more" not in err and "Traceback" not in err
     assert "halve the batch (--device-batch-size" in err and "--resume" in err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), NotImplementedError("no")])
+def test_other_errors_keep_their_traceback(error):
+    def main():
+        raise error
+    with pytest.raises(type(error)):
+        run_main(main)
+
+
+def test_a_full_disk_says_what_to_do(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "run/metrics.jsonl" in err
+    assert "make room: training then goes on with --resume" in err
 
 
 def test_a_missing_package_says_how_to_get_it(capsys):

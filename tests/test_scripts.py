@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,11 +258,18 @@ def assert_close(run_dir, other, name, steps):
 
 def test_two_processes_equal_one_with_twice_the_passes(tokenizer_dir, tmp_path):
     def flags(name, *more):
-        return stage1_flags(tmp_path / name, tokenizer_dir, "--num-iterations=10", "--eval-every=-1", "--save-every=-1", *more)
+        return stage1_flags(tmp_path / name, tokenizer_dir, "--num-iterations=10", "--eval-every=-1", "--save-every=5", *more)
     lines = torchrun("scripts.vis_tok_train", *flags("two"))
     assert json.loads(lines[-1])["steps"] == 10 and sum("| loss" in line for line in lines) == 10  # rank 0 alone speaks
     call(vis_tok_train.main, *flags("one", "--total-batch-size=16"))
     assert_close(tmp_path / "two/stage1", tmp_path / "one/stage1", "train/loss", 10)
+
+    # One process goes on where two have stopped.
+    shutil.copytree(tmp_path / "two", tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "fewer/stage1/model_000010")
+    call(vis_tok_train.main, *flags("fewer", "--resume"))
+    assert_close(tmp_path / "two/stage1", tmp_path / "fewer/stage1", "train/loss", 10)
+    assert_close(tmp_path / "two/stage1", tmp_path / "fewer/stage1", "val/loss", 2)
 
 
 def test_two_passes_equal_a_large_one(tokenizer_dir, tmp_path):
