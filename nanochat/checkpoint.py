@@ -116,7 +116,7 @@ def new_folder(final):
     try:
         yield temporary
         seal(temporary)
-    except BaseException:
+    except (Exception, KeyboardInterrupt):
         # What is left of a failed write, on a full disk or after Ctrl-C, must not take room.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -222,6 +222,10 @@ def write_tensors(folder, name, tensors):
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as e:  # this is also what a full disk looks like
         raise OSError(f"cannot write {path} ({e}): make room and try again") from e
+    # safetensors leaves a file that its owner alone may read; a folder to share needs more.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def contiguous(tensors):

@@ -252,11 +252,16 @@ def run_main(main):
         # Only here, when DDP and all else in main's frame is gone: the process group must not be
         # destroyed with DDP, which holds Python's lock while gloo's threads wait for it.
         compute_cleanup()
-    except BrokenPipeError:
-        # Whoever read our output (`| head`) has had enough. Python would complain once more when
-        # it flushes at exit, so what is left goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE, as shells have it
+    except BrokenPipeError as error:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read our output (`| head`) has had enough. Python would complain once more
+            # when it flushes at exit, so what is left goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 + SIGPIPE, as shells have it
+        print(f"error: {error}", file=sys.stderr, flush=True)  # another pipe: a worker's, W&B's
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK"):
             raise
@@ -468,7 +473,8 @@ def replace_file(path, text):
 
 def stable_hash(text):
     """An int that is the same in every process and on every machine; Python's own hash() is not."""
-    digest = hashlib.sha256(text.encode()).digest()
+    # File names may hold lone surrogates, which UTF-8 has not.
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
 
 
@@ -482,7 +488,9 @@ def git_commit():
         head = git("rev-parse", "--short", "HEAD")
     except FileNotFoundError:  # no git on this machine
         return "unknown"
-    if head.returncode:
+    # Installed below another project, this package is none of that project's files.
+    ours = git("ls-files", "--error-unmatch", os.path.basename(__file__))
+    if head.returncode or ours.returncode:
         return "unknown"
     changes = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
     return head.stdout.strip() + ("+" if changes else "")

@@ -5,6 +5,7 @@ several depths of the encoder, how many letters and places its heads name, and p
 truths. Always on the same pages.
 """
 import math
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -189,24 +190,31 @@ def validate(model, batches):
 
 def read_pages(engine, conversations, margin=16):
     """
-    Reads pages greedily in one batch, each up to `margin` tokens past the longest truth, or to the
-    end of the decoder's positions; those whose prompt leaves no room for an answer are left out.
+    Reads pages greedily, each up to `margin` tokens past the longest truth, or to the end of the
+    decoder's positions; those whose prompt leaves no room for an answer are left out.
     -> [(conversation, prediction, 1-NED), ...]
     """
-    # A long dialog that was clipped in training may fill the decoder with its questions alone.
     decoder = engine.model.cfg.gpt.sequence_len
+    longest = max(len(engine.tokenizer.encode(truth_of(c))) for c in conversations)
+    # A long dialog that was clipped in training may fill the decoder with its questions alone. What
+    # little room it leaves is no limit for the others: a batch has one limit, and it has its own.
     _, prompt_lengths = engine.prompt_batch(conversations)
-    fitting = [c for c, length in zip(conversations, prompt_lengths) if length < decoder]
-    if not fitting:
+    batches = defaultdict(list)  # tokens that a page may take -> pages
+    for conversation, length in zip(conversations, prompt_lengths):
+        limit = min(longest + margin, decoder - length)
+        if limit > 0:
+            batches[limit].append(conversation)
+    if not batches:
         raise ValueError(f"no prompt of these pages leaves room for an answer: the decoder has "
                          f"{decoder} positions; use a mode with fewer tokens")
-    conversations = fitting
-    room = decoder - max(length for length in prompt_lengths if length < decoder)
 
-    truths = [conversation["messages"][-1]["content"] for conversation in conversations]
-    longest = max(len(engine.tokenizer.encode(truth)) for truth in truths)
-    results = engine.generate(conversations, min(longest + margin, room))
     rows = []
-    for conversation, truth, result in zip(conversations, truths, results):
-        rows.append((conversation, result.text, one_minus_ned(result.text, truth)))
+    for limit, batch in batches.items():
+        for conversation, result in zip(batch, engine.generate(batch, limit)):
+            score = one_minus_ned(result.text, truth_of(conversation))
+            rows.append((conversation, result.text, score))
     return rows
+
+
+def truth_of(conversation):
+    return conversation["messages"][-1]["content"]

@@ -20,9 +20,11 @@ from nanochat.image_modes import to_rgb
 # Ink
 LARGEST = 12_000_000  # px; what is larger is halved first. A4 at 300 dpi has 8.7 million
 CELL = 16             # px, side of the squares whose median is taken for paper
+CROPPED = 6 * CELL    # px, side of a picture that may show a line or two and hardly any paper
 FAINTEST = 20         # gray levels between ink and paper; what differs less is paper
 NARROWEST = 8         # px, side of a picture that can hold print
 SOLID = 0.35          # of full ink: from here on a pixel counts as printed
+DARK = 0.65           # what a rule has; letters that run into each other have less in between
 
 # Skew
 STEEPEST = 3.0        # degrees that are looked for, either way
@@ -39,7 +41,8 @@ THIN = 5
 # Proportions of print, in em. Latin faces differ little in them.
 ASCENT = 0.72         # from the baseline to the top of capitals, b, d, h
 DESCENT = 0.25        # from the baseline to the foot of g, p, q
-RULE = 6.0            # a stroke of ink longer than this is a rule or a frame, not a letter
+RULE = 6.0            # a dark thin stroke longer than this is a rule or a frame, not a letter
+LONGEST_WORD = 16.0   # one longer than this is a rule, or an edge, however faint or thick
 GUTTER = 1.2          # least paper between two columns; spaces in justified lines stay below
 COLUMN = 10.0         # least width of a column of prose, about 20 letters
 SPACE = 0.35          # between words, where a column has no gap to measure
@@ -127,9 +130,16 @@ def paper_of(gray):
     """Gray level of the paper at every pixel, also under the print: (height, width) float32."""
     # Even dense print leaves most of a cell to the paper, so the median is paper. Where it is not,
     # inside a bold title, most of the cells around are.
-    medians = np.median(in_cells(gray), axis=2).astype(np.uint8)
+    # A line of bold print, cropped, has as much ink as paper. A frame, of what most of its edge
+    # shows, tells which is which.
+    frame = CELL if min(gray.shape) < CROPPED else 0
+    edge = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
+    framed = np.pad(gray, frame, constant_values=np.median(edge))
+    medians = np.median(in_cells(framed), axis=2).astype(np.uint8)
     medians = np.asarray(Image.fromarray(medians).filter(ImageFilter.MedianFilter(5)))
-    return per_pixel(medians, gray.shape, Image.Resampling.BILINEAR)
+    paper = per_pixel(medians, framed.shape, Image.Resampling.BILINEAR)
+    height, width = gray.shape
+    return paper[frame:frame + height, frame:frame + width]
 
 
 def ink_levels(gray):
@@ -195,11 +205,22 @@ def long_strokes(printed, length):
     return (begun - before)[:, 1:] > 0
 
 
-def rules_of(printed, print_px):
+def strokes_of_rules(dark, printed, print_px):
+    """The pixels of strokes across the page that are no letters, (height, width) bool."""
+    # On a soft scan the letters of a word meet at their feet, in gray; and larger print has stems
+    # that are long, but thick.
+    long = long_strokes(dark, math.ceil(RULE * print_px))
+    too_thick = max(THIN, round(0.5 * print_px)) + 1
+    thin = long & ~long_strokes(np.ascontiguousarray(long.T), too_thick).T
+    return thin | long_strokes(printed, math.ceil(LONGEST_WORD * print_px))
+
+
+def rules_of(levels, printed, print_px):
     """Rules, underlines and frames, with the soft pixels beside them, (height, width) bool."""
-    length = math.ceil(RULE * print_px)
-    across = long_strokes(printed, length)
-    down = long_strokes(np.ascontiguousarray(printed.T), length).T
+    dark = printed & (levels > DARK)
+    across = strokes_of_rules(dark, printed, print_px)
+    down = strokes_of_rules(np.ascontiguousarray(dark.T), np.ascontiguousarray(printed.T),
+                            print_px).T
     found = across | down
     if found.any():
         thicker = np.asarray(Image.fromarray(found).convert("L").filter(ImageFilter.MaxFilter(3)))
@@ -282,7 +303,8 @@ def ink_of(image):
     if min(gray.shape) < NARROWEST:
         return Ink(np.zeros_like(gray), np.zeros(gray.shape, bool), reduced, 0.0)
     levels, noisy = ink_levels(gray)
-    degrees = skew_of(solid(levels, noisy))
+    printed = solid(levels, noisy)
+    degrees = skew_of(printed)
     if degrees:
         # Of the ink and not of the picture: what comes in from outside is paper then.
         turned = Image.fromarray(levels).rotate(degrees, Image.Resampling.BICUBIC)
@@ -291,7 +313,7 @@ def ink_of(image):
     printed = solid(levels, noisy)
     print_px = rough_print(printed)
     if print_px:
-        rules = rules_of(printed, print_px)
+        rules = rules_of(levels, printed, print_px)
         printed = printed & ~rules
         levels = np.where(rules, 0, levels)
     return Ink(levels, printed, reduced, degrees)
@@ -336,6 +358,21 @@ def is_prose(printed, box, print_px):
     return len(widths) >= 3 and np.median(widths) > 0.6 * part.width
 
 
+def is_picture(printed, box, print_px):
+    """Whether most of a part beside a gutter is one stretch of ink that is too high for a line."""
+    part = trimmed(printed, box)
+    if part is None:
+        return False
+    heights = [bottom - top for top, bottom
+               in runs(printed[part.top:part.bottom, part.left:part.right].any(1))]
+    return max(heights) > max(TALLEST * print_px, 0.5 * part.height)
+
+
+def note_picture(box, notes):
+    notes.append(f"a picture of {box.width}x{box.height} px at {box.left}, {box.top} is left out: "
+                 f"that is no line of print")
+
+
 def columns_of(printed, box, print_px, notes):
     """
     list of Boxes in reading order: columns where a gutter divides the print, or else the lines
@@ -368,6 +405,14 @@ def columns_of(printed, box, print_px, notes):
             if is_prose(printed, left, print_px) and is_prose(printed, right, print_px):
                 boxes += columns_of(printed, left, print_px, notes)
                 boxes += columns_of(printed, right, print_px, notes)
+                continue
+            if is_picture(printed, left, print_px) and is_prose(printed, right, print_px):
+                note_picture(trimmed(printed, left), notes)
+                boxes += columns_of(printed, right, print_px, notes)
+                continue
+            if is_picture(printed, right, print_px) and is_prose(printed, left, print_px):
+                note_picture(trimmed(printed, right), notes)
+                boxes += columns_of(printed, left, print_px, notes)
                 continue
             if whole.height > 8 * print_px:  # and no chance of two or three lines
                 notes.append(f"rows {whole.top} to {whole.bottom} px have a gap from top to bottom "
@@ -491,8 +536,7 @@ def lines_of_column(ink, column, number, rough, notes):
     boxes = []
     for box in rows_of_print(ink.printed, column, rough):
         if box.height > TALLEST * rough:
-            notes.append(f"a picture of {box.width}x{box.height} px at {box.left}, {box.top} is "
-                         f"left out: that is no line of print")
+            note_picture(box, notes)
         else:
             boxes.append(box)
     if not boxes:

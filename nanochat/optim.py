@@ -289,7 +289,10 @@ class Optimizer:
                         # torch keeps AdamW's step on the CPU unless it is fused.
                         stays_on_cpu = key == "step" and not group["fused"]
                         value = left.pop(name)
-                        optimizer.state[p][key] = value if stays_on_cpu else value.to(p.device)
+                        device = value.device if stays_on_cpu else p.device
+                        # A copy: the file's own memory would keep the file, on a network drive
+                        # even after it is deleted.
+                        optimizer.state[p][key] = value.to(device, copy=True)
         if left:
             raise ValueError(f"optimizer state has unknown tensors, e.g. {sorted(left)[:3]}: it "
                              f"belongs to another model or optimizer")

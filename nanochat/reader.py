@@ -17,7 +17,7 @@ import torch
 
 from nanochat import image_modes
 from nanochat.checkpoint import load_model
-from nanochat.common import choose_dtype, integer, print0, set_cuda_defaults
+from nanochat.common import choose_dtype, gather, integer, print0, set_cuda_defaults
 from nanochat.conversation import OCR_PROMPT, ocr_conversation, open_image
 from nanochat.engine import Engine, NoRepeat, Result
 from nanochat.image_modes import Mode, get_mode, upright_size
@@ -290,8 +290,12 @@ def add_arguments(parser, checkpoint="checkpoints/stage2"):
 
 
 def load_engine(args, device):
-    """-> (Engine, meta) for the flags of `add_arguments`."""
-    folder = find_reader(args.checkpoint)
+    """
+    -> (Engine, meta) for the flags of `add_arguments`. The engine's `folder` is the checkpoint that
+    was loaded, also where a run folder has a newer one by now.
+    """
+    # One for all ranks: a run that still trains may save a checkpoint while they look.
+    folder = gather(str(find_reader(args.checkpoint)))[0]
     print0(f"loading {folder}")
     model, tokenizer, meta = load_to_read(folder, device, args.dtype, needed=NEEDED)
     limit = model.cfg.gpt.sequence_len - 1  # at least one position is the prompt's
@@ -300,4 +304,6 @@ def load_engine(args, device):
                          f"the decoder's positions, or -1")
     mode = choose_mode(args.mode or meta["mode"], model.cfg.modes)
     no_repeat = NoRepeat.parse(args.no_repeat, tokenizer)
-    return make_engine(model, tokenizer, mode, no_repeat, meta, args.windows), meta
+    engine = make_engine(model, tokenizer, mode, no_repeat, meta, args.windows)
+    engine.folder = folder
+    return engine, meta

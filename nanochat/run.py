@@ -16,7 +16,8 @@ from nanochat.common import (
     read_json_lines, read_record, replace_file, write_json)
 
 # Flags that change nothing in the result, so they may differ when a run is resumed.
-NOT_PART_OF_THE_RUN = {"resume", "run", "workers", "checkpoints", "device_type"}
+# (The tokenizer is compared by its fingerprint, wherever its folder is.)
+NOT_PART_OF_THE_RUN = {"resume", "run", "workers", "checkpoints", "device_type", "tokenizer"}
 # Flags that may differ too, since they only change rounding: what to do when memory runs out. What
 # else they change is said by `say_changes`.
 FOR_LESS_MEMORY = {"device_batch_size", "recompute"}
@@ -110,6 +111,12 @@ class Run:
         if steps and not args.resume:
             raise FileExistsError(f"{self.folder} holds a run: --resume continues it, another "
                                   f"--model-tag keeps it, or delete it")
+        # What a killed first save leaves is an encoder, too; but then the run has not ended.
+        ended = os.path.exists(os.path.join(self.folder, "summary.json"))
+        begun = os.path.exists(self.config_path)
+        if ckpt.steps_of(self.folder, "deepencoder") and not steps and (ended or not begun):
+            raise FileExistsError(f"{self.folder} holds encoders without their models, which a run "
+                                  f"there would delete: use another --model-tag, or move them")
         check_wandb(args.run)
         self.earlier = earlier_config(args)
         if self.earlier:

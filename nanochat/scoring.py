@@ -65,15 +65,22 @@ def text_hash(text):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def picture_hash(conversation):
-    """Hash of all that the model gets to see: pixels and words, without the answer."""
+def pixel_hash(images):
+    """sha256 object of the pixels of some pictures."""
     state = hashlib.sha256()
-    for image in conversation["images"]:
+    for image in images:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode == "P":  # its bytes are indices into a palette, which may differ
+        # The bytes of a palette picture are indices, and what is transparent may be said elsewhere.
+        if upright.mode in ("P", "PA") or upright.has_transparency_data:
             upright = upright.convert("RGBA")
         state.update(f"{upright.mode} {upright.size}".encode())
         state.update(upright.tobytes())
+    return state
+
+
+def picture_hash(conversation):
+    """Hash of all that the model gets to see: pixels and words, without the answer."""
+    state = pixel_hash(conversation["images"])
     asked = json.dumps(conversation["messages"][:-1])
     state.update(asked.encode())
     return state.hexdigest()[:16]
@@ -168,11 +175,14 @@ class Predictions:
             os.remove(part)
 
     def find(self, task, picture, limit):
-        """The record for a picture, or None. A text that a lower limit cut short does not count."""
+        """
+        The record for a picture, or None. A text that a lower limit cut short does not count, nor
+        one that is longer than this limit allows.
+        """
         record = self.records.get((task, picture))
-        if record and (record["finished"] or record["limit"] >= limit):
-            return record
-        return None
+        if record is None or record["tokens"] > limit:
+            return None
+        return record if record["finished"] or record["limit"] >= limit else None
 
     def append(self, records):
         # Opened and closed for every batch, so that a kill loses no more than one.
@@ -316,7 +326,10 @@ class Scorer:
         if page.conversation is None:
             row = describe_missing(name, task, page.index)
         else:
-            row = describe_page(self.engine, name, page.index, page.conversation)
+            try:
+                row = describe_page(self.engine, name, page.index, page.conversation)
+            except ValueError:  # a picture that opens and cannot be cut into windows
+                row = describe_missing(name, task, page.index)
         true_text = row["truth"] or ""
         row["text_tokens"] = len(self.engine.tokenizer.encode(true_text))
         row["truth_chars"] = len(true_text)
@@ -368,7 +381,9 @@ def describe_page(engine, name, i, conversation):
 def describe_missing(name, task, i):
     """The same for a page whose picture cannot be opened, so that its size is not known."""
     text = task.truth(i)
-    return {"index": i, "id": task.image_name(i) or f"{name}/{i}", "task": name,
+    # What the page is called when it can be opened, so that two evaluations pair it.
+    page = task.where(i) if hasattr(task, "where") else task.image_name(i) or f"{name}/{i}"
+    return {"index": i, "id": page, "task": name,
             "truth": None if text is None else readable(text), "prompt": "",
             "vision_tokens": 0, "positions": 0, "valid_tokens": 0, "mode": "",
             # so that it stays in the breakdowns, as wrong

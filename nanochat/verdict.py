@@ -131,10 +131,15 @@ class Gain(NamedTuple):
     """1-NED with a page's own picture minus 1-NED under a control, paired over pages."""
     mean: float
     low: float  # lower end of the 95 % interval
+    pairs: int
 
     @property
-    def reads(self):
-        return self.mean >= MIN_GAIN and self.low > 0
+    def is_small(self):
+        return self.mean < MIN_GAIN
+
+    @property
+    def is_certain(self):
+        return self.low > 0
 
 
 def paired_gain(rows, control_rows):
@@ -152,16 +157,19 @@ def paired_gain(rows, control_rows):
             gains.append(row["one_minus_ned"] - without[row["index"]])
     if not gains:
         return None
-    low, _ = bootstrap_ci(gains)
-    return Gain(float(np.mean(gains)), low)
+    low, _ = bootstrap_ci(gains, limits=(-1.0, 1.0))
+    return Gain(float(np.mean(gains)), low, len(gains))
 
 
 def collapse(good, others):
     """The verdict on models whose output hardly depends on the page, or None."""
     total = len(good)
     distinct_truths = {row["truth"] for row in good}
-    texts = Counter(normalize_whitespace(row["prediction"]) for row in good)
-    text, same = texts.most_common(1)[0]
+    wrong = Counter()  # a text that is right on many pages ("yes", an empty table) is no collapse
+    for row in good:
+        text = normalize_whitespace(row["prediction"])
+        wrong[text] += text != normalize_whitespace(row["truth"])
+    text, same = wrong.most_common(1)[0]
 
     # Empty before equal: no text is the same text as well, but a name of its own says more.
     empty = empty_pages(good)
@@ -195,7 +203,8 @@ def judge(rows, controls):
     bad    every page failed; nothing, the same text or a loop on most pages; another page's text
     open   without controls, reading and reciting cannot be told apart
     bad    ignores the page: its own picture adds less than 0.1 1-NED to a blank one or to another's
-           (paired means, and both 95 % intervals must exclude 0)
+           (paired means)
+    open   it adds more, but on so few pages that a 95 % interval of the means includes 0
     mixed  reads, but more than 5 % of the pages have a fault
     good   reads
     """
@@ -218,14 +227,21 @@ def judge(rows, controls):
     blank = paired_gain(rows, controls.get("blank", []))
     if another is None:
         own = mean(good, "one_minus_ned")
-        line = f"1-NED {own:.3f}; whether the page is read, controls would tell (--controls)"
+        advice = "controls would tell (--controls)"
+        if controls:
+            advice = "cannot be told: no page had a control with another page's picture"
+        line = f"1-NED {own:.3f}; whether the page is read, {advice}"
         return Verdict("open", line + tail, faults)
 
-    evidence = f"1-NED {another.mean:+.3f} with its own page against another in its place"
+    evidence = (f"1-NED {another.mean:+.3f} with its own page against another in its place, on "
+                f"{another.pairs} pages")
     if blank is not None:
         evidence += f", {blank.mean:+.3f} against a blank one"
-    if not another.reads or (blank is not None and not blank.reads):
+    gains = [another] if blank is None else [another, blank]
+    if any(gain.is_small for gain in gains):
         return Verdict("bad", f"ignores the page: {evidence}{tail}", faults)
+    if not all(gain.is_certain for gain in gains):
+        return Verdict("open", f"too few pages to tell (--controls): {evidence}{tail}", faults)
     if notes:
         return Verdict("mixed", f"reads in part: {notes}; {evidence}", faults)
     return Verdict("good", f"reads: {evidence}", faults)
@@ -259,6 +275,6 @@ def compare(rows, other_rows):
                          "--chars, --path and --seed?")
     return {"pages": len(differences), "of": len(rows),
             "difference": float(np.mean(differences)),
-            "ci95": list(bootstrap_ci(differences)),
+            "ci95": list(bootstrap_ci(differences, limits=(-1.0, 1.0))),
             "better": sum(difference > 0 for difference in differences),
             "worse": sum(difference < 0 for difference in differences)}

@@ -8,6 +8,9 @@ import sys
 
 def in_one_line(kind, error, trace):
     """sys.excepthook: a package that this Python lacks, and Ctrl-C; all else as Python has it."""
+    if hasattr(sys, "ps1"):  # at Python's own prompt, which must go on
+        sys.__excepthook__(kind, error, trace)
+        return
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted before anything began", file=sys.stderr, flush=True)
         os._exit(130)  # 128 + SIGINT, as shells have it; an excepthook cannot set a status

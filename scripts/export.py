@@ -103,8 +103,8 @@ def main(argv=None):
             pretrained.push(args.out, args.push)
         except (ValueError, OSError) as error:
             # The same command would find its own folder in the way.
-            raise type(error)(f"{error}; {args.out} is whole, so what remains is: hf upload "
-                              f"{args.push} {args.out}") from error
+            raise OSError(f"{error}; {args.out} is whole, so what remains is: hf upload "
+                          f"{args.push} {args.out}") from error
     json_line({"exported": args.out, "format": args.format, "files": sorted(os.listdir(args.out)),
                "pushed": args.push or None})
 

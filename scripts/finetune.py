@@ -33,7 +33,7 @@ from tasks.registry import (
 
 # Settings of the checkpoint's run that hold here too unless they are given on the command line.
 INHERITED = ("mode", "chars", "faces", "min_px", "random_share", "max_seq_len", "damage",
-             "text_files", "page_parts")
+             "text_files", "page_parts", "val_share")
 READ_PAGES = 256  # held-out pages read before and after, at most
 READ_BATCH = 32
 

@@ -8,6 +8,8 @@ lmms-eval is an optional extra that brings some fifty packages: give it an envir
 Only tasks that generate their answers work, not those that compare likelihoods. Prints lmms-eval's
 table; the last line is the same as JSON.
 """
+from collections import defaultdict
+
 from tqdm import tqdm
 
 from nanochat.common import (
@@ -27,7 +29,9 @@ def conversation_of(images, question, id):
 def cut_at(text, until):
     """The text up to the first of the strings that a task ends an answer with."""
     for stop in [until] if isinstance(until, str) else until:
-        if stop:
+        # lmms-eval adds a blank line where a task names none, to stop models without an end token.
+        # This one has an end token, and writes blank lines between the blocks of a page.
+        if stop and stop != "\n\n":
             text = text.split(stop)[0]
     return text
 
@@ -61,22 +65,22 @@ class Answers:
     def answer(self, requests):
         """-> the text or the ValueError of each request of a batch."""
         answers = [None] * len(requests)
-        asked = {}  # index -> what `ask` returns
+        # A batch has one limit; a question with little room must not cut the others' answers.
+        asked = defaultdict(list)  # limit -> [(index, conversation, until), ...]
         for i, request in enumerate(requests):
             try:
-                asked[i] = self.ask(request)
+                conversation, limit, until = self.ask(request)
             except ValueError as error:  # the prompt leaves no room
                 answers[i] = error
-        if not asked:
-            return answers
+            else:
+                asked[limit].append((i, conversation, until))
 
-        conversations = [conversation for conversation, _, _ in asked.values()]
-        limit = min(limit for _, limit, _ in asked.values())  # alike within a task
-        results = self.engine.generate_each(conversations, limit)
-        for i, result in zip(asked, results):
-            _, _, until = asked[i]
-            failed = isinstance(result, Exception)
-            answers[i] = result if failed else cut_at(result.text, until)
+        for limit, group in asked.items():
+            conversations = [conversation for _, conversation, _ in group]
+            results = self.engine.generate_each(conversations, limit)
+            for (i, _, until), result in zip(group, results):
+                failed = isinstance(result, Exception)
+                answers[i] = result if failed else cut_at(result.text, until)
         return answers
 
     def generate_until(self, requests):

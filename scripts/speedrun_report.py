@@ -1,6 +1,7 @@
 """
 The last line of speedrun.sh: what the run took and what it reached, from the files that its stages
-and evaluations wrote.
+and evaluations wrote. Its "minutes" are those since this call of speedrun.sh began, which may have
+found stages finished; those that each stage trained are beside its other figures.
 
     python -m scripts.speedrun_report --checkpoints=checkpoints --started=$(date +%s) \
         --evaluations=eval

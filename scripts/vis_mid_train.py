@@ -34,7 +34,7 @@ from tasks.synthchat import SynthChat
 
 # Settings of stage 1 that hold here too unless they are given on the command line.
 INHERITED = ("tokenizer", "mode", "chars", "faces", "min_px", "random_share", "max_seq_len",
-             "damage", "text_files", "page_parts")
+             "damage", "text_files", "page_parts", "val_share")
 
 
 def make_parser():

@@ -32,15 +32,14 @@ from nanochat.common import (
     init_wandb, json_line, natural, positive_int, print0, read_record, run_main,
     write_json)
 from nanochat.conversation import OCR_PROMPT, Task
-from nanochat.scoring import Scorer, read_lines
+from nanochat.scoring import Scorer, pixel_hash, read_lines
 from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
 from nanochat.official import write_fox, write_markdown
-from nanochat.pretrained import fetch
 from nanochat.reader import add_arguments, load_engine
 from nanochat.report import against_line, plot_curve, write_html
 from nanochat.verdict import CONTROLS, SAID, compare
 from tasks.omnidocbench import QUIVR, OmniDocBench
-from tasks.registry import EVALUATED, open_set, parse_chars
+from tasks.registry import EVALUATED, open_set, parse_chars, parse_data
 from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
 
 # Flags that change a prediction or a page: results under others must not be mixed.
@@ -85,7 +84,8 @@ def parse_args(argv):
     parser.add_argument("--controls", type=natural, nargs="?", const=64, default=0,
                         help="pages per control: blank, another page, other words")
     parser.add_argument("--seed", type=natural, default=2,
-                        help="seed of the synthetic pages (0 trains, 1 validates) and of samples")
+                        help="seed of the synthetic pages (of synthdoc's, 0 trains and 1 "
+                             "validates) and of samples")
     parser.add_argument("--batch-size", type=positive_int, default=64,
                         help="pages generated together")
     # Output
@@ -150,9 +150,27 @@ def tasks_of(args, user_config, image_size):
         else:
             flags = copy.copy(args)
             flags.damage = args.damage or 0.0  # the likenesses of benchmarks are clean
-            task = open_set(name, args.path, "all", flags, image_size, generated)
+            part = "all"
+            if name == "folder" and trained_on(args.path, user_config):
+                part = "val"
+                flags.val_share = user_config.get("val_share", 0.1)
+                print0(f"NOTE: the model was trained on {args.path}: only the pages that were held "
+                       f"out are read")
+            task = open_set(name, args.path, part, flags, image_size, generated)
             tasks.append((name, task))
+    names = [name for name, _ in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--task={args.task} --chars={args.chars}: names a task twice, whose pages "
+                         f"would count twice in the curve")
     return tasks
+
+
+def trained_on(path, user_config):
+    """Whether the last stage of the model's training had this folder among its --data."""
+    for name, arg, _ in parse_data(user_config.get("data", "synthdoc")):
+        if name == "folder" and os.path.realpath(arg) == os.path.realpath(path):
+            return True
+    return False
 
 
 def split_tasks(name, size, args, user_config, image_size):
@@ -185,11 +203,16 @@ def sample(pages, wanted, seed):
 
 
 class Control(Task):
-    """A task whose pictures are replaced: by blank ones, or by the next page's ("another")."""
+    """
+    A task whose pictures are replaced: by blank ones, or by another page's ("another"). size: of
+    blank pictures, in px; None = that of the picture in whose place they stand.
+    """
 
-    def __init__(self, task, kind):
+    def __init__(self, task, kind, size=None):
         self.task = task
         self.kind = kind
+        self.size = size
+        self.answer_metric = task.answer_metric
 
     def truth(self, i):  # what the model would have to say of the picture that it does not see
         return self.task.truth(i)
@@ -200,11 +223,22 @@ class Control(Task):
     def __getitem__(self, i):
         conversation = self.task[i]
         if self.kind == "another":
-            # The next page, not a random one: every picture is used as often as before.
-            images = self.task[(i + 1) % len(self.task)]["images"]
+            images = self.other_images(i, conversation)
         else:
-            images = [Image.new("RGB", image.size, "white") for image in conversation["images"]]
+            images = [Image.new("RGB", self.size or image.size, "white")
+                      for image in conversation["images"]]
         return {**conversation, "images": images}
+
+    def other_images(self, i, conversation):
+        """The pictures of the next page that shows others; ValueError if all show the same."""
+        # The next page, not a random one, so that every picture is used about as often as before.
+        # A benchmark may ask several questions about one picture, one after the other.
+        own = pixel_hash(conversation["images"]).digest()
+        for step in range(1, len(self.task)):
+            images = self.task[(i + step) % len(self.task)]["images"]
+            if pixel_hash(images).digest() != own:
+                return images
+        raise ValueError("every page of this task shows the same picture")
 
 
 def other_words(words, kind, rng):
@@ -233,9 +267,12 @@ def reworded(task, kind):
     return changed
 
 
-def controls_of(task):
+def controls_of(task, engine):
     """{control: task}, as many as the task allows; what each shows is in verdict.CONTROLS."""
-    controls = {"blank": Control(task, "blank")}
+    # To a reader in windows a large blank page has none, and the model would not be asked at all.
+    known = getattr(engine, "known", None)
+    size = known and (known.size, known.size)
+    controls = {"blank": Control(task, "blank", size)}
     if len(task) > 1:
         controls["another"] = Control(task, "another")
     if hasattr(task, "blocks"):  # pages that are drawn from words can be drawn from others
@@ -255,10 +292,9 @@ def default_out(args):
 
 def settings_of(args, engine, meta, by_character):
     """What the predictions and scores depend on, besides the pages and their number."""
-    # The weights and not the checkpoint's name: a run folder stands for its last checkpoint.
-    weights = os.path.join(fetch(args.checkpoint), WEIGHTS)
     settings = {
-        "weights": sha256_of(weights),
+        # Not the checkpoint's name, since a run folder stands for its last checkpoint.
+        "weights": sha256_of(os.path.join(engine.folder, WEIGHTS)),
         "by_character": by_character,
         "mode": args.mode or meta["mode"],
         # "auto" would say nothing: it is bf16 on one machine and fp32 on the next
@@ -459,7 +495,7 @@ def evaluate_task(scorer, name, task, args, against):
     if args.controls:
         wanted = min(args.controls, len(rows))
         some = sample(len(task), wanted, args.seed)  # part of `indices`, by the same seed
-        for kind, other in controls_of(task).items():
+        for kind, other in controls_of(task, scorer.engine).items():
             # Random letters take more tokens than words, so the limit is the control's own.
             other_limit = scorer.token_limit(other, some)
             other_name = f"{name}.{kind}"

@@ -21,6 +21,8 @@ from tasks.words import (
     RANDOM_SHARE,
     SPLITS,
     held_out_list,
+    held_out_words,
+    letters,
     prose,
     random_string,
     ranked,
@@ -228,8 +230,15 @@ def primer_px(width, columns):
 
 
 def primer_text(words, grid):
+    """As much of the words as a grid of (columns, rows) holds; the last one may be cut."""
     columns, rows = grid
-    return " ".join(words)[:columns * rows].rstrip()
+    text = " ".join(words)
+    cut = text[:columns * rows].rstrip()
+    shown = letters(cut)
+    # "otherwise", cut short, must not show "other" if that is a word which training never shows.
+    if shown and shown[-1] != letters(text)[len(shown) - 1] and shown[-1] in held_out_words():
+        cut = cut[:-1]
+    return cut
 
 
 def lay_out_primer(rng, words, width, height, grid=PRIMER_GRID):

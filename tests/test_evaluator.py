@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanochat.conversation import BadSample, Task
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Result
 from nanochat.evaluator import Evaluator, cosines, page_cosine, read_pages, reestimate_statistics, validate
 from nanochat.image_modes import MODES
 
@@ -144,6 +144,21 @@ def test_held_out_samples_may_be_bad_or_text(model, tokenizer, cfg, pages, chats
 def test_too_few_held_out_samples(tokenizer, cfg, chats):
     with pytest.raises(ValueError, match="at least 2 pages; of 10 samples of list 0 have a picture"):
         evaluator_of(chats, tokenizer, cfg, "skip")
+
+
+def test_a_long_prompt_does_not_cut_the_answers_of_others(model, tokenizer, pages, monkeypatch):
+    engine = Engine(model.eval(), tokenizer, MODES["64px"])
+    decoder = model.cfg.gpt.sequence_len
+    limits = []
+    monkeypatch.setattr(engine, "prompt_batch", lambda batch: (None, [100, decoder - 3, 100]))
+
+    def generate(conversations, limit):
+        limits.append((len(conversations), limit))
+        return [Result("", 1, True, 0.0) for _ in conversations]
+    monkeypatch.setattr(engine, "generate", generate)
+    read_pages(engine, pages[:3])
+    [(two, longest), one] = limits
+    assert two == 2 and longest > 3 and one == (1, 3)
 
 
 def test_a_prompt_that_fills_the_decoder_is_left_out(model, tokenizer, pages):

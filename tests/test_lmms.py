@@ -16,7 +16,7 @@ from PIL import Image
 
 from nanochat.engine import Engine, Result
 from nanochat.image_modes import MODES
-from scripts.lmms import Answers
+from scripts.lmms import Answers, cut_at
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
@@ -56,10 +56,21 @@ def test_requests_are_answered_in_order(adapter, capsys):
                 request(2, "third", until=[".END"]), request(3, "no picture", until=".END")]
     answers = adapter.generate_until(requests)
     assert answers == ["1\nfirst.END more", "", "1\nthird", "0no picture"]
-    assert adapter.engine.limits == [16, 50]
+    assert adapter.engine.limits == [16, 50]  # a batch of two limits would be read in two
     assert "1 of 4 questions were not answered and count as wrong" in capsys.readouterr().out
     with pytest.raises(NotImplementedError, match="likelihoods are not supported"):
         adapter.loglikelihood(requests)
+
+
+def test_one_question_does_not_cut_the_answers_of_others(adapter):
+    adapter.task_dict = {"task": {"test": [{"image": None}] * 2}}
+    adapter.generate_until([request(0, "short", max_new_tokens=2), request(1, "long")])
+    assert adapter.engine.limits == [2, 50]
+
+
+def test_blank_lines_are_no_end():
+    assert cut_at("a\n\nb", ["\n\n"]) == "a\n\nb"
+    assert cut_at("a\n\nb.END", ["\n\n", ".END"]) == "a\n\nb"
 
 
 CHARTQA = """

@@ -7,6 +7,7 @@ python -m pytest tests/test_metrics.py
 
 import json
 
+import numpy as np
 import pytest
 
 from nanochat import metrics
@@ -77,6 +78,8 @@ def test_chinese_by_character():
                        "precision_official": 0.5, "recall": 0.5}
     # without Chinese they are words all the same
     assert word_sets("two words", "two more", by_character=True)["f1"] == 0.5
+    # ... and one Chinese character does not make letters of the others
+    assert word_sets("silent 天", "listen", by_character=True)["f1"] == 0
 
 
 def test_chinese_by_jieba():
@@ -137,6 +140,16 @@ def test_relaxed_accuracy(pred, truth, expected):
     assert relaxed_accuracy(pred, truth) is expected
 
 
+@pytest.mark.parametrize("n", [2, 4, 6, 8, 25])
+def test_intervals_of_few_values_are_wide_enough(n):
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        low, high = bootstrap_ci(rng.normal(size=n), n=200, limits=(-99, 99))
+        covered += low < 0 < high
+    assert covered / 400 > (0.8 if n == 2 else 0.9)  # the bootstrap alone: 0.5, 0.81, ... of them
+
+
 def test_bootstrap():
     values = [i / 99 for i in range(100)]
     low, high = bootstrap_ci(values)
@@ -144,7 +157,8 @@ def test_bootstrap():
     assert (low, high) != bootstrap_ci(values, seed=1)
     # the mean's standard error is 0.0290 (sd 0.2901 / 10), so the interval is about 0.5 +- 0.057
     assert low == pytest.approx(0.443, abs=0.012) and high == pytest.approx(0.557, abs=0.012)
-    assert bootstrap_ci([0.7]) == (0.7, 0.7)
+    # of one value nothing can be said but what it can be at all
+    assert bootstrap_ci([0.7]) == (0, 1) and bootstrap_ci([0.7], limits=(-1, 1)) == (-1, 1)
     with pytest.raises(ValueError, match="0 values"):
         bootstrap_ci([])
 

@@ -239,6 +239,10 @@ def test_training_text_has_no_held_out_word():
     task = SynthDoc("train", 3000)
     for i in range(3000):
         assert held_out.isdisjoint(letters(task.truth(i)))
+    for flags in ({"chars": (31, 41)}, {"primer": [(8, 4), (16, 8)], "chars": (128, 512)}):
+        primer = SynthDoc("train", 1000, ramp=12800, **flags)  # cut where the grid is full
+        for i in range(1000):
+            assert held_out.isdisjoint(letters(primer.truth(i)))
     for conversation in SynthChat("train", 1000):
         for message in conversation["messages"]:
             assert held_out.isdisjoint(letters(message["content"]))

@@ -5,12 +5,14 @@ face, the paper and the light, and also for slightly turned pages and two column
 
 python -m pytest tests/test_windows.py
 """
+import re
 import textwrap
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from nanochat import lines
 from nanochat.lines import find_lines, ink_of, split_rows
 from nanochat.windows import MARGIN, Known, join, split
 from tasks.fonts import font_folder, line_height, text_width
@@ -341,6 +343,63 @@ def test_words_beside_a_table_without_rules_stay_whole():
     prose = [piece for window in windows for row in window.rows for piece in row.pieces
              if piece.box.top < 70]
     assert len(prose) == len(words)
+
+
+SOFT = ("The administration of international communication required unmistakable commitment, and "
+        "representatives misunderstood recommendations.")
+
+
+@pytest.mark.parametrize("face", ["cmr10.ttf", "STIXGeneralBol.ttf"])
+def test_soft_print_is_no_rule(face):
+    """The letters of a word that is out of focus meet at their feet. Rules below it are found."""
+    font = ImageFont.truetype(f"{font_folder()}/{face}", 14)
+    page = Image.new("L", (560, 150), 255)
+    draw = ImageDraw.Draw(page)
+    for k, row in enumerate(textwrap.wrap(SOFT, 50)):
+        draw.text((10, 8 + 21 * k), row, 0, font)
+    for y, width in ((126, 1), (140, 2)):
+        draw.line((10, y, 500, y), 0, width)
+    soft = page.filter(ImageFilter.GaussianBlur(1.3))
+    levels, noisy = lines.ink_levels(np.asarray(soft, dtype=np.float32))
+    printed = lines.solid(levels, noisy)
+    rules = lines.rules_of(levels, printed, lines.rough_print(printed))
+    text = printed[:118]
+    assert (text & rules[:118]).sum() < 0.05 * text.sum()
+    assert rules[122:131].any() and rules[136:].any()
+
+
+def test_the_stems_of_a_heading_are_no_rules():
+    page = Image.new("L", (800, 330), 255)
+    draw = ImageDraw.Draw(page)
+    draw.text((20, 10), "The Hill", 0, ImageFont.load_default(125))
+    for k in range(5):
+        draw.text((20, 200 + k * 22), SOFT[:70], 0, ImageFont.load_default(14))
+    levels, noisy = lines.ink_levels(np.asarray(page, dtype=np.float32))
+    printed = lines.solid(levels, noisy)
+    kept = lines.ink_of(page).printed[:190]
+    assert kept.sum() > 0.95 * printed[:190].sum()
+
+
+@pytest.mark.parametrize("px", [14, 20, 40])
+def test_a_line_cropped_to_its_ink_is_found(px):
+    font = ImageFont.truetype(f"{font_folder()}/DejaVuSans-Bold.ttf", px)
+    left, top, right, bottom = font.getbbox("A bold line, cropped")
+    crop = Image.new("L", (right - left, bottom - top), 255)
+    ImageDraw.Draw(crop).text((-left, -top), "A bold line, cropped", 0, font)
+    windows, notes = split(crop, KNOWN)
+    assert len(windows) == 1 and not notes
+
+
+def test_text_beside_a_photo_is_read():
+    page = Image.new("L", (900, 300), 255)
+    page.paste(Image.effect_noise((300, 260), 90), (20, 20))
+    draw = ImageDraw.Draw(page)
+    rows = textwrap.wrap(f"{SOFT} {SOFT}", 45)[:8]
+    for k, row in enumerate(rows):
+        draw.text((360, 25 + k * 30), row, 0, ImageFont.load_default(18))
+    found, notes = lines.find_lines(lines.ink_of(page))
+    assert len(found) == len(rows) and len(notes) == 1
+    assert re.match(r"a picture of 3\d\dx2\d\d px at \d\d, \d\d is left out", notes[0])
 
 
 def test_a_screen_of_dots_is_left_out():
