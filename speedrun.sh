@@ -200,6 +200,13 @@ full)
     COMMON=(--optimizer adamw --mode 1024px --recompute --too-long clip --bad-data skip
             --workers -1 --eval-every 500 --save-every 1000 --num-iterations 5000)
     RENDERED=(--chars 400-2500 --damage 0.3)
+    if [ -z "${TRIAL:-}" ]; then
+        HUB=${HF_HOME:-$HOME/.cache/huggingface}
+        mkdir -p "$HUB" "$OUT"
+        echo "full keeps about 220 GB of data sets in $HUB, where $(df -Ph "$HUB" | awk 'NR==2 {print $4}') is" \
+            "free, and about 130 GB of checkpoints in $OUT, where $(df -Ph "$OUT" | awk 'NR==2 {print $4}')" \
+            "is free (both estimated)"
+    fi
     # About 10 rows of 3 pages in stages 0 and 1, and 4 rows of 6 in stage 2.
     SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --num-iterations 1000)
     SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 32)

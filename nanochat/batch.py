@@ -12,14 +12,14 @@ IGNORE = -1  # target of a position that is not supervised
 NO_GLYPH = -1  # of a token that prints nothing
 
 # What `collate` counts, in addition to "drawn/<task>". slots: positions, padding included.
-# no_places: pages that know their letters but cannot be asked for places (glyphs_of_tokens).
+# no_places: pages with letter labels that give no targets for the place loss (glyphs_of_tokens).
 COUNTS = ("images", "positions", "slots", "bad", "clipped", "dropped", "no_places")
 
 NO_POINTS = ((), {})  # of an image without labels of a kind
 
 
 class LabelPoints(NamedTuple):
-    """Labelled points on all views of one size in a batch. Sequences of equal length."""
+    """Labeled points on all views of one size in a batch. Sequences of equal length."""
     values: list        # the label of each point
     view: np.ndarray    # index into Batch.views[side]
     row: np.ndarray     # float token coordinates, as in image_modes.TokenPoints
@@ -49,7 +49,7 @@ class Batch:
     labels: list = field(default_factory=list)
     image_at: list = field(default_factory=list)  # each image's first position, as index into B * T
     # {image: (where a character of its text is about to be written, as indices into B * T,
-    #          which of its labelled glyphs that is)}, int64 arrays of equal length
+    #          which of its labeled glyphs that is)}, int64 arrays of equal length
     said: dict = field(default_factory=dict)
     memo: dict = field(default_factory=dict)  # what a head has worked out from the labels, to keep
     # (n,) int64: where targets are not IGNORE, as indices into B * T
@@ -67,7 +67,7 @@ class Batch:
     def supervised(self):
         return len(self.supervised_at)
 
-    def labelled_views(self, kind):
+    def labeled_views(self, kind):
         """
         {side in px: indices into Batch.views[side]} of the views of all images with labels of that
         kind. An image whose list of labels is empty is one of them: it is known to show nothing.
@@ -163,7 +163,7 @@ def derangement(plans, owners):
     for plan, group in groups.items():
         images_of = Counter(owners[i] for i in group)
         shift = max(images_of.values())
-        if len(group) < 2 * shift:  # going around the end, some would come home again
+        if len(group) < 2 * shift:  # wrapping around, some would get their own conversation
             raise ValueError(
                 f"deranging needs each shape of image in two conversations or more; of "
                 f"{plan.mode.name} with {plan.cols}x{plan.rows} tiles there are {len(group)}, "

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat import common
-from nanochat.common import barrier, dist_info, write_json
+from nanochat.common import barrier, dist_info, is_master, write_json
 from nanochat.config import GPTConfig, ModelConfig, SAMConfig
 from nanochat.model import DeepseekOCR
 from nanochat.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -90,7 +90,7 @@ def sha256_of(path):
 
 
 def flush(path):
-    """Forces a file or folder to disk: a power cut may else keep a rename and lose the data."""
+    """Forces a file or folder to disk; else a power cut may keep a rename and lose the data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -144,7 +144,7 @@ def seal(folder):
 
 
 def discard(folder):
-    """Deletes a folder. If killed meanwhile, it leaves a leftover, not an incomplete checkpoint."""
+    """Deletes a folder. A kill in between leaves a .old folder, not an incomplete checkpoint."""
     condemned = folder + ".old"
     shutil.rmtree(condemned, ignore_errors=True)
     os.rename(folder, condemned)
@@ -177,7 +177,7 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizer, meta):
     Muon the same updates.
     """
     final = checkpoint_dir(run_dir, step)
-    if dist_info()[0] == 0:
+    if is_master():
         weights = contiguous(model.state_dict())
         state = contiguous(optimizer.state_tensors())
         # Room is made before it is measured: a killed run's leftovers may be all that is missing.
@@ -187,7 +187,7 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizer, meta):
             write_model(folder, weights, model.cfg, dict(meta, step=step))
             write_tensors(folder, OPTIMIZER, state)
             tokenizer.save(folder)
-    barrier()  # no rank goes on to a step that a kill could not come back from
+    barrier()  # no rank starts the next step before this one is on disk
     return final
 
 
@@ -199,7 +199,7 @@ def save_encoder(run_dir, step, model, meta):
     writes this encoder again.
     """
     final = checkpoint_dir(run_dir, step, "deepencoder")
-    if dist_info()[0] == 0:
+    if is_master():
         weights = contiguous(model.encoder.state_dict())
         clear_leftovers(run_dir)
         need_disk_space(run_dir, size_of(weights))
@@ -464,8 +464,6 @@ def load_model(path, device, kind=DeepseekOCR, needed=()):
     # Nothing is allocated before config, tokenizer and weights are known to belong together.
     model = kind(cfg)
     load_weights(model, tensors, path)
-    model.tokenizer = tokenizer
-    model.meta = meta
     return model.to(device).eval(), tokenizer, meta
 
 

@@ -35,6 +35,11 @@ def is_master():
     return dist_info()[0] == 0
 
 
+def get_world_size():
+    """Number of ranks; 1 without torchrun."""
+    return dist_info()[2]
+
+
 def barrier():
     """Waits until every rank has arrived here."""
     if dist.is_initialized():
@@ -43,8 +48,8 @@ def barrier():
 
 def all_reduce(value, op=dist.ReduceOp.SUM):
     """
-    A Python number, or a list of them, reduced over ranks, as float(s). Numbers of the host stay
-    on the host: the GPU is neither used nor waited for.
+    A Python number, or a list of them, reduced over ranks, as float(s). This runs on the host:
+    no GPU sync.
     """
     if not dist.is_initialized():
         return [float(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
@@ -144,6 +149,11 @@ def choose_dtype(device, name="auto"):
     return torch.float32
 
 
+def dtype_name(dtype):
+    """"bfloat16" of torch.bfloat16, as --dtype takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_compile(device, name="auto"):
     """
     Whether to torch.compile. auto: on CUDA where a compiler is found and works, and never on a
@@ -179,7 +189,7 @@ def why_not_compile(device):
 
 
 def synchronize(device):
-    """Waits until the device has finished what it was given; a CPU always has."""
+    """Waits until the device has finished its queued work; a CPU has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -187,9 +197,9 @@ def synchronize(device):
 
 
 def to_device(tensor, device):
-    """A small tensor on the device; a GPU is not waited for."""
+    """A small tensor on the device. No GPU sync."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # copies from other memory of the host may wait
+        tensor = tensor.pin_memory()  # copies from pageable memory block
     return tensor.to(device, non_blocking=True)
 
 
@@ -242,7 +252,7 @@ OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 def run_main(main):
     """
     Entry point of a script. An expected error ends in one clear line and exit status 1, Ctrl-C in
-    one line and status 130; neither prints a traceback through our own frames.
+    one line and status 130; neither shows a traceback.
     """
     # A file name, or a text that a model reads, may have characters that the terminal lacks.
     if hasattr(sys.stdout, "reconfigure"):
@@ -262,36 +272,10 @@ def run_main(main):
             sys.exit(141)  # 128 + SIGPIPE, as shells have it
         print(f"error: {error}", file=sys.stderr, flush=True)  # another pipe: a worker's, W&B's
         sys.exit(1)
-    except (ValueError, OSError) as error:
-        if os.environ.get("NANOCHAT_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("NANOCHAT_TRACEBACK") or not is_expected(error):
             raise
-        advice = ""
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            advice = ("; make room: training then goes on with --resume, vision_eval with the same "
-                      "command")
-        print(f"error: {error}{advice}\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
-              file=sys.stderr, flush=True)
-        sys.exit(1)
-    except ImportError as error:
-        # Packages that only some features need are imported where they are used.
-        package = (error.name or "").split(".")[0]
-        if os.environ.get("NANOCHAT_TRACEBACK") or package in ("nanochat", "scripts", "tasks"):
-            raise
-        advice = str(error)
-        if package:
-            advice = f"this needs the package {package}: {sys.executable} -m pip install {package}"
-        print(f"error: {advice}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU, and on MPS, torch raises a RuntimeError that only its text tells from others.
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if os.environ.get("NANOCHAT_TRACEBACK") or not (known or OUT_OF_MEMORY.search(str(error))):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"error: out of memory ({reason}): halve the batch (--device-batch-size, or "
-              f"--batch-size), or train with --recompute; training goes on with --resume, its "
-              f"steps have the same samples\n(set NANOCHAT_TRACEBACK=1 for the traceback)",
-              file=sys.stderr, flush=True)
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved is kept: training goes on with --resume, vision_eval "
@@ -299,16 +283,56 @@ def run_main(main):
         sys.exit(130)  # 128 + SIGINT, as shells have it
 
 
+def missing_package(error):
+    """The package that an ImportError is about; "" if it names none."""
+    return (error.name or "").split(".")[0]
+
+
+def out_of_memory(error):
+    """Whether memory ran out; on a CPU, and on MPS, only the text of torch's RuntimeError tells."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def is_expected(error):
+    """Whether an error is one that a user can do something about. All others are bugs of ours."""
+    if isinstance(error, ImportError):
+        return missing_package(error) not in ("nanochat", "scripts", "tasks")
+    return isinstance(error, (ValueError, OSError)) or out_of_memory(error)
+
+
+def explain(error):
+    """The text of an expected error: what is wrong, and what to do about it."""
+    text = str(error)
+    if isinstance(error, ImportError):
+        # Packages that only some features need are imported where they are used.
+        package = missing_package(error)
+        if not package:
+            return text
+        return f"this needs the package {package}: {sys.executable} -m pip install {package}"
+
+    if out_of_memory(error):
+        reason = (text or type(error).__name__).splitlines()[0]
+        text = (f"out of memory ({reason}): halve the batch (--device-batch-size, or "
+                f"--batch-size), or train with --recompute; training goes on with --resume, its "
+                f"steps have the same samples")
+    elif getattr(error, "errno", None) == errno.ENOSPC:
+        text += ("; make room: training then goes on with --resume, vision_eval with the same "
+                 "command")
+    return f"{text}\n(set NANOCHAT_TRACEBACK=1 for the traceback)"
+
+
 # -----------------------------------------------------------------------------
 # Command lines
 
 
 LARGEST_FLOAT = 3e38  # more is infinite in fp32
-LARGEST_NUMBER = 10 ** 9  # that a flag takes, where nothing sets another limit
+LARGEST_NUMBER = 10 ** 9  # limit of a flag that sets none of its own
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows true defaults, and none that is empty: what that means is in the flag's help text."""
+    """Shows all defaults but empty ones: what empty means is in the flag's help text."""
     def _get_help_string(self, action):
         if hasattr(action, "inherited_from"):
             return f"{action.help} (default: {action.inherited_from}'s)"
@@ -338,17 +362,17 @@ class ArgumentParser(argparse.ArgumentParser):
         values = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
         return {name for name in names if getattr(values, name) is not absent}
 
-    def inherits(self, names, source):
-        """Has --help say that the defaults of these arguments are those of `source`."""
+    def show_inherited(self, names, source):
+        """Makes --help say that these arguments default to those of `source`; see `inherit`."""
         for action in self._actions:
             if action.dest in names:
                 action.inherited_from = source
 
     def inherit(self, argv, theirs, where):
         """
-        -> args, in which those that are not given have the values of `theirs`, {name: value} from
-        a file `where`. Says what is inherited and what is not. ValueError for a value of a type
-        that the argument never has.
+        -> args, where flags that are not on the command line have the values of `theirs`,
+        {name: value} from the file `where`. Prints what is inherited and what is overridden.
+        ValueError for a value of the wrong type.
         """
         args = self.parse_args(argv)
         given = self.given(argv)
@@ -441,8 +465,8 @@ def read_record(path, keys=()):
 
 def read_json_lines(path):
     """
-    -> (objects of a JSON-lines file, number of damaged lines). A last line without its end is what
-    a kill leaves; it is left out and does not count.
+    -> (objects of a JSON-lines file, number of damaged lines). A last line without a newline is
+    what a killed run leaves; it is skipped and not counted.
     """
     records = []
     damaged = 0
@@ -510,7 +534,7 @@ class DummyWandb:
 
 
 def check_wandb(run):
-    """ValueError if a W&B run is asked for and wandb is not installed. For before the work."""
+    """ValueError if --run names a W&B run but wandb is not installed. Call it before the work."""
     if run == "dummy" or "wandb" in sys.modules:
         return
     if importlib.util.find_spec("wandb") is None:

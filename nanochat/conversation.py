@@ -12,7 +12,7 @@ is images[n]. An optional system message comes first, then user and assistant ta
 text-only conversation has images=[].
 
 Labels say what is where on an image, for auxiliary losses. (x, y) is in px of the upright image as
-the task gives it. Kind "glyphs": value is one printed character, (x, y) the centre of its ink.
+the task gives it. Kind "glyphs": value is one printed character, (x, y) the center of its ink.
 """
 import io
 import os
@@ -74,8 +74,8 @@ class Task:
 
     def fingerprint(self):
         """
-        What tells whether the samples are those of another time, as a short text; None for samples
-        that depend on the task's arguments alone.
+        A short text that changes when the samples change; None for samples that depend on the
+        task's arguments alone.
         """
         return None
 
@@ -91,6 +91,11 @@ def ocr_conversation(image, text, id, prompt=OCR_PROMPT, **extra):
     user = [{"type": "image"}, {"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": text}]
     return {"messages": messages, "images": [image], "id": id, **extra}
+
+
+def truth_of(conversation):
+    """What the assistant should have said last: the text that an evaluation compares with."""
+    return conversation["messages"][-1]["content"]
 
 
 # -----------------------------------------------------------------------------

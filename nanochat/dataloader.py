@@ -47,10 +47,9 @@ class Sampler:
             raise ValueError(f"--pack={pack}: a packed row must hold the longest sample, "
                              f"--max-seq-len={max_tokens} positions")
         self.modes = mode if isinstance(mode, list) else [mode]
-        for mode in self.modes:
+        for each_mode in self.modes:
             # A layout that does not fit raises here; later it would pass for bad data.
-            plan(mode, 1, 1, layout)
-        self.task = task
+            plan(each_mode, 1, 1, layout)
         self.tokenizer = tokenizer
         self.layout = layout
         self.max_tokens = max_tokens
@@ -60,23 +59,21 @@ class Sampler:
         self.pack = pack
         self.multiple = multiple
         self.labels = tuple(labels)
-        # One way for all: a task alone is a mixture of one.
-        if not isinstance(task, Mixture):
-            task = Mixture([(task, 1)])
-        self.mixture = task
+        # One path for all tasks: a single one is a mixture of one.
+        self.mixture = task if isinstance(task, Mixture) else Mixture([(task, 1)])
         # Names of all counts that a batch may have: what ranks add up must have equal names.
         self.counters = list(COUNTS)
         for name in self.mixture.names:
             self.counters.append(f"drawn/{name}")
 
     def __len__(self):
-        return len(self.task)
+        return len(self.mixture)
 
     def __getitem__(self, i):
         t, row = self.mixture.place(i)
         task = self.mixture.tasks[t]
         where = f"{self.mixture.names[t]} row {row}"
-        # Not read here: what goes wrong while a row is read is the business of `sample`.
+        # The row is not read here: `sample` deals with whatever goes wrong while reading it.
         return self.sample(i, t, where, partial(task.__getitem__, row))
 
     def sample(self, i, t, where, get):
@@ -298,8 +295,8 @@ PREFETCH = 2  # batches each worker is ahead, so that one slow page does not sto
 
 def loader_workers(asked):
     """
-    Data loader processes of this rank. -1: its share of the cores that this process may use, but
-    two, which training itself takes, and MAX_WORKERS at most.
+    Data loader processes of this rank. -1: its share of the cores that this process may use, minus
+    two for training itself, at most MAX_WORKERS.
     """
     if asked >= 0:
         return asked
@@ -316,13 +313,14 @@ def loader_workers(asked):
 
 def batch_bytes(sampler, size):
     """Roughly what a batch takes in memory if every sample has one large page."""
-    pixels = 0
+    largest = 0  # bytes of a sample's pixels
     for mode in sampler.modes:
-        side = 2 * mode.size  # large enough for a tiled mode to cut tiles
-        views = plan(mode, side, side, sampler.layout).views
-        pixels = max(pixels, sum(n * 3 * side ** 2 for side, n in views.items()))
-    numbers = 3 * 8 * sampler.max_tokens  # ids, targets and positions
-    return size * (pixels + numbers)
+        page_side = 2 * mode.size  # px, large enough for a tiled mode to cut tiles
+        views = plan(mode, page_side, page_side, sampler.layout).views
+        pixels = sum(3 * side ** 2 * n for side, n in views.items())
+        largest = max(largest, pixels)
+    numbers = 3 * 8 * sampler.max_tokens  # ids, targets and positions, int64 each
+    return size * (largest + numbers)
 
 
 def check_shared_memory(sampler, size, workers, free=None):
@@ -368,7 +366,7 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
                                 max(1, workers), states)
         # batch_size=None: the data set makes whole batches itself.
         batches = torch.utils.data.DataLoader(dataset, batch_size=None, **common)
-        return filter(None, raising(iter(batches)))  # without the turns that were before the start
+        return filter(None, raising(iter(batches)))  # drops the None of turns before `start`
 
     # Fail now, and not in a worker after hours.
     needed = stop * world * size

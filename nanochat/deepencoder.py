@@ -275,8 +275,8 @@ class Standardize(nn.Module):
     Zero mean and unit variance over the batch, without affine parameters: per channel, or per
     channel and position. Otherwise what all pages share (paper, layout) dominates the features,
     the part that tells pages apart is drowned, and the decoder falls back on its language prior
-    (FINDINGS.md, "standardisation"). A remedy for runs without rendered pages, whose letters can
-    be asked for instead. Kind "none", as published, is the identity and holds no state.
+    (FINDINGS.md, "standardization"). A remedy for runs without rendered pages; with them, the local
+    loss prevents this. Kind "none", as published, is the identity and holds no state.
 
     In training, a micro-batch is standardized by its own statistics, on its own rank. Batches of
     fewer than 8 images, evaluation and a frozen module use running statistics. Those lag behind
@@ -363,11 +363,15 @@ class Standardize(nn.Module):
         var = (x - mean).square().mean(self.batch_dims, keepdim=True)
         return mean[0], var[0]
 
+    def suffix_of(self, grid):
+        """Suffix of the buffers that pages of this grid update, or None where none are kept."""
+        if self.kind == "channel":
+            return self.grids.get(grid, "")  # a mean per channel fits every grid
+        return self.grids.get(grid)
+
     def kept(self, grid):
         """The running (mean, var) that pages of this grid update, or None where none are kept."""
-        suffix = self.grids.get(grid)
-        if suffix is None and self.kind == "channel":
-            suffix = ""  # a mean per channel fits every grid
+        suffix = self.suffix_of(grid)
         if suffix is None:
             return None
         mean = getattr(self, f"mean{suffix}")
@@ -376,9 +380,8 @@ class Standardize(nn.Module):
 
     def tables(self, grid):
         """The (mean, var) by which pages of this grid are standardized outside training."""
-        kept = self.kept(grid)
-        if kept is not None and kept[1] is self.var:
-            return kept
+        if self.suffix_of(grid) == "":  # the first grid's own
+            return self.mean, self.var
 
         # What to use where this grid was never trained on
         mean = self.mean
@@ -387,6 +390,7 @@ class Standardize(nn.Module):
             size = (grid, grid)
             mean = F.interpolate(mean[None], size=size, mode="bilinear", align_corners=False)[0]
             var = F.interpolate(var[None], size=size, mode="bilinear", align_corners=False)[0]
+        kept = self.kept(grid)
         if kept is None:
             return mean, var
         own_mean, own_var = kept
@@ -486,7 +490,7 @@ class DeepEncoder(nn.Module):
     Pixels (B, 3, S, S) in [-1, 1], S a multiple of the token stride -> features (B, n, C).
     On a grid n is h * w, and the channels are [second stage, compressor].
 
-    `taps`, a dict, collects what the gauges of collapse look at: "sam", "compressor" (before
+    `taps`, a dict, collects what the collapse metrics look at: "sam", "compressor" (before
     standardization), and the second stage under its kind, e.g. "clip".
     """
     def __init__(self, cfg):
@@ -512,7 +516,7 @@ class DeepEncoder(nn.Module):
 
     def adopt_grids(self, tensors):
         """Makes room for the statistics that a checkpoint's tensors {name: tensor} have."""
-        self.standardize.adopt_grids(below("standardize.", tensors))
+        self.standardize.adopt_grids(tensors_under("standardize.", tensors))
 
     def init_weights(self):
         self.sam_model.init_weights()
@@ -546,7 +550,7 @@ class DeepEncoder(nn.Module):
         return torch.cat([y, tokens], -1)
 
 
-def below(prefix, tensors):
+def tensors_under(prefix, tensors):
     """Of tensors {name: tensor}, those of the module at `prefix`, named as that module does."""
     found = {}
     for name, tensor in tensors.items():

@@ -20,7 +20,7 @@ import torch
 from PIL import ImageOps
 
 from nanochat.batch import Sample, collate
-from nanochat.gpt import KVCache
+from nanochat.gpt import ROOM, KVCache
 from nanochat.image_modes import plan, preprocess
 from nanochat.metrics import repetition
 from nanochat.tokenizer import SPECIAL_TOKENS
@@ -214,9 +214,9 @@ class LiveRows:
         self.rows = [Row(number) for number in range(len(lengths))]
         # Prompts differ in length: what a row generates overwrites the padding of its own prompt.
         self.position = torch.tensor(lengths, device=device)
-        room = {"room": GRAPH_ROOM, "doubling": True} if graphs else {}
         positions = self.longest + max_new_tokens
-        self.cache = KVCache(model.gpt.cfg, len(lengths), positions, device, model.dtype, **room)
+        self.cache = KVCache(model.gpt.cfg, len(lengths), positions, device, model.dtype,
+                             room=GRAPH_ROOM if graphs else ROOM, doubling=graphs)
 
     def prefill(self, batch):
         """The prompts go through the decoder, and every row gets its first token."""
@@ -326,7 +326,7 @@ class Engine:
     # --- prompts
 
     def parts(self, conversation):
-        """The conversations that are generated for this one: itself, unless a subclass splits it"""
+        """The conversations generated for this one: itself, or what a subclass splits it into."""
         return [conversation]
 
     def plans(self, conversation):
@@ -426,8 +426,8 @@ class Engine:
         Yields for each step [(number of the conversation, new token, log-probability in nats), ...]
         of the rows that have not finished. Arguments as for `generate`.
 
-        Rows do not influence each other. Only when sampling do they share one random generator, so
-        that what a row draws depends on its company.
+        Rows do not influence each other, except when sampling: they share one random generator, so
+        what a row draws depends on the rest of its batch.
         """
         if self.model.training:
             raise ValueError("the model is in training mode: call model.eval() first")

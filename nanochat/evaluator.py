@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from nanochat.batch import collate
 from nanochat.common import all_reduce, dist_info, print0
+from nanochat.conversation import truth_of
 from nanochat.dataloader import Sampler
 from nanochat.engine import Engine
 from nanochat.heads import LABELS
@@ -20,7 +21,7 @@ from nanochat.metrics import one_minus_ned
 from nanochat.mixture import task_name
 from nanochat.place_loss import place_accuracy
 
-READ_PAGES = 16  # pages that are read aloud, and whose features are compared
+READ_PAGES = 16  # pages whose predictions are shown and whose features are compared
 BATCH_PAGES = 32
 
 
@@ -154,7 +155,7 @@ def page_cosine(features):
 def cosines(model, pixels):
     """
     {depth: page_cosine there} for (N, 3, S, S) uint8 pages, from SAM to the projector. The
-    compressor's output is taken before standardisation, which would hide a collapse.
+    compressor's output is taken before standardization, which would hide a collapse.
     """
     taps = {}
     model.project(pixels, taps)
@@ -214,7 +215,3 @@ def read_pages(engine, conversations, margin=16):
             score = one_minus_ned(result.text, truth_of(conversation))
             rows.append((conversation, result.text, score))
     return rows
-
-
-def truth_of(conversation):
-    return conversation["messages"][-1]["content"]

@@ -16,6 +16,7 @@ SOFTCAP = 15.0  # logits stay within +-15
 # nanochat's 65,536 tokens and <|image|> make rows of logits that are not aligned in memory, for
 # which cuBLAS has slow kernels only.
 HEAD_ROWS = 64
+ROOM = 64  # positions by which a KV cache grows
 DOUBLING_BYTES = 1 << 28  # 0.1 ms to read at 3 TB/s; capturing a CUDA graph again takes over 10 ms
 
 
@@ -35,7 +36,7 @@ def rotary_tables(length, head_dim, base=10000.0):
 
 def rotate(x, cos, sin):
     """(B, T, H, D) turned by its position, in fp32. cos, sin: (B or 1, T, 1, D / 2) fp32."""
-    a, b = x.float().chunk(2, -1)  # halves, not neighbours, are pairs: (B, T, H, D / 2)
+    a, b = x.float().chunk(2, -1)  # halves, not neighbors, are pairs: (B, T, H, D / 2)
     turned_a = a * cos + b * sin
     turned_b = b * cos - a * sin
     return torch.cat([turned_a, turned_b], -1)
@@ -53,7 +54,7 @@ class KVCache:
     doubling: a cache of up to DOUBLING_BYTES grows to twice its size, since growing costs more
     there than reading positions that nothing has been written to.
     """
-    def __init__(self, cfg, rows, length, device, dtype, room=64, doubling=False):
+    def __init__(self, cfg, rows, length, device, dtype, room=ROOM, doubling=False):
         if length > cfg.sequence_len:
             raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; "
                              f"shorten prompt or max_new_tokens")
@@ -244,13 +245,17 @@ class GPT(nn.Module):
             x = packing.flatten(x)  # (1, B * T, C)
             cos = packing.flatten(cos.expand(B, -1, -1, -1))
             sin = packing.flatten(sin.expand(B, -1, -1, -1))
+        varies = 1 if packing else 0  # of x: positions of packed rows, else rows
+
+        def through(blocks, x):
+            return run_blocks(blocks, x, cos, sin, mask, cache, positions, packing,
+                              recompute=self.recompute, varies=varies)
+
         *blocks, last_block = self.transformer.h
-        arguments = (cos, sin, mask, cache, positions, packing)
-        settings = {"recompute": self.recompute, "varies": 1 if packing else 0}
-        x = run_blocks(blocks, x, *arguments, **settings)
+        x = through(blocks, x)
         if taps is not None:
             taps["before_last_block"] = x.view(B, T, -1)
-        x = run_blocks([last_block], x, *arguments, **settings)
+        x = through([last_block], x)
         return norm(x).view(B, T, -1)
 
     def head_weight(self, dtype):
@@ -266,7 +271,7 @@ class GPT(nn.Module):
 
     def logits(self, x, head_weight=None):
         """
-        (..., C) -> (..., vocab) in fp32. head_weight: of `head_weight`, if it is cast already.
+        (..., C) -> (..., vocab) in fp32. head_weight: as returned by head_weight().
         Without it nothing is padded, since a decoding step is short and the padding is a copy.
         """
         if head_weight is None:

@@ -1,10 +1,9 @@
 """
-What is asked of the model while it trains, beside the text: linear heads that name the letters a
-vision token shows (local_loss.py) and the place of the next character (place_loss.py), on rendered
-pages, which know both.
+Auxiliary losses: linear heads that name the letters a vision token shows (local_loss.py) and the
+place of the next character (place_loss.py). Only rendered pages have the labels for them.
 
-The heads are no part of the model and of what is saved as the model; a run keeps them with the
-state of the optimizer. A head is a module with
+The heads are for training. They are not part of the model and not saved with it; a run keeps them
+with the optimizer state. A head is a module with
     loss_counts(batch)    {name of a loss: how many terms it is summed over}
     losses(taps, batch)   {name of a loss: (sum in nats, how many terms)}
 """

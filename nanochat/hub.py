@@ -15,8 +15,8 @@ from functools import lru_cache
 
 PROBE_SECONDS = 5
 ANSWER_SECONDS = 20  # for a small answer about a repository
-FIRST_WORD = 10      # seconds after which it is said what is waited for,
-NEXT_WORD = 60       # and said again
+FIRST_WORD = 10      # seconds before the first "still waiting" message,
+NEXT_WORD = 60       # and between later ones
 
 # -----------------------------------------------------------------------------
 # Is it there, and what went wrong
@@ -108,10 +108,12 @@ def asked(what, call, *args, **kwargs):
         advice = "Give a local path, or try again with a network"
         raise ConnectionError(f"{what}: {reason}. {advice}") from error
     except HfHubHTTPError as error:
-        hint = ""
-        if error.response is not None and error.response.status_code in (401, 403):
-            hint = " (private or gated: set HF_TOKEN)"
         first_line = str(error).splitlines()[0]
+        status = 404 if error.response is None else error.response.status_code
+        if status == 429 or status >= 500:
+            raise ConnectionError(f"{what}: the hub is busy or broken ({first_line}). Try again "
+                                  f"later") from error
+        hint = " (private or gated: set HF_TOKEN)" if status in (401, 403) else ""
         raise FileNotFoundError(f"{what}: not on the hub{hint}: {first_line}") from error
     except Exception as error:
         # The clients let the errors of their transport through, from whichever library it is.

@@ -259,22 +259,22 @@ def on_global_view(plan, box, across, down):
     row = (top + down * height) * tokens_per_px
     index = np.arange(len(row))
     view = np.zeros_like(index)  # there is one
-    return TokenPoints(index, view, below(row, plan.side), below(column, plan.side))
+    return TokenPoints(index, view, kept_below(row, plan.side), kept_below(column, plan.side))
 
 
 def on_tiles(plan, across, down):
     # First in tiles, of which the page has cols x rows, then in tokens within the tile.
-    x = below(across * plan.cols, plan.cols)
-    y = below(down * plan.rows, plan.rows)
+    x = kept_below(across * plan.cols, plan.cols)
+    y = kept_below(down * plan.rows, plan.rows)
     tile_col = np.floor(x)
     tile_row = np.floor(y)
-    column = below((x - tile_col) * plan.tile_side, plan.tile_side)
-    row = below((y - tile_row) * plan.tile_side, plan.tile_side)
+    column = kept_below((x - tile_col) * plan.tile_side, plan.tile_side)
+    row = kept_below((y - tile_row) * plan.tile_side, plan.tile_side)
     view = tile_row * plan.cols + tile_col  # tiles are stacked row by row
     return TokenPoints(np.arange(len(row)), view.astype(np.int64), row, column)
 
 
-def below(coordinates, n):
+def kept_below(coordinates, n):
     """Coordinates kept under n: the page's last edge, and rounding, belong to the last token."""
     return np.minimum(coordinates, np.nextafter(n, 0))
 

@@ -86,18 +86,20 @@ def attention(q, k, v, scale=None, mask=None, causal=False, cudnn=False):
 
 
 @lru_cache(None)
-@torch.inference_mode(False)  # whoever asks first, a gradient is needed
+@torch.inference_mode(False)  # the trial runs backward, even when called during inference
 @torch.enable_grad()
 def cudnn_pays(device, dtype, positions, width, value_width):
     """
     Whether cuDNN's kernel beats `attention` for queries and keys of `width` channels and narrower
-    values: it takes them as they are, where flash attention's want padding to `width`. Both are
-    timed once per size, forward and backward. Only for shapes that seldom change: cuDNN makes a
-    plan for every new one. NANOCHAT_CUDNN=0 in the environment answers no.
+    values: cuDNN takes those as they are, flash attention pads them to `width`. Both are timed
+    once per size, forward and backward. Only for shapes that seldom change: cuDNN makes a plan
+    for every new one. NANOCHAT_CUDNN=0 in the environment turns it off.
     """
     if os.environ.get("NANOCHAT_CUDNN") == "0":
         return False
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if positions % 128 == 64:  # where its backward pass may give NaN (NVIDIA/cudnn-frontend #628)
         return False
     shape = (2, 8, positions)  # images and heads enough to fill a GPU
     q = torch.randn(*shape, width, device=device, dtype=dtype, requires_grad=True)
@@ -188,7 +190,7 @@ except ImportError:  # torch before 2.10
 
 
 @lru_cache(None)
-@torch.inference_mode(False)  # whoever asks first, a gradient is needed
+@torch.inference_mode(False)  # the trial runs backward, even when called during inference
 @torch.enable_grad()
 def varlen_works(device):
     """
@@ -225,9 +227,8 @@ class Packing:
     The `lengths` of packed rows, in a form that compiled kernels and one attention kernel for all
     samples can use.
 
-    All rows are laid end to end as one row of B * T positions: which row a sample is in means
-    nothing to it. So every batch has one shape of which a single size varies, and torch.compile
-    needs one kernel for all.
+    All rows are laid end to end as one row of B * T positions; attention does not care which row a
+    sample came from. So batches differ in one size only, and torch.compile needs a single kernel.
     """
     def __init__(self, lengths, T, device):
         self.samples = []  # length of each sample in that one row; padding is one more sample
@@ -246,7 +247,7 @@ class Packing:
         torch._dynamo.maybe_mark_dynamic(x, 1)  # the one size that varies between batches
         return x
 
-    # The lists and numbers in here are others in every batch. torch.compile must not see them: it
+    # The lists and numbers in here change with every batch. torch.compile must not see them, or it
     # would compile a graph for each.
     @torch.compiler.disable
     def attention(self, q, k, v):
@@ -283,7 +284,8 @@ def run_blocks(blocks, x, *args, recompute=False, varies=0):
             # One kernel for any number of rows or images. All other sizes are static.
             torch._dynamo.maybe_mark_dynamic(x, varies)
         if recompute:
-            x = checkpoint(block, x, *args, use_reentrant=False)
+            # Nothing in a block is random, so there is no random state to be kept.
+            x = checkpoint(block, x, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x, *args)
     return x

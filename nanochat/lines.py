@@ -373,30 +373,41 @@ def note_picture(box, notes):
                  f"that is no line of print")
 
 
+def alike(empty, other, print_px):
+    """Whether two bands, by the pixel columns empty in each, share a gutter or both have none."""
+    if gutter_in(empty & other, print_px):
+        return True
+    return not gutter_in(empty, print_px) and not gutter_in(other, print_px)
+
+
+def bands_of(part, print_px):
+    """
+    [(top, bottom, which columns of pixels are empty), ...] from top to bottom: rows of print that
+    share a gutter, or have none, taken together. A title across the page ends a band.
+    """
+    bands = []
+    for top, bottom in runs(part.any(1)):
+        empty = ~part[top:bottom].any(0)
+        if bands and alike(bands[-1][2], empty, print_px):
+            top = bands[-1][0]
+            empty = bands[-1][2] & empty
+            bands.pop()
+        bands.append((top, bottom, empty))
+    return bands
+
+
 def columns_of(printed, box, print_px, notes):
     """
     list of Boxes in reading order: columns where a gutter divides the print, or else the lines
-    above and below them. Adds to `notes` where paper goes through lines that no columns are.
+    above and below them. Adds a note where a gap runs through lines that are not columns.
     """
     box = trimmed(printed, box)
     if box is None:
         return []
     part = printed[box.top:box.bottom, box.left:box.right]
 
-    # Rows of print that share a gutter are taken together. A title across the page ends a group.
-    groups = []  # of [top, bottom, which columns of pixels are empty]
-    for top, bottom in runs(part.any(1)):
-        empty = ~part[top:bottom].any(0)
-        if groups:
-            shared = groups[-1][2] & empty
-            had_gutter = gutter_in(groups[-1][2], print_px) is not None
-            if gutter_in(shared, print_px) or not (had_gutter or gutter_in(empty, print_px)):
-                groups[-1] = [groups[-1][0], bottom, shared]
-                continue
-        groups.append([top, bottom, empty])
-
     boxes = []
-    for top, bottom, empty in groups:
+    for top, bottom, empty in bands_of(part, print_px):
         whole = Box(box.left, box.top + top, box.right, box.top + bottom)
         gutter = gutter_in(empty, print_px)
         if gutter and whole.height > 4 * print_px:
@@ -417,7 +428,7 @@ def columns_of(printed, box, print_px, notes):
             if whole.height > 8 * print_px:  # and no chance of two or three lines
                 notes.append(f"rows {whole.top} to {whole.bottom} px have a gap from top to bottom "
                              f"but do not look like columns of prose: they are read across")
-        # Groups that no gutter divides are one column, or a short line would be one of its own.
+        # Bands that no gutter divides are one column, or a short line would be one of its own.
         if boxes and boxes[-1].left == whole.left and boxes[-1].right == whole.right:
             boxes[-1] = boxes[-1]._replace(bottom=whole.bottom)
         else:
@@ -496,19 +507,21 @@ def rows_of_print(printed, column, print_px):
 
     # The dots of a line of "in", an accent or a dash of its own go to the line that is nearer.
     merged = []
+    dot_above = False  # whether the last of `merged` is a dot that belongs to the line below it
     for k, (top, bottom) in enumerate(stretches):
         above = top - merged[-1][1] if merged else math.inf
         below = stretches[k + 1][0] - bottom if k + 1 < len(stretches) else math.inf
         is_dot = bottom - top < DOT * print_px
         joins_above = is_dot and above <= below and above < DOT * print_px
-        joined_by_dot = merged and merged[-1][2]
-        if joins_above or joined_by_dot:
-            merged[-1] = (merged[-1][0], bottom, False)
+        if dot_above or joins_above:
+            merged[-1] = (merged[-1][0], bottom)
+            dot_above = False
         else:
-            merged.append((top, bottom, is_dot and below < above and below < DOT * print_px))
+            merged.append((top, bottom))
+            dot_above = is_dot and below < above and below < DOT * print_px
 
     boxes = []
-    for top, bottom, _ in merged:
+    for top, bottom in merged:
         row = Box(column.left, column.top + top, column.right, column.top + bottom)
         box = trimmed(printed, row)
         if box is not None:

@@ -7,8 +7,8 @@ its ink there, or whether none has. So the encoder is told what it sees. Otherwi
 the decoder alone, which at first gains more from its language prior than from the page: then all
 pages come to look the same (FINDINGS.md).
 
-The head is for training only. It is no part of the model and of what is saved as the model; a run
-keeps it with the state of the optimizer.
+The head is for training only. It is not part of the model and not saved with it; a run keeps it
+with the optimizer state.
 
 Shapes: N views, h tokens along a side of a view, (R, S) rows and columns of cells in a token,
         C channels of the encoder's features.
@@ -29,7 +29,7 @@ from nanochat.model import weight_zero
 # print are empty, and one in three of a dense page: in one mean over all cells they would drown
 # the letters, and by how much would depend on the page.
 INK = "local"          # over cells that hold a character
-EMPTY = "local_empty"  # over cells of labelled pages that hold none
+EMPTY = "local_empty"  # over cells of labeled pages that hold none
 EMPTY_WEIGHT = 0.5     # beside 1 for INK
 
 # A cell is no larger than the smallest letters that can be told apart, so that few share a cell.
@@ -46,7 +46,7 @@ CLASS_OF = {chr(31 + k): k for k in range(1, CLASSES)}  # " " is 1, "~" is 95
 # What is asked
 
 class CellTargets(NamedTuple):
-    """The cells of the labelled views of one size."""
+    """The cells of the labeled views of one size."""
     views: list          # n indices into Batch.views[side]
     classes: np.ndarray  # (n, h * h, R * S) int64: NONE, a character's class, or IGNORE
 
@@ -64,7 +64,7 @@ def cell_targets(batch, stride, cells):
     """
     points = batch.label_points("glyphs")
     targets = {}
-    for side, views in batch.labelled_views("glyphs").items():
+    for side, views in batch.labeled_views("glyphs").items():
         h = side // stride
         rows = h * cells[0]
         columns = h * cells[1]
@@ -126,7 +126,7 @@ class LocalHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def targets(self, batch):
-        """cell_targets of the batch. A step asks twice, and on dense pages that takes its time."""
+        """cell_targets of the batch. A step needs them twice, so they are kept."""
         key = (self.stride, self.cells)
         if key not in batch.memo:
             batch.memo[key] = cell_targets(batch, self.stride, self.cells)

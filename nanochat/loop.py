@@ -1,5 +1,5 @@
 """
-The named steps of a training run: train_step, evaluate, save, log. A stage's script builds the
+The named steps of a training run: train_step, evaluate, account, log. A stage's script builds the
 model, the optimizer and the data in the open and strings these together; it decides when each is
 due, what the learning rate is, and what is printed.
 """
@@ -16,24 +16,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanochat.checkpoint import LARGEST_SIZE
 from nanochat.common import (
-    all_reduce, banner, dist_info, every_or_never, gather, integer, natural, positive, positive_int,
-    print0, real)
+    all_reduce, banner, every_or_never, get_world_size, integer, natural, positive,
+    positive_int, print0, real)
+from nanochat.conversation import truth_of
 from nanochat.heads import WithHeads
 from nanochat.model import forward_flops
+from nanochat.optim import schedule
 
 BLIND_GAP = 0.05  # nats per character: with a smaller gap the page is as good as ignored
 LOST = 1.2  # a loss of so many times log(vocabulary) is worse than knowing nothing at all
-LOST_STEPS = 50  # in a row, before it is said; a bad start or a spike is shorter
+LOST_STEPS = 50  # in a row, before a warning; a bad start or a spike is shorter
 
 # -----------------------------------------------------------------------------
 # Flags that every training script has
 
 
 def add_training_arguments(parser, **defaults):
-    """Adds the flags of a training run. `defaults` are the script's own, by name of the flag."""
-    def flag(name, type=str, default=None, **kwargs):
-        default = defaults.get(name[2:].replace("-", "_"), default)
-        parser.add_argument(name, type=type, default=default, **kwargs)
+    """Adds the flags of a training run; defaults by keyword, as in args."""
+    flag = parser.add_argument
 
     # Logging
     flag("--run", default="dummy", help="W&B run name; dummy = no W&B")
@@ -43,66 +43,73 @@ def add_training_arguments(parser, **defaults):
          help="compute dtype: auto (bfloat16 where the hardware has it), bfloat16, float32")
     flag("--compile", default="auto", choices=["auto", "yes", "no"],
          help="torch.compile; auto: on CUDA where a compiler is found")
-    flag("--seed", natural, 0, help="seed of weights and data")
-    flag("--workers", integer(0, off=-1), 0, help="data loader processes per rank; -1 = this "
-         "rank's share of the cores but two, at most 16")
-    parser.add_argument("--recompute", action="store_true",
-                        help="activation checkpointing: a third more compute, far less memory")
+    flag("--seed", type=natural, default=0, help="seed of weights and data")
+    flag("--workers", type=integer(0, off=-1), default=0,
+         help="data loader processes per rank; -1 = this rank's share of the cores but two, at "
+              "most 16")
+    flag("--recompute", action="store_true",
+         help="activation checkpointing: a third more compute, far less memory")
     # From conversations to rows of tokens
     flag("--mode", default="", help="image mode; several with commas are taken in turn, and "
          "validation uses the first; empty = the preset's first")
-    flag("--max-seq-len", integer(2, LARGEST_SIZE), 256,
+    flag("--max-seq-len", type=integer(2, LARGEST_SIZE), default=256,
          help="decoder positions per sample, image included")
-    flag("--max-images", positive_int, 16, help="images per sample, and per packed row")
-    flag("--pack", natural, 0, help="positions of a row that holds several samples; 0 = one a row")
+    flag("--max-images", type=positive_int, default=16,
+         help="images per sample, and per packed row")
+    flag("--pack", type=natural, default=0,
+         help="positions of a row that holds several samples; 0 = one a row")
     flag("--too-long", default="raise", choices=["raise", "clip", "drop"],
          help="samples over --max-seq-len or --max-images; clip cuts their text")
     flag("--bad-data", default="raise", choices=["raise", "skip"],
          help="samples that cannot be used: stop, or count them and go on")
     # Training horizon
-    flag("--num-iterations", positive_int, help="optimizer steps")
-    flag("--max-minutes", real(above=True, off=-1), -1, help="end the stage after this many "
-         "minutes of steps, with the learning rate at zero by then; -1 = no limit")
-    flag("--device-batch-size", positive_int, 32,
+    flag("--num-iterations", type=positive_int, help="optimizer steps")
+    flag("--max-minutes", type=real(above=True, off=-1), default=-1,
+         help="end the stage after this many minutes of steps, with the learning rate at zero by "
+              "then; -1 = no limit")
+    flag("--device-batch-size", type=positive_int, default=32,
          help="samples per micro-batch and rank; lower it when out of memory")
-    flag("--total-batch-size", every_or_never, -1, help="samples per optimizer step over all "
-         "ranks; -1 = one micro-batch per rank")
+    flag("--total-batch-size", type=every_or_never, default=-1,
+         help="samples per optimizer step over all ranks; -1 = one micro-batch per rank")
     # Optimizer
     flag("--optimizer", default="muon", choices=["muon", "adamw"],
          help="muon: Muon for matrices and convolutions, AdamW for the rest")
-    flag("--lr", positive, 3e-3, help="AdamW's learning rate")
-    flag("--matrix-lr", positive, 0.02, help="Muon's learning rate")
+    flag("--lr", type=positive, default=3e-3, help="AdamW's learning rate")
+    flag("--matrix-lr", type=positive, default=0.02, help="Muon's learning rate")
     flag("--part-lr", default="", help="AdamW's rate for single parts, Muon's follows in "
          "proportion, e.g. sam=5e-5,compressor=1e-3 (parts: sam, compressor, clip, projector, "
          "gpt, embedding, head)")
-    flag("--weight-decay", real(), 0.0, help="AdamW's weight decay")
+    flag("--weight-decay", type=real(), default=0.0, help="AdamW's weight decay")
     flag("--schedule", default="trapezoid", choices=["trapezoid", "cosine", "step"],
          help="learning rate over the run")
-    flag("--warmup-steps", natural, 20, help="steps of linear warm-up")
-    flag("--grad-clip", real(above=True, off=-1), 1.0,
+    flag("--warmup-steps", type=natural, default=20, help="steps of linear warm-up")
+    flag("--grad-clip", type=real(above=True, off=-1), default=1.0,
          help="limit of the global gradient norm; -1 = off")
-    flag("--local-loss", real(off=-1), -1, help="weight of the local reading loss, which asks each "
-         "vision token of a rendered page which letters it shows; 0 = off; -1 = 1 in stage 1 where "
-         "--data has rendered pages, else off")
-    flag("--place-loss", real(off=-1), -1, help="weight of the place loss, which asks the decoder "
-         "before each character where on a rendered page that stands; 0 = off; -1 = 0.3 in both "
-         "stages where --data has rendered pages, else off")
+    flag("--local-loss", type=real(off=-1), default=-1,
+         help="weight of the local reading loss, which asks each vision token of a rendered page "
+              "which letters it shows; 0 = off; -1 = 1 in stage 1 where --data has rendered pages, "
+              "else off")
+    flag("--place-loss", type=real(off=-1), default=-1,
+         help="weight of the place loss, which asks the decoder before each character where on a "
+              "rendered page that stands; 0 = off; -1 = 0.3 in both stages where --data has "
+              "rendered pages, else off")
     # Evaluation
-    flag("--eval-every", every_or_never, 100,
+    flag("--eval-every", type=every_or_never, default=100,
          help="steps between evaluations; -1 = only at the end")
-    flag("--eval-pages", integer(2), 64, help="held-out pages that validation takes")
-    flag("--statistics-pages", integer(8), 256,
+    flag("--eval-pages", type=integer(2), default=64, help="held-out pages that validation takes")
+    flag("--statistics-pages", type=integer(8), default=256,
          help="pages that the compressor's statistics are re-estimated on")
     # Output
     flag("--model-tag", help="run folder under --checkpoints")
     flag("--checkpoints", default="checkpoints", help="where run folders are written")
-    flag("--save-every", every_or_never, 100,
+    flag("--save-every", type=every_or_never, default=100,
          help="steps between checkpoints; -1 = only at the end")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from the run folder's last checkpoint")
+    flag("--resume", action="store_true",
+         help="go on from the run folder's last checkpoint")
+    parser.set_defaults(**defaults)
 
 
-# (flag, the one with which it has no effect, that one's value or None for any)
+# (flag, another flag beside which it has no effect, that flag's value or None for any)
 WITHOUT_EFFECT = [
     ("matrix_lr", "optimizer", "adamw"),  # Muon's
     ("primer", "ramp", 0),                # is the beginning of the curriculum
@@ -144,6 +151,13 @@ def parse_part_lrs(text):
     return rates
 
 
+def lr_multiplier(args, step, progress):
+    """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    return schedule(args.schedule, progress)
+
+
 def due(step, every):
     """Whether something that happens every so many steps happens now; every=-1: never."""
     return every > 0 and step % every == 0
@@ -175,7 +189,7 @@ def wrap_model(model, compiled, heads=None):
         print0("torch.compile: the first steps take from seconds to minutes")
         model.compile_blocks()
     net = model if heads is None else WithHeads(model, heads)
-    if dist_info()[2] == 1:
+    if get_world_size() == 1:
         return net
     # Running statistics differ between ranks until a checkpoint averages them: not broadcast.
     # Gradients live in the buckets that travel, so there is no second copy of them (2.2 GB in
@@ -222,7 +236,6 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     The host waits for the GPU once, for losses and gradient norm; the update then runs while the
     next batch is prepared. ValueError if a loss or the gradient is not finite: nothing is updated.
     """
-    learner, model = unwrap(net)
     loss_weights = loss_weights or {"text": 1.0}
     graphs_before = compiled_graphs()
 
@@ -230,10 +243,9 @@ def train_step(step, net, optimizer, batches, accumulate, lr_scale, grad_clip, c
     micro_batches = [next(batches) for _ in range(accumulate)]
     waited = time.perf_counter() - start
 
-    loss_counts = count_losses(learner, micro_batches, loss_weights)
-    if not loss_counts["text"]:
+    losses, flops = accumulate_gradients(net, micro_batches, loss_weights)
+    if "text" not in losses:
         raise ValueError(f"step {step}: no supervised token in the whole batch")
-    losses, flops = accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights)
     grad_norm = optimizer.clip_grad_norm(grad_clip)
     losses, grad_norm = to_host(losses, grad_norm)
     check_finite(step, losses, grad_norm)
@@ -276,19 +288,27 @@ def count_losses(learner, micro_batches, names):
     return dict(zip(totals, all_reduce(list(totals.values()))))
 
 
-def accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights):
+def accumulate_gradients(net, micro_batches, loss_weights):
     """
     Forward and backward of each micro-batch. -> ({name: mean loss as a tensor, this rank's part},
-    FLOPs). Every loss is a mean over the whole step, over all micro-batches and ranks.
+    FLOPs). Every loss is a mean over the whole step, over all micro-batches and ranks; one that has
+    no term there is left out.
     """
-    world_size = dist_info()[2]
+    learner, model = unwrap(net)
+    world_size = get_world_size()
     totals = {}
     flops = 0.0
+    loss_counts = None
     for i, batch in enumerate(micro_batches):
         if world_size > 1:  # gradients travel once, with the last micro-batch
             net.require_backward_grad_sync = i == len(micro_batches) - 1
+        named_losses = net(batch)
+        if loss_counts is None:
+            # The host counts letters, which takes its time, while the GPU computes what it has just
+            # been given.
+            loss_counts = count_losses(learner, micro_batches, loss_weights)
         weighted = 0.0
-        for name, (nats, _) in net(batch).items():
+        for name, (nats, _) in named_losses.items():
             if name not in loss_weights:
                 continue
             # A loss that has no term in the whole step is zero, and still gives its parameters
@@ -300,7 +320,11 @@ def accumulate_gradients(net, model, micro_batches, loss_counts, loss_weights):
             # fp64 where there is any: a sum of many small numbers
             part = loss.detach() if loss.device.type == "mps" else loss.detach().double()
             totals[name] = totals.get(name, 0.0) + part
-        (weighted * world_size).backward()  # DDP averages over ranks, the losses are sums over them
+        # In this thread: torch.compile keeps its settings and guards per thread, and would compile
+        # the blocks that are recomputed once more in autograd's own.
+        with torch.autograd.set_multithreading_enabled(False):
+            # DDP averages over ranks, the losses are sums over them.
+            (weighted * world_size).backward()
         flops += training_flops(model, batch)
     return totals, flops
 
@@ -357,15 +381,7 @@ def evaluate(run, step, model, evaluator, eager=False):
     totals = {"train/total_flops": state.flops, "train/total_seconds": state.seconds}
     run.record(step, {**figures, **totals})
 
-    prefix = "vision/cosine_"
-    cosines = [f"{name.removeprefix(prefix)} {value:.3f}"
-               for name, value in figures.items() if name.startswith(prefix)]
-    accuracies = ""
-    for name in ("local_accuracy", "place_accuracy"):
-        if f"vision/{name}" in figures:
-            accuracies += f"{name.replace('_', ' ')} {figures[f'vision/{name}']:.3f} | "
-    print0(f"step {step:05d} | val loss {val_loss:.4f} | 1-NED {figures['val/one_minus_ned']:.3f} "
-           f"| gap {figures['vision/gap']:.3f} nats/char | {accuracies}cosine {' '.join(cosines)}")
+    print0(evaluation_line(step, figures))
     show_pages(run, step, pages_read)
     if run.progress(step) >= 0.3 and figures["vision/gap"] < BLIND_GAP:
         banner(f"step {step}: vision/gap is {figures['vision/gap']:.4f} nats per character. The "
@@ -375,33 +391,48 @@ def evaluate(run, step, model, evaluator, eager=False):
     return figures
 
 
+def with_prefix(figures, prefix):
+    """{rest of the name: value} of the figures whose names begin with the prefix."""
+    return {name.removeprefix(prefix): value
+            for name, value in figures.items() if name.startswith(prefix)}
+
+
+def evaluation_line(step, figures):
+    """One line per evaluation."""
+    parts = [
+        f"step {step:05d}",
+        f"val loss {figures['val/loss']:.4f}",
+        f"1-NED {figures['val/one_minus_ned']:.3f}",
+        f"gap {figures['vision/gap']:.3f} nats/char",
+    ]
+    for head in ("local", "place"):  # only in runs with that loss
+        if f"vision/{head}_accuracy" in figures:
+            parts.append(f"{head} accuracy {figures[f'vision/{head}_accuracy']:.3f}")
+    cosines = with_prefix(figures, "vision/cosine_")
+    parts.append("cosine " + " ".join(f"{depth} {value:.3f}" for depth, value in cosines.items()))
+    return " | ".join(parts)
+
+
 def show_pages(run, step, pages_read):
     """Pages with truth and prediction: two on the console, all as a table in W&B."""
     for conversation, prediction, score in pages_read[:2]:
-        truth = conversation["messages"][-1]["content"]
+        truth = truth_of(conversation)
         print0(f"  {score:.2f}  truth {truth!r}\n        reads {prediction!r}")
     if hasattr(run.wandb, "config"):  # a real run
         import wandb
         table = wandb.Table(columns=["page", "truth", "prediction", "1-NED"])
         for conversation, prediction, score in pages_read:
             picture = wandb.Image(conversation["images"][0])
-            truth = conversation["messages"][-1]["content"]
+            truth = truth_of(conversation)
             table.add_data(picture, truth, prediction, score)
         run.wandb.log({"val/pages": table, "step": step})
-
-
-def save(run, step, model, tokenizer, optimizer, streams, with_encoder=False):
-    """A checkpoint. Every rank calls this. with_encoder: the encoder alone as well, for stage 2."""
-    model.encoder.standardize.average_over_ranks()
-    run.state.streams = gather(streams) if streams else None
-    run.save(step, model, tokenizer, optimizer, with_encoder)
 
 
 def account(run, result):
     """Adds one step to the run's totals. Time spent compiling does not count as training."""
     state = run.state
     watch_divergence(run, result.losses["text"])
-    flops = result.flops * dist_info()[2]
+    flops = result.flops * get_world_size()
     state.flops += flops
     if not result.compiling:
         state.seconds += result.seconds
@@ -414,7 +445,7 @@ def account(run, result):
 
 
 def watch_divergence(run, loss):
-    """Says when a run has diverged for good. Its loss is finite, so that nothing else stops it."""
+    """Warns when a run has diverged for good: its loss is finite, so nothing else stops it."""
     state = run.state
     lost = loss > LOST * run.log_vocab
     state.lost_steps = state.lost_steps + 1 if lost else 0
@@ -455,14 +486,20 @@ def console_line(run, step, figures, lr_scale):
     done = step + 1
     seconds = run.state.seconds
     eta = min((total_steps - done) * seconds / done, run.limit - seconds)
-    extra_losses = [f"{name.removeprefix('train/loss_')} {value:.4f} | "
-                    for name, value in figures.items() if name.startswith("train/loss_")]
-    return (f"step {step:05d}/{total_steps:05d} ({100 * done / total_steps:.1f}%) | "
-            f"loss {figures['train/loss']:.4f} | {''.join(extra_losses)}"
-            f"lr {lr_scale:.2f} | "
-            f"gnorm {figures['train/grad_norm']:.2f} | "
-            f"dt {1000 * figures['train/dt']:.0f} ms (data {100 * figures['data/wait']:.0f}%) | "
-            f"{figures['train/tok_per_sec']:,.0f} tok/s | "
-            f"{figures['train/img_per_sec']:.1f} img/s | "
-            f"mfu {100 * figures['train/mfu']:.1f}% | "
-            f"{seconds / 60:.1f} min | eta {eta / 60:.1f} min")
+    parts = [
+        f"step {step:05d}/{total_steps:05d} ({100 * done / total_steps:.1f}%)",
+        f"loss {figures['train/loss']:.4f}",
+    ]
+    for name, loss in with_prefix(figures, "train/loss_").items():
+        parts.append(f"{name} {loss:.4f}")
+    parts += [
+        f"lr {lr_scale:.2f}",
+        f"gnorm {figures['train/grad_norm']:.2f}",
+        f"dt {1000 * figures['train/dt']:.0f} ms (data {100 * figures['data/wait']:.0f}%)",
+        f"{figures['train/tok_per_sec']:,.0f} tok/s",
+        f"{figures['train/img_per_sec']:.1f} img/s",
+        f"mfu {100 * figures['train/mfu']:.1f}%",
+        f"{seconds / 60:.1f} min",
+        f"eta {eta / 60:.1f} min",
+    ]
+    return " | ".join(parts)

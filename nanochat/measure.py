@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from nanochat.common import synchronize
 
 
-def seconds(device, call, repeats):
+def median_seconds(device, call, repeats):
     """Median seconds of call(), after two calls to warm up."""
     times = []
     for _ in range(2 + repeats):
@@ -31,7 +31,7 @@ def memory_bandwidth(device):
     elements = 1 << 28 if device.type == "cuda" else 1 << 24  # 1 GB and 64 MB: past the caches
     tensor = torch.zeros(elements, dtype=torch.float32, device=device)
     moved = 2 * tensor.nbytes  # every element is read and written
-    return moved / seconds(device, lambda: tensor.add_(1), repeats=5)
+    return moved / median_seconds(device, lambda: tensor.add_(1), repeats=5)
 
 
 # -----------------------------------------------------------------------------

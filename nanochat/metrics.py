@@ -42,8 +42,8 @@ def _error_rate(pred, truth):
 
 def ned(pred, truth):
     """
-    Normalised edit distance, 0 (equal) to 1: Levenshtein distance in characters / length of the
-    longer text, on whitespace-normalised text (Fox's edit_dist does the same on raw text). Two
+    Normalized edit distance, 0 (equal) to 1: Levenshtein distance in characters / length of the
+    longer text, on whitespace-normalized text (Fox's edit_dist does the same on raw text). Two
     empty texts: 0. This scores the page as one string; OmniDocBench's official score matches
     blocks first and drops punctuation, so the two must not be compared.
     """
@@ -61,7 +61,7 @@ def one_minus_ned(pred, truth):
 def cer(pred, truth):
     """
     Character error rate: Levenshtein distance in characters / characters of the truth, on
-    whitespace-normalised text. Exceeds 1 when the prediction is much too long.
+    whitespace-normalized text. Exceeds 1 when the prediction is much too long.
     """
     return _error_rate(normalize_whitespace(pred), normalize_whitespace(truth))
 
@@ -143,7 +143,7 @@ def repeated_share(text, n=10):
 
 def repetition(pred):
     """
-    Whether a page loops, judged on whitespace-normalised text. The definition is our own:
+    Whether a page loops, judged on whitespace-normalized text. The definition is our own:
 
     - 40 characters or more: over half of the 10-grams of the whole page, or of its last 400
       characters, are repeats; or

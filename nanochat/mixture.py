@@ -143,7 +143,7 @@ class Shuffled(Task):
         self.size = size
         self.seed = stable_hash(str(seed))  # numpy takes integers only, ours are often strings
         self.name = task_name(task)
-        # Neighbouring samples need the same permutation, so the last one is kept.
+        # Neighboring samples need the same permutation, so the last one is kept.
         self.epoch = None
         self.order = None
 

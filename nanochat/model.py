@@ -14,22 +14,24 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import to_device
-from nanochat.deepencoder import DeepEncoder, below
+from nanochat.deepencoder import DeepEncoder, tensors_under
 from nanochat.gpt import GPT
 from nanochat.layers import Linear
 
-LOSS_CHUNK = 1 << 26  # logits that the loss holds at a time: 256 MB in fp32
+# Logits that the loss holds at a time: 256 MB in fp32, on a GPU 1 GB, since thin products waste it.
+LOSS_CHUNK = 1 << 26
+LOSS_CHUNK_CUDA = 1 << 28
 
 
 def fuse(embeddings, is_image, features, features_per_row):
     """
     Puts image features where the placeholders are.
 
-    embeddings (B, T, C); is_image (B, T) bool, on the host, or a GPU is waited for; features
+    embeddings (B, T, C); is_image (B, T) bool, on the host to avoid a GPU sync; features
     (P, C), those of all rows in order; features_per_row: B ints.
 
     Counts are compared per row, not in total. Otherwise a surplus in one row and a lack in the
-    next would give a page's features to its neighbour, and no error would tell.
+    next would give a page's features to its neighbor, and no error would tell.
     """
     placeholders = is_image.sum(1).tolist()
     for row, (slots, given) in enumerate(zip(placeholders, features_per_row, strict=True)):
@@ -41,8 +43,8 @@ def fuse(embeddings, is_image, features, features_per_row):
     if sum(features_per_row) != features.size(0):
         raise ValueError(f"{features.size(0)} image features for {sum(features_per_row)} "
                          f"placeholders")
-    # Where they go is known on the host. masked_scatter would find it out on the GPU, and its
-    # backward pass waits for that.
+    # The host knows where they go. masked_scatter would work it out on the GPU, and its backward
+    # pass would sync.
     at = is_image.flatten().nonzero()[:, 0]  # (P,)
     at = to_device(at, embeddings.device)
     fused = embeddings.flatten(0, 1).index_copy(0, at, features.to(embeddings.dtype))
@@ -167,13 +169,6 @@ class DeepseekOCR(nn.Module):
             pieces.append(separator)
         return torch.cat(pieces)
 
-    def encode_images(self, views, plans):
-        """
-        views {side in px: (N, 3, side, side) uint8}, images in order, each image's tiles before
-        its global view -> (P, C), all positions of all images.
-        """
-        return self.arrange(self.encode_views(views), plans)
-
     def embed(self, batch, tokens=None):
         """
         Token embeddings (B, T, C) of a batch with its images in place. tokens: its views as
@@ -217,9 +212,9 @@ class DeepseekOCR(nn.Module):
 
         The batch may be on the host. No host-device sync in here.
 
-        taps: a dict that is given what other losses than the text's are taken of: "features"
-        {side in px: the encoder's, of the views of that side} and "before_last_block" (B, T, C),
-        the decoder's hidden states there.
+        taps: a dict that collects what the auxiliary heads read: "features" {side in px: encoder
+        features of the views of that side} and "before_last_block" (B, T, C), the decoder's hidden
+        states there.
         """
         features = {side: self.features(pixels) for side, pixels in batch.views.items()}
         tokens = {side: self.to_tokens(f) for side, f in features.items()}
@@ -248,12 +243,14 @@ class DeepseekOCR(nn.Module):
 
         # With a large vocabulary the logits of a batch are gigabytes: only a chunk of them exists
         # at a time, and is computed again in the backward pass.
-        chunk = max(1, LOSS_CHUNK // self.cfg.gpt.vocab_size)
+        logits = LOSS_CHUNK_CUDA if self.device.type == "cuda" else LOSS_CHUNK
+        chunk = max(1, logits // self.cfg.gpt.vocab_size)
         if len(targets) <= chunk:
             return self.chunk_loss(hidden, targets, head)
         loss = 0.0
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            loss = loss + checkpoint(self.chunk_loss, h, t, head, use_reentrant=False)
+            loss = loss + checkpoint(self.chunk_loss, h, t, head, use_reentrant=False,
+                                     preserve_rng_state=False)
         return loss
 
     def chunk_loss(self, hidden, targets, head_weight):
@@ -311,7 +308,7 @@ class DeepseekOCR(nn.Module):
 
     def adopt_grids(self, tensors):
         """Makes room for the statistics that a checkpoint's tensors {name: tensor} have."""
-        self.encoder.adopt_grids(below("encoder.", tensors))
+        self.encoder.adopt_grids(tensors_under("encoder.", tensors))
 
     # -------------------------------------------------------------------------
     # Memory and speed
@@ -345,9 +342,9 @@ class DeepseekOCR(nn.Module):
 
 def weight_zero(parameters, x):
     """
-    A zero, of the dtype of x, that depends on all trainable parameters. Added to what a loss is
-    computed from, it gives those that a batch has no use for a gradient of zero. DDP would wait
-    forever for one that gets none.
+    A zero, of the dtype of x, that depends on all trainable parameters. Added to the input of a
+    loss, it gives parameters that the batch does not use a gradient of zero. DDP would wait forever
+    for a parameter without a gradient.
     """
     total = torch.zeros((), device=x.device)
     for p in parameters:

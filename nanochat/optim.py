@@ -68,8 +68,8 @@ def share_out(shapes, world):
 
     shares = [{} for _ in range(world)]
     loads = [(0, rank) for rank in range(world)]  # a heap: the rank with the least to do is first
-    # The dearest come first, and small ones then fill what is left uneven. Those of equal cost
-    # follow each other, so they go round the ranks, and each rank still has stacks of them.
+    # The most expensive come first; small ones then even out the loads. Those of equal cost follow
+    # each other, so they are dealt round the ranks, and each rank still has stacks of them.
     for index in sorted(range(len(shapes)), key=flops, reverse=True):
         load, rank = heapq.heappop(loads)
         shares[rank].setdefault(shapes[index], []).append(index)
@@ -128,7 +128,7 @@ class Muon(torch.optim.Optimizer):
                     [grads[i] for i in indices], [momenta[i] for i in indices], group["momentum"])
                 stack.copy_(orthogonalize(torch.stack(nesterov), self.dtype))
             if world > 1:
-                # Sent are updates, and not weights: in bfloat16 they are half as many bytes.
+                # Updates are sent, not weights: in bfloat16 they are half as many bytes.
                 dist.all_gather_into_tensor(orthogonal.view(-1), orthogonal[rank])
 
             for row, share in zip(orthogonal, shares):
@@ -154,7 +154,7 @@ MATRICES_OF = (".blocks.", ".layers.", ".h.", "projector.")  # names of what Muo
 KERNELS_OF = ("patch_embed.", "neck.", "net_2.", "net_3.")  # ... and of convolutions
 
 
-def is_muons(name, p):
+def muon_takes(name, p):
     """
     Whether Muon takes a parameter: a matrix of a transformer block or of the projector, or a kernel
     of SAM's patches, neck and compressor.
@@ -200,7 +200,7 @@ class Optimizer:
         muon_groups = {}
         for name, p in self.params.items():
             in_model = name not in self.beside
-            takes_muon = kind == "muon" and in_model and is_muons(name, p)
+            takes_muon = kind == "muon" and in_model and muon_takes(name, p)
             groups = muon_groups if takes_muon else adamw_groups
             groups.setdefault(rates[name], []).append(p)
 
@@ -219,7 +219,7 @@ class Optimizer:
         if muon_groups:
             groups = []
             for rate, params in muon_groups.items():
-                # A part that shall learn ten times as slowly does so in both optimizers.
+                # A part that is to learn ten times slower does so in both optimizers.
                 proportion = 1.0 if rate == lr else rate / lr
                 groups.append({"params": params, "lr": matrix_lr * proportion})
             self.optimizers.append(Muon(groups, lr=matrix_lr, dtype=dtype))

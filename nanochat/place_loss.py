@@ -5,12 +5,12 @@ where on the page that character stands: on which vision token, and in which cel
 The local reading loss (local_loss.py) tells the encoder what its tokens show. On dense pages the
 slow part is then that the decoder has to find its place: letters can be read off the tokens long
 before it knows which of them comes next (FINDINGS.md). Rendered pages know, since their
-glyphs are labelled in reading order.
+glyphs are labeled in reading order.
 
 The head reads the decoder's hidden states before its last block, so that one block is left to look
 at the place and to name the character. As the local head, it is for training only.
 
-Shapes: I labelled images, Q the most characters that one of them shows, P decoder positions of an
+Shapes: I labeled images, Q the most characters that one of them shows, P decoder positions of an
         image, C channels of the decoder's hidden states, (R, S) rows and columns of cells in a
         token.
 """
@@ -70,11 +70,16 @@ def places_of_plan(batch, plan, images, cells):
         n = len(at)
         queries[i, :n] = at
         tokens[i, :n] = position[glyphs]
-        # Where in the token, as a fraction of its side
-        rows[i, :n] = row[glyphs] % 1 * cells[0]
-        columns[i, :n] = column[glyphs] % 1 * cells[1]
+        rows[i, :n] = cell_in_token(row[glyphs], cells[0])
+        columns[i, :n] = cell_in_token(column[glyphs], cells[1])
         keys[i] = batch.image_at[image] + np.arange(plan.positions)
     return Places(queries, keys, tokens, rows, columns)
+
+
+def cell_in_token(coordinates, n_cells):
+    """Float token coordinates along an axis -> the cell, of n_cells, that each is in."""
+    fraction = coordinates % 1  # of the token's side
+    return (fraction * n_cells).astype(np.int64)
 
 
 def where_shown(plan, points):
@@ -120,7 +125,7 @@ class PlaceHead(nn.Module):
         self.column = Linear(width, cells[1])
         nn.init.normal_(self.query.weight, std=width ** -0.5)
         nn.init.zeros_(self.query.bias)
-        # At first all places are as likely.
+        # At first all places are equally likely.
         for linear in (self.key, self.row, self.column):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -130,8 +135,8 @@ class PlaceHead(nn.Module):
         hidden (B, T, C), asked: Places -> (scores (I, Q, P) in fp32, states (I, Q, C) that ask).
         """
         hidden = F.layer_norm(hidden, hidden.shape[-1:]).flatten(0, 1)
-        states = gather(hidden, asked.queries)
-        shown = gather(hidden, asked.keys)
+        states = rows_at(hidden, asked.queries)
+        shown = rows_at(hidden, asked.keys)
         scores = self.query(states) @ self.key(shown).mT
         return POINTER_SCALE * scores.float(), states
 
@@ -149,20 +154,20 @@ class PlaceHead(nn.Module):
         cell_nats = zero
         for asked in places(batch, self.cells):
             scores, states = self.ask(hidden, asked)
-            token_nats = token_nats + nats(scores, asked.tokens)
-            cell_nats = cell_nats + nats(self.row(states).float(), asked.rows)
-            cell_nats = cell_nats + nats(self.column(states).float(), asked.columns)
+            token_nats = token_nats + sum_of_nats(scores, asked.tokens)
+            cell_nats = cell_nats + sum_of_nats(self.row(states).float(), asked.rows)
+            cell_nats = cell_nats + sum_of_nats(self.column(states).float(), asked.columns)
         counts = self.loss_counts(batch)
         return {TOKEN: (token_nats, counts[TOKEN]), CELL: (cell_nats, counts[CELL])}
 
 
-def gather(hidden, at):
+def rows_at(hidden, at):
     """hidden (B * T, C), at (I, n) on the host -> (I, n, C)."""
     index = to_device(torch.from_numpy(at), hidden.device)
     return hidden.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def nats(scores, wanted):
+def sum_of_nats(scores, wanted):
     """Sum of cross-entropies of scores (I, Q, n) and wanted (I, Q), without those to IGNORE."""
     wanted = to_device(torch.from_numpy(wanted), scores.device)
     return F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE,

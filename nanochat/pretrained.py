@@ -123,7 +123,7 @@ def match_keys(module, source_keys, found, where, ours_only, theirs_only):
         if not matches_any(key, ours_only):
             wanted[key] = source_keys(key)
 
-    # Unknown keys count as much as missing ones: they are parts of a network that ours has not.
+    # Unknown keys count as much as missing ones: they belong to parts that our network lacks.
     used = set()
     for keys in wanted.values():
         used.update(keys)
@@ -247,7 +247,7 @@ def clip_sizes(cfg):
     if clip.kind != "clip":
         raise ValueError(f"the second stage of this encoder is {clip.kind}: CLIP's weights and "
                          f"config do not apply")
-    patch_size = clip.patch_size or 14  # where it has none, any: only the grid counts
+    patch_size = clip.patch_size or 14  # without one, any value will do: only the grid counts
     return {
         "hidden_size": clip.width,
         "intermediate_size": clip.ffn,
@@ -614,12 +614,12 @@ tags: [ocr, deepencoder]
 MODEL_USAGE = """\
 ```python
 from nanochat.reader import NanoDeepseekOCR
-model = NanoDeepseekOCR.from_pretrained("THIS REPOSITORY")
+model = NanoDeepseekOCR.from_pretrained("NAME")
 print(model.read(image))
 ```"""
 
 ENCODER_USAGE = ("The encoder alone: "
-                 "`python -m scripts.vis_mid_train --encoder=THIS REPOSITORY`.")
+                 "`python -m scripts.vis_mid_train --encoder=NAME`.")
 
 # Of model.meta, which every checkpoint has and a model built by hand has not.
 CARD_META = ("stage", "step", "commit", "user_config")
@@ -645,9 +645,9 @@ def results_table(results):
     return header + rule + "".join(rows)
 
 
-def model_card(model, usage, results=None, dtype="float32", command=None):
+def model_card(model, usage, name, results=None, dtype="float32", command=None):
     """
-    README.md of a saved model: what it is, what was measured, how to load it (`usage`).
+    README.md of a saved model: what it is, what was measured, how to load it (`usage`) by its name.
     results: {task: summary of scripts.vision_eval}; dtype: of the parameters in the file; command:
     how the model was made. ValueError if model.meta does not say how the model was trained.
     """
@@ -662,7 +662,7 @@ def model_card(model, usage, results=None, dtype="float32", command=None):
         parameters=model.num_params(), dtype=dtype, command=shown, modes=", ".join(model.cfg.modes),
         standardize=model.cfg.standardize, stage=meta["stage"], step=meta["step"],
         commit=meta["commit"], seed=meta["user_config"].get("seed", "unknown"),
-        results=results_table(results), usage=usage)
+        results=results_table(results), usage=usage.replace("NAME", name))
 
 
 def folder_to_share(folder):
@@ -694,27 +694,31 @@ def weights_to_save(model, dtype):
     return weights
 
 
-def save(model, folder, results=None, dtype="float32", command=None):
+def save(model, folder, results=None, dtype="float32", command=None, name=None):
     """
     Writes a new folder that `NanoDeepseekOCR.from_pretrained` reads: safetensors, config.json,
     tokenizer.json, meta.json, README.md, sha256.json. FileExistsError if the folder exists.
-    dtype: of the parameters, a name of SAVED_DTYPES; results and command: for the model card.
+    dtype: of the parameters, a name of SAVED_DTYPES; results, command and name: for the model card;
+    the name is that of the repository, default the folder.
     """
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: set model.tokenizer, or load the model with "
                          "from_pretrained")
     weights = weights_to_save(model, dtype)
     # May refuse, so before there is a folder.
-    card = model_card(model, MODEL_USAGE, results, dtype, command)
+    card = model_card(model, MODEL_USAGE, name or str(folder), results, dtype, command)
     with folder_to_share(folder) as temporary:
         ckpt.write_model(temporary, weights, model.cfg, model.meta)
         model.tokenizer.save(temporary)
         write_text(temporary, "README.md", card)
 
 
-def save_encoder(model, folder):
-    """Writes the encoder alone, which stage 2 starts from, as a new folder with a model card."""
-    card = model_card(model, ENCODER_USAGE)
+def save_encoder(model, folder, name=None):
+    """
+    Writes the encoder alone, which stage 2 starts from, as a new folder with a model card. name: as
+    for `save`.
+    """
+    card = model_card(model, ENCODER_USAGE, name or str(folder))
     with folder_to_share(folder) as temporary:
         weights = ckpt.contiguous(model.encoder.state_dict())
         ckpt.write_model(temporary, weights, model.cfg, model.meta)
@@ -744,7 +748,7 @@ def find(source, prefix="model"):
     its last checkpoint), or the download of a hub name.
     """
     if os.path.exists(source):
-        return fetch(source, prefix)
+        return ckpt.resolve(source, prefix)
     parent = os.path.dirname(source)
     looks_like_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not os.path.isdir(parent)
     # The defaults, such as "checkpoints/stage2", look like hub names too. Before anything is
@@ -753,20 +757,13 @@ def find(source, prefix="model"):
         raise FileNotFoundError(f"no such folder {source}; "
                                 f"train first (bash speedrun.sh) or name a checkpoint")
     try:
-        return fetch(source, prefix)
+        return download_checkpoint(source, prefix)
     except (FileNotFoundError, ConnectionError) as error:
         raise type(error)(f"no such folder {source}, and as a hub name: {error}") from error
 
 
-def fetch(source, prefix="model"):
-    """
-    Folder of a "model" or a "deepencoder": a local one (a run folder stands for its last
-    checkpoint), or the download of a hub repository.
-    """
-    # A path that does not exist is an error about a path, not a question to the hub.
-    is_local = os.path.isdir(source) or os.path.isdir(os.path.dirname(source))
-    if is_local or source.count("/") != 1:
-        return ckpt.resolve(source, prefix)
+def download_checkpoint(source, prefix):
+    """Folder of the "model" or "deepencoder" in a hub repository, downloaded or from the cache."""
     names = [ckpt.CONFIG, ckpt.META, ckpt.WEIGHTS]
     if prefix == "model":
         names.append(ckpt.TOKENIZER)

@@ -2,7 +2,7 @@
 Reading with a trained model: load it (from_pretrained), give it a picture (read), write it down to
 share (save_pretrained). Also the flags that every script which reads has in common.
 
-    model = NanoDeepseekOCR.from_pretrained()                       # the reader that comes along
+    model = NanoDeepseekOCR.from_pretrained()                       # the one in checkpoints/reader
     model = NanoDeepseekOCR.from_pretrained("checkpoints/stage2", device="cuda")
     print(model.read("page.png"))
 
@@ -11,6 +11,7 @@ A model whose meta.json says so reads larger pictures in windows (nanochat/windo
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,6 +29,14 @@ from nanochat.windows import Known, join, split
 # Part of the repository, so it is found from any working directory.
 READER = Path(__file__).resolve().parents[1] / "checkpoints" / "reader"
 WINDOW_BATCH = 16  # windows that are generated together
+
+
+class WindowNote(UserWarning):
+    """What a person should know of a page that was read in windows."""
+
+
+# Python shows a text once per line of code. But the next page needs the same note as well.
+warnings.simplefilter("always", WindowNote)
 
 
 class NanoDeepseekOCR(DeepseekOCR):
@@ -51,10 +60,12 @@ class NanoDeepseekOCR(DeepseekOCR):
         # Without a GPU a model is mostly loaded to be exported or looked into, with full precision.
         if dtype is None:
             dtype = "auto" if device.type == "cuda" else "float32"
-        model, _, _ = load_to_read(source or READER, device, dtype, cls)
+        model, tokenizer, meta = load_to_read(source or READER, device, dtype, cls)
+        model.tokenizer = tokenizer
+        model.meta = meta
         return model
 
-    def save_pretrained(self, folder, results=None, dtype="float32", command=None):
+    def save_pretrained(self, folder, results=None, dtype="float32", command=None, name=None):
         """
         Writes a new folder that from_pretrained reads. results: the summary of scripts.vision_eval,
         and command: how the model was made, both for the model card. dtype: of the parameters in
@@ -63,7 +74,7 @@ class NanoDeepseekOCR(DeepseekOCR):
         if any(p.dtype != torch.float32 for p in self.parameters()):
             raise ValueError("this model was loaded to compute in bfloat16, and saving it would "
                              "lose precision: load it with dtype=\"float32\" to save it")
-        save(self, folder, results, dtype, command)
+        save(self, folder, results, dtype, command, name)
 
     def read(self, image, mode=None, prompt=None, max_new_tokens=None, no_repeat=None,
              windows="auto"):
@@ -74,7 +85,7 @@ class NanoDeepseekOCR(DeepseekOCR):
         the one trained in. prompt: a question about the picture, in place of reading it.
         max_new_tokens: default as many as the decoder has positions left. no_repeat: an
         engine.NoRepeat. windows: as the flag --windows. Warns of text that is left out. Raises
-        conversation.BadSample, a ValueError, for what is no sound picture.
+        conversation.BadSample, a ValueError, for an unreadable picture.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer to read with: load it with "
@@ -91,7 +102,7 @@ class NanoDeepseekOCR(DeepseekOCR):
         conversation = ocr_conversation(image, "", "image", prompt)
         [result] = engine.generate([conversation], max_new_tokens)
         for note in getattr(result, "notes", []):  # what windows left out or could not decide
-            warnings.warn(note)
+            warnings.warn(note, WindowNote, stacklevel=2)
         return result.text
 
 
@@ -105,11 +116,16 @@ def load_to_read(source, device, dtype, kind=DeepseekOCR, needed=()):
         set_cuda_defaults()
     model, tokenizer, meta = load_model(find_reader(source), device, kind, needed)
     model.dtype = choose_dtype(device, dtype)
+    cast_decoder(model)
+    return model, tokenizer, meta
+
+
+def cast_decoder(model):
+    """Casts the decoder's weights to the compute dtype once, for generation."""
     # The layers cast their weights whenever they are used, which for the decoder is at every step.
     # Casting them once gives the same numbers and halves what a step reads from memory.
     for p in model.gpt.parameters():
         p.data = p.data.to(model.dtype)
-    return model, tokenizer, meta
 
 
 def find_reader(source):
@@ -179,16 +195,16 @@ class WindowEngine(Engine):
 
     def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
         parts_of = [self.parts(conversation) for conversation in conversations]
-        parts = [part for parts in parts_of for part in parts]
-        found = []
-        for start in range(0, len(parts), WINDOW_BATCH):
-            batch = parts[start:start + WINDOW_BATCH]
-            found += super().generate(batch, max_new_tokens, temperature, seed)
+        all_parts = [part for parts in parts_of for part in parts]
+        all_results = []
+        for start in range(0, len(all_parts), WINDOW_BATCH):
+            batch = all_parts[start:start + WINDOW_BATCH]
+            all_results += super().generate(batch, max_new_tokens, temperature, seed)
 
         results = []
+        remaining = iter(all_results)
         for conversation, parts in zip(conversations, parts_of):
-            own = found[:len(parts)]
-            found = found[len(parts):]
+            own = list(islice(remaining, len(parts)))
             if self.split(conversation) is None:
                 results += own
             else:
@@ -204,9 +220,9 @@ class WindowEngine(Engine):
         # The mean over all tokens, as that of a page in one piece; 0 where there is nothing.
         total = sum(result.confidence * result.tokens for result in results)
         named = []
-        for window, result in zip(windows, results):
+        for number, (window, result) in enumerate(zip(windows, results), start=1):
             left, top, right, bottom = window.place
-            name = f"window {len(named) + 1} of {len(windows)} (x {left}-{right}, y {top}-{bottom})"
+            name = f"window {number} of {len(windows)} (x {left}-{right}, y {top}-{bottom})"
             named.append((name, result))
         return PageResult(text, tokens, finished, total / max(tokens, 1), named, notes)
 

@@ -46,7 +46,7 @@ def plot_line(axis, group, figure):
 
 
 def plot_published(axis):
-    """DeepSeek-OCR's own points, in grey."""
+    """DeepSeek-OCR's own points, in gray."""
     for label, points in PUBLISHED.items():
         x = [ratio for ratio, _ in points]
         y = [precision for _, precision in points]
@@ -123,7 +123,7 @@ def differences(truth, prediction, by_character=BY_CHARACTER):
     return found
 
 
-def coloured(truth, prediction):
+def colored(truth, prediction):
     """(truth, prediction) as HTML: what was missed as <del>, what stands in its place as <ins>."""
     left = ""
     right = ""
@@ -226,7 +226,7 @@ def against_line(against):
 
 
 def verdict_html(name, figures):
-    """A task's verdict in the colour of its grade; below it the headline number."""
+    """A task's verdict in the color of its grade; below it the headline number."""
     verdict = html.escape(f"{name}: {figures['verdict']}")
     score = f"1-NED {figures['one_minus_ned']:.3f} ({cell(figures['ci95'])})"
     parts = [f"<p class='verdict {figures['grade']}'>{verdict}</p>",
@@ -307,7 +307,7 @@ def curve_html(curves, png):
 
 def page_html(row, task):
     """One page: its picture, the truth and what was read, with the differences marked."""
-    truth, prediction = coloured(row["truth"] or "", row["prediction"])
+    truth, prediction = colored(row["truth"] or "", row["prediction"])
     if row["failed"]:  # often because the picture cannot be opened
         picture = f'<p class="error">{html.escape(row["error"])}</p>'
         confidence = ""

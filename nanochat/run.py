@@ -12,15 +12,15 @@ import torch
 
 from nanochat import checkpoint as ckpt
 from nanochat.common import (
-    DummyWandb, barrier, check_wandb, dist_info, git_commit, init_wandb, is_master, print0,
-    read_json_lines, read_record, replace_file, write_json)
+    DummyWandb, barrier, check_wandb, gather, get_world_size, git_commit, init_wandb, is_master,
+    print0, read_json_lines, read_record, replace_file, write_json)
 
 # Flags that change nothing in the result, so they may differ when a run is resumed.
 # (The tokenizer is compared by its fingerprint, wherever its folder is.)
 NOT_PART_OF_THE_RUN = {"resume", "run", "workers", "checkpoints", "device_type", "tokenizer"}
-# Flags that may differ too, since they only change rounding: what to do when memory runs out. What
-# else they change is said by `say_changes`.
-FOR_LESS_MEMORY = {"device_batch_size", "recompute"}
+# Flags that may differ too, since they only change rounding: the way out when memory runs out, or
+# when a compiled kernel fails. `say_changes` prints what else they change.
+ONLY_ROUNDING = {"device_batch_size", "recompute", "compile"}
 
 
 @dataclass
@@ -45,7 +45,7 @@ def earlier_config(args):
     """run.json of the run that --resume goes on with; {} for one that starts at the beginning."""
     folder = os.path.join(args.checkpoints, args.model_tag)
     path = os.path.join(folder, "run.json")
-    # Without a checkpoint nothing is gone on with: a run that failed at once must not hold on to
+    # Without a checkpoint there is nothing to resume: a run that failed at once must not be tied to
     # the flags, or the data, that made it fail.
     if not args.resume or not ckpt.steps_of(folder) or not os.path.exists(path):
         return {}
@@ -61,16 +61,12 @@ def earlier_config(args):
 
 def samples_per_step(args):
     """Samples per optimizer step, over all ranks."""
-    world_size = dist_info()[2]
+    world_size = get_world_size()
     per_pass = args.device_batch_size * world_size
     total = args.total_batch_size
     if total == -1:
         # A run that is resumed with a smaller micro-batch keeps its steps as they were.
         total = samples_of(earlier_config(args)) or per_pass
-    if min(total, args.device_batch_size, args.num_iterations) < 1:
-        raise ValueError(f"--device-batch-size={args.device_batch_size}, --total-batch-size="
-                         f"{args.total_batch_size} and --num-iterations={args.num_iterations} "
-                         f"must be at least 1")
     if total % per_pass:
         raise ValueError(f"--total-batch-size={total} is not a multiple of one pass: "
                          f"{args.device_batch_size} x {world_size} ranks = {per_pass}")
@@ -81,7 +77,7 @@ def samples_of(config):
     """Samples per optimizer step of a run with this run.json; None of an empty one."""
     total = config.get("total_batch_size")
     if total == -1:  # as earlier versions wrote it down
-        total = config["device_batch_size"] * dist_info()[2]
+        total = config["device_batch_size"] * get_world_size()
     return total
 
 
@@ -131,7 +127,7 @@ class Run:
         before["total_batch_size"] = samples_of(before)
         before.pop("data_fingerprints", None)  # compared by `check_data`
         changed = []
-        for key in sorted({*before, *self.config} - FOR_LESS_MEMORY):
+        for key in sorted({*before, *self.config} - ONLY_ROUNDING):
             old = before.get(key)
             new = self.config.get(key)
             if old != new:
@@ -143,7 +139,7 @@ class Run:
         self.say_changes(before)
 
     def say_changes(self, before):
-        """Says what the flags for less memory change in the result of a resumed run."""
+        """Says what a resumed run changes by the flags that may differ."""
         old = before.get("device_batch_size")
         new = self.args.device_batch_size
         if old != new:
@@ -156,9 +152,11 @@ class Run:
                    f"{self.config['total_batch_size']} samples, so only rounding differs; but "
                    f"where SAM learns and its output is standardized (stage 1), that is now done "
                    f"over {new} samples at a time")
-        if before.get("recompute") != self.args.recompute:
-            print0(f"NOTE: --recompute was {before.get('recompute')}, now {self.args.recompute}: "
-                   f"the same numbers up to rounding")
+        for flag in ("recompute", "compile"):
+            new = getattr(self.args, flag)
+            if before.get(flag) != new:
+                print0(f"NOTE: --{flag} was {before.get(flag)}, now {new}: the same numbers up to "
+                       f"rounding")
 
     def check_data(self, fingerprints):
         """
@@ -184,14 +182,15 @@ class Run:
         encoder alone, which stage 2 starts from, is written again if it is missing.
         """
         checkpoint = ckpt.checkpoint_dir(self.folder, self.start)
-        meta = ckpt.read_record(checkpoint, ckpt.META, keys=["tokenizer", "loop_state", "world_size"])
+        needed = ["tokenizer", "loop_state", "world_size"]
+        meta = ckpt.read_record(checkpoint, ckpt.META, needed)
         if meta["tokenizer"] != tokenizer.fingerprint():
             raise ValueError(f"cannot resume {self.folder}: it was trained with another tokenizer "
                              f"than the one at --tokenizer now; ids mean nothing to another one")
         print0(f"loading {checkpoint}")
         ckpt.load_training_state(self.folder, self.start, model, optimizer,
                                  allow_other_world_size=not self.args.stream)
-        world_size = dist_info()[2]
+        world_size = get_world_size()
         if meta["world_size"] != world_size:
             print0(f"NOTE: it was written by {meta['world_size']} processes, now there are "
                    f"{world_size}. Every step has the same samples, so only rounding differs")
@@ -212,12 +211,12 @@ class Run:
     def begin(self, tokenizer, mode):
         """Creates the folder and opens the logs: from here on the run exists."""
         self.wandb = DummyWandb()
-        self.log_vocab = math.log(tokenizer.get_vocab_size())  # loss of knowing nothing, in nats
+        self.log_vocab = math.log(tokenizer.get_vocab_size())  # loss of a uniform guess, nats
         self.meta = {
             "stage": self.stage,
             "user_config": vars(self.args),
             "mode": mode.name,
-            "world_size": dist_info()[2],
+            "world_size": get_world_size(),
             "commit": git_commit(),
             "tokenizer": tokenizer.fingerprint(),
             "torch": torch.__version__,
@@ -227,7 +226,7 @@ class Run:
             self.lock()
             self.wandb = init_wandb(self.args.run, vars(self.args))  # may fail: no key, no network
             ckpt.clear_leftovers(self.folder)
-            self.prune()  # which a kill may have cut short, at the last step for good
+            self.prune()  # a kill may have cut it short
             replace_file(self.config_path, json.dumps(self.config, indent=1))
             self.forget_lost_steps()
         barrier()
@@ -260,7 +259,7 @@ class Run:
         replace_file(self.metrics_path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def metrics(self):
-        """All records of metrics.jsonl; damaged lines are left out, and counted aloud."""
+        """All records of metrics.jsonl; damaged lines are skipped, and their number is printed."""
         records, damaged = read_json_lines(self.metrics_path)
         sound = [record for record in records if isinstance(record.get("step"), int)]
         damaged += len(records) - len(sound)
@@ -281,9 +280,15 @@ class Run:
             f.write(json.dumps(record) + "\n")
         self.wandb.log(record)
 
-    def save(self, step, model, tokenizer, optimizer, with_encoder):
-        """A checkpoint of this step; the last two and the best are kept. Every rank calls this."""
+    def save(self, step, model, tokenizer, optimizer, streams, with_encoder=False):
+        """
+        A checkpoint of this step; the last two and the best are kept. Every rank calls this.
+        streams: {worker: where its stream goes on} of this rank; with_encoder: the encoder alone
+        as well, for stage 2.
+        """
+        model.encoder.standardize.average_over_ranks()
         state = self.state
+        state.streams = gather(streams) if streams else None
         val_loss = state.last_eval["val/loss"]
         if state.best_saved is None or val_loss < state.best_saved:
             state.best_saved = val_loss
@@ -306,7 +311,7 @@ class Run:
     def finish(self, step, model, peak_flops):
         """Curves and summary.json. -> summary, the script's last line."""
         state = self.state
-        world_size = dist_info()[2]
+        world_size = get_world_size()
         seconds = max(state.seconds, 1e-9)  # a run may end before its first counted step
         summary = {
             "stage": self.stage,

@@ -17,7 +17,9 @@ from collections import defaultdict
 from PIL import ImageOps
 from tqdm import tqdm
 
-from nanochat.common import barrier, dist_info, gather, print0, read_json_lines
+from nanochat.common import (
+    barrier, dist_info, gather, get_world_size, is_master, print0, read_json_lines)
+from nanochat.conversation import truth_of
 from nanochat.image_modes import valid_tokens
 from nanochat.metrics import FAILED, relaxed_accuracy, score_page
 
@@ -29,10 +31,6 @@ PAGE_KEYS = ("face", "size_px", "bucket", "columns")
 
 # -----------------------------------------------------------------------------
 # Pages
-
-
-def truth_of(conversation):
-    return conversation["messages"][-1]["content"]
 
 
 def prompt_of(conversation):
@@ -156,7 +154,7 @@ class Predictions:
 
     def load(self):
         barrier()  # all ranks have written
-        if dist_info()[0] == 0:
+        if is_master():
             self.merge()
         barrier()  # and now all may read
         self.records = self.keyed(read_lines(self.path))
@@ -305,8 +303,7 @@ class Scorer:
         conversations = [page.conversation for page in batch]
         results = self.engine.generate_each(conversations, limit)
         # Seconds of the evaluation as a whole per page: all ranks work at once.
-        _, _, world = dist_info()
-        seconds = (time.perf_counter() - started) / world / len(batch)
+        seconds = (time.perf_counter() - started) / get_world_size() / len(batch)
 
         records = []
         for page, result in zip(batch, results):

@@ -11,6 +11,8 @@ import os
 
 import tiktoken
 
+from nanochat.common import replace_file
+
 IMAGE_TOKEN = "<|image|>"  # placeholder, one for each vision feature
 SPECIAL_TOKENS = (
     "<|bos|>",  # opens every document
@@ -96,9 +98,7 @@ class Tokenizer:
         """Writes folder/tokenizer.json, whole or not at all."""
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "tokenizer.json")
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(self.to_json())
-        os.replace(path + ".tmp", path)
+        replace_file(path, self.to_json())
 
     @classmethod
     def load(cls, folder):

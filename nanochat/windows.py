@@ -212,8 +212,8 @@ class Setter:
         print_px = max(line.print_px * self.scale(line) for line in lines)
         pitch = pitch_of(lines) * self.scale(lines[0])
         self.pitch = min(max(pitch, CLOSEST * print_px), LOOSEST * print_px)
-        # Lines of print that fill a page from top to bottom.
-        self.fitting = max(1, int((known.size - 2 * MARGIN) / self.pitch))
+        # Lines of usual print that a window holds from top to bottom
+        self.lines_per_window = max(1, int((known.size - 2 * MARGIN) / self.pitch))
 
     def scale(self, line):
         return scale_of(line, self.known) if self.fixed_scale is None else self.fixed_scale
@@ -257,12 +257,14 @@ class Setter:
         length: a last window with three words would be a page like none, too.
         """
         _, most = self.known.chars
-        n = max(math.ceil(self.chars(paragraph) / most),
-                math.ceil(len(paragraph) / self.fitting))
-        for n in range(min(n, len(paragraph)), len(paragraph) + 1):
-            edges = [round(k * len(paragraph) / n) for k in range(n + 1)]
+        n_rows = len(paragraph)
+        by_chars = math.ceil(self.chars(paragraph) / most)
+        by_height = math.ceil(n_rows / self.lines_per_window)
+        fewest = min(max(by_chars, by_height), n_rows)
+        for n in range(fewest, n_rows + 1):
+            edges = [round(k * n_rows / n) for k in range(n + 1)]
             parts = [paragraph[start:end] for start, end in zip(edges, edges[1:])]
-            # Larger print, and rows that are set apart, take more room than `fitting` counts.
+            # Larger print, and rows that are set apart, take more room than `by_height` counts.
             if all(self.fits(rows) for rows in parts):
                 break
         return parts  # at worst a row each

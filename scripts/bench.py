@@ -5,7 +5,7 @@ Where time and memory go: training steps, generation, data, and the comparison w
     python -m scripts.bench --what=data --workers=2    # pages per CPU second, padding, data wait
     python -m scripts.bench --what=transformers --batch=16              # needs a trained checkpoint
     python -m scripts.bench --what=memory --preset=base --mode=1024px --batch=4 --seq=8192
-    python -m scripts.bench --suite=checkpoints/bench.jsonl   # all that is asked of a new GPU
+    python -m scripts.bench --suite=checkpoints/bench.jsonl   # every benchmark for a new GPU
 
 Prints one JSON line per measurement. MFU is the model's FLOPs (forward_flops, nanochat/model.py) as
 a share of a matrix product's rate in the same run; recomputation does not count as work.
@@ -24,18 +24,19 @@ from PIL import Image
 
 from nanochat.batch import IGNORE, Batch
 from nanochat.common import (
-    ArgumentParser, choose_compile, choose_dtype, compute_init, git_commit, integer, json_line,
-    matmul_rate, positive_int, run_main, synchronize)
+    ArgumentParser, choose_compile, choose_dtype, compute_init, dtype_name, git_commit, integer,
+    json_line, matmul_rate, positive_int, read_json_lines, replace_file, run_main, synchronize)
 from nanochat.config import PRESETS
 from nanochat.conversation import ocr_conversation
 from nanochat.dataloader import Sampler, ahead, loader, loader_workers
 from nanochat.engine import GRAPH_ROOM, Engine, LiveRows, TokenChoice
 from nanochat.image_modes import get_mode, plan
+from nanochat.loop import training_flops
 from nanochat.measure import (
-    PeakMemory, flash_attention, median_and_range, memory_bandwidth, seconds)
-from nanochat.model import DeepseekOCR, forward_flops
+    PeakMemory, flash_attention, median_and_range, median_seconds, memory_bandwidth)
+from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer
-from nanochat.reader import NanoDeepseekOCR
+from nanochat.reader import NanoDeepseekOCR, cast_decoder
 from nanochat.tokenizer import Tokenizer
 from scripts.parity import transformers_gpt
 from tasks.synthdoc import SynthDoc
@@ -185,7 +186,7 @@ def measure_training(args, cfg, device, mode, stage, peak):
     step(batch)
     synchronize(device)
     first_step = time.perf_counter() - start  # with compiling, and the optimizer's state made
-    dt = seconds(device, lambda: step(batch), args.repeats)
+    dt = median_seconds(device, lambda: step(batch), args.repeats)
     peak_gb = None
     if device.type == "cuda":
         peak_gb = torch.cuda.max_memory_allocated() / 1e9  # before the parts below add to it
@@ -200,21 +201,10 @@ def measure_training(args, cfg, device, mode, stage, peak):
         "seconds": dt,  # median, all data on the device
         "images_per_sec": batch.images / dt,
         "tokens_per_sec": batch.ids.numel() / dt,
-        "mfu": step_flops(cfg, batch, stage) / dt / peak,
+        "mfu": training_flops(model, batch) / dt / peak,
         "peak_gb": peak_gb,  # only on CUDA
         "share": shares,  # they add up to 1, but for noise
     }
-
-
-def step_flops(cfg, batch, stage):
-    """FLOPs of a step: a backward pass costs two forward passes, except through a frozen SAM."""
-    rows, length = batch.ids.shape
-    views = {side: len(pixels) for side, pixels in batch.views.items()}
-    flops = forward_flops(cfg, views, length, rows, batch.supervised(), batch.lengths)
-    total = 3 * sum(flops.values())
-    if stage == "stage2":
-        total -= 2 * flops["sam"]
-    return total
 
 
 def time_parts(step, batch, step_seconds, repeats):
@@ -233,11 +223,11 @@ def time_parts(step, batch, step_seconds, repeats):
         model.gpt(embeddings, lengths=batch.lengths)
 
     with torch.no_grad():
-        encoder = seconds(device, encode, repeats)
-        decoder = seconds(device, decode, repeats)
-        forward = seconds(device, lambda: model(batch), repeats)
+        encoder = median_seconds(device, encode, repeats)
+        decoder = median_seconds(device, decode, repeats)
+        forward = median_seconds(device, lambda: model(batch), repeats)
     # Gradients exist from here on and are added to, which takes as long as writing them.
-    forward_backward = seconds(device, lambda: step.forward_backward(batch), repeats)
+    forward_backward = median_seconds(device, lambda: step.forward_backward(batch), repeats)
     # max: on a busy machine the difference of two medians may come out below zero.
     return {
         "encoder forward": encoder,
@@ -260,8 +250,8 @@ def measure_generation(args, cfg, device, mode):
     pages = [ocr_conversation(blank, "", "blank")] * args.batch
     _, prompt_lengths = engine.prompt_batch(pages)
 
-    prefill = seconds(device, lambda: engine.generate(pages, 1), repeats=3)
-    whole = seconds(device, lambda: engine.generate(pages, args.new_tokens), repeats=3)
+    prefill = median_seconds(device, lambda: engine.generate(pages, 1), repeats=3)
+    whole = median_seconds(device, lambda: engine.generate(pages, args.new_tokens), repeats=3)
     per_step = (whole - prefill) / (args.new_tokens - 1)
     # Decoding is bound by memory: a step does few FLOPs with everything that it reads. Rows grow by
     # a token per step, so on average half of the new tokens are in the cache.
@@ -277,12 +267,6 @@ def measure_generation(args, cfg, device, mode):
         "bandwidth_share": read_per_second / bandwidth,
         "bandwidth_gb_per_sec": bandwidth / 1e9,
     }
-
-
-def cast_decoder(model):
-    """Decoder weights in the compute dtype, as the scripts that read have them."""
-    for parameter in model.gpt.parameters():
-        parameter.data = parameter.data.to(model.dtype)
 
 
 def engine_without_end(model, tokenizer, mode):
@@ -402,7 +386,7 @@ def measure_memory(args, cfg, mode, stage):
     return {
         **step_flags(args),
         "stage": stage,
-        "dtype": str(dtype)[6:],
+        "dtype": dtype_name(dtype),
         "predicted_gb": memory.peak / 1e9,
         "weights_gb": weights / 1e9,  # fp32: a Linear casts them when it is used
         "between_steps_gb": between_steps / 1e9,  # weights, optimizer's state and the batch
@@ -438,7 +422,7 @@ def measure_generation_memory(args, cfg, mode):
     return {
         "new_tokens": args.new_tokens,
         "stage": "generate",
-        "dtype": str(dtype)[6:],
+        "dtype": dtype_name(dtype),
         "predicted_gb": memory.peak / 1e9,
         "prefill_gb": prefill_peak / 1e9,
         "weights_gb": weights / 1e9,
@@ -472,7 +456,7 @@ def measure_transformers(args, device):
         pages = [task[i] for i in range(rows)]
         record = {
             "checkpoint": args.checkpoint,
-            "dtype": str(model.dtype)[6:],
+            "dtype": dtype_name(model.dtype),
             "batch": rows,
             "new_tokens": args.new_tokens,
             "rounds": args.rounds,
@@ -530,8 +514,9 @@ def run_suite(path):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     records = []
     if os.path.exists(path):
-        with open(path) as f:
-            records = [json.loads(line) for line in f]
+        records, _ = read_json_lines(path)
+        # Without the line that a kill has cut short: the next one would be written behind it.
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
     done = {record["flags"] for record in records}
     for flags in SUITE:
         if flags in done:
@@ -639,7 +624,7 @@ def main(argv=None):
     machine = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype)[6:],
+        "dtype": dtype_name(dtype),
         "matmul_tflops": peak / 1e12,
         "torch": torch.__version__,
         "commit": git_commit(),

@@ -62,11 +62,16 @@ def main(argv=None):
     parser.add_argument("--push", default="",
                         help="hub repository (owner/name) to upload to, with HF_TOKEN from the "
                              "environment")
+    parser.add_argument("--private", action="store_true",
+                        help="create that repository as a private one; meta.json names the data "
+                             "that the model was trained on")
     args = parser.parse_args(argv)
     given = parser.given(argv)
     for flag in ("dtype", "windows", "command", "results"):
         if flag in given and args.format != "nano":
             raise ValueError(f"--{flag} has no effect on --format={args.format}: leave it out")
+    if args.private and not args.push:
+        raise ValueError("--private has no effect without --push: leave it out")
     if os.path.exists(args.out):  # before the model is loaded, which takes its time
         raise FileExistsError(f"{args.out} exists: choose another --out")
 
@@ -94,13 +99,13 @@ def main(argv=None):
     if args.format == "deepseek":
         pretrained.export_deepseek(model, args.out)
     elif args.format == "encoder":
-        pretrained.save_encoder(model, args.out)
+        pretrained.save_encoder(model, args.out, args.push)
     else:
-        model.save_pretrained(args.out, results, args.dtype, args.command)
+        model.save_pretrained(args.out, results, args.dtype, args.command, args.push)
     if args.push:
         print0(f"uploading {args.out} to {args.push}")
         try:
-            pretrained.push(args.out, args.push)
+            pretrained.push(args.out, args.push, args.private)
         except (ValueError, OSError) as error:
             # The same command would find its own folder in the way.
             raise OSError(f"{error}; {args.out} is whole, so what remains is: hf upload "

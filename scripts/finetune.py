@@ -14,17 +14,18 @@ from nanochat.checkpoint import load_model
 from nanochat.common import (
     ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, is_master, json_line,
     matmul_rate, print0, run_main, write_json)
+from nanochat.conversation import truth_of
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.engine import Engine
 from nanochat.evaluator import Evaluator, read_pages
 from nanochat.heads import LABELS, loss_weights, make_heads
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
-    account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    refuse_without_effect, row_multiple, save, train_step, wrap_model)
+    account, add_training_arguments, console_line, due, evaluate, figures_of_step, lr_multiplier,
+    parse_part_lrs, refuse_without_effect, row_multiple, train_step, wrap_model)
 from nanochat.metrics import score_page, summarize
 from nanochat.mixture import fingerprints
-from nanochat.optim import Optimizer, schedule
+from nanochat.optim import Optimizer
 from nanochat.pretrained import find
 from nanochat.reader import NEEDED
 from nanochat.run import Run, samples_per_step
@@ -47,7 +48,7 @@ def make_parser():
     add_data_arguments(parser)
     add_training_arguments(parser, model_tag="finetune", num_iterations=150, lr=1e-3,
                            matrix_lr=0.005, save_every=50)
-    parser.inherits(INHERITED, "the checkpoint")
+    parser.show_inherited(INHERITED, "the checkpoint")
     return parser
 
 
@@ -58,7 +59,7 @@ def read_held_out(model, tokenizer, mode, task, indices):
     for first in range(0, len(indices), READ_BATCH):
         batch = [task[i] for i in indices[first:first + READ_BATCH]]
         for conversation, text, _ in read_pages(engine, batch):
-            truth = conversation["messages"][-1]["content"]
+            truth = truth_of(conversation)
             # how Chinese is cut into words does not matter to these figures
             scores.append(score_page(text, truth, by_character=True))
     summary = summarize(scores)
@@ -96,7 +97,7 @@ def main(argv=None):
     if args.max_seq_len > positions:
         raise ValueError(f"--max-seq-len={args.max_seq_len}: the decoder of {args.checkpoint} has "
                          f"{positions} positions")
-    choose_losses(args, local=0.0, place=0.0)  # few pages of one's own say where their letters are
+    choose_losses(args, local=0.0, place=0.0)  # a user's pages rarely have letter labels
     run = Run(args, "fine-tuning")
     if args.freeze_sam:
         model.encoder.freeze_sam()
@@ -127,16 +128,10 @@ def main(argv=None):
                           args.eval_pages, args.statistics_pages, heads)
 
     # -------------------------------------------------------------------------
-    # Optimizer and schedule
+    # Optimizer
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
                           dtype=dtype, part_lrs=parse_part_lrs(args.part_lr),
                           heads=heads)
-
-    def lr_scale(step, progress):
-        """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
-        if step < args.warmup_steps:
-            return (step + 1) / args.warmup_steps
-        return schedule(args.schedule, progress)
 
     # -------------------------------------------------------------------------
     # Start: read the held-out pages as they are read now, then resume or begin
@@ -159,6 +154,7 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # The loop
+    weights = loss_weights(args.local_loss, args.place_loss)
     while True:
         progress = run.progress(step)
         last = progress >= 1
@@ -168,13 +164,12 @@ def main(argv=None):
         if evaluate_now:
             evaluate(run, step, model, evaluator, eager=compiled)
         if save_now:
-            save(run, step, model, tokenizer, optimizer, streams)
+            run.save(step, model, tokenizer, optimizer, streams)
         if last:
             break
-        scale = lr_scale(step, progress)
+        scale = lr_multiplier(args, step, progress)
         result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
-                            sampler.counters, loss_weights(args.local_loss, args.place_loss),
-                            agree_on_time=args.max_minutes > 0)
+                            sampler.counters, weights, agree_on_time=args.max_minutes > 0)
         streams.update(result.streams)
         account(run, result)
         figures = figures_of_step(run, result, args.lr * scale, peak_flops)

@@ -28,7 +28,8 @@ def conversation_of(images, question, id):
 
 def cut_at(text, until):
     """The text up to the first of the strings that a task ends an answer with."""
-    for stop in [until] if isinstance(until, str) else until:
+    stops = [until] if isinstance(until, str) else until
+    for stop in stops:
         # lmms-eval adds a blank line where a task names none, to stop models without an end token.
         # This one has an end token, and writes blank lines between the blocks of a page.
         if stop and stop != "\n\n":

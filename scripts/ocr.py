@@ -22,8 +22,10 @@ import json
 import logging
 import math
 import os
+import stat
 import sys
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -84,7 +86,8 @@ def matches_of(pattern):
     """Files that match, and those in folders that match; each once, as ** matches both."""
     found = {}
     for path in sorted(glob.glob(pattern, recursive=True)):
-        for file in files_in(path) if os.path.isdir(path) else [path]:
+        files = files_in(path) if os.path.isdir(path) else [path]
+        for file in files:
             found.setdefault(os.path.normpath(file), file)
     return list(found.values())
 
@@ -132,6 +135,9 @@ def pages_of(path, dpi):
         source = io.BytesIO(sys.stdin.buffer.read())
     else:
         source = open(path, "rb")
+    if not source.seekable():  # a pipe, as of `<(curl ...)`
+        with source:
+            source = io.BytesIO(source.read())
     with source:
         if is_pdf(source):
             yield from pdf_pages(path, source, dpi)
@@ -159,8 +165,8 @@ def is_pdf(source):
 
 def count_pages(files):
     """Pages in all files, without decoding them; None if that cannot be known beforehand."""
-    if "-" in files:
-        return None  # standard input can be read only once
+    if "-" in files or any(is_pipe(path) for path in files):
+        return None  # they can be read only once
     total = 0
     for path in files:
         try:
@@ -169,6 +175,10 @@ def count_pages(files):
         except Exception:
             total += 1  # its error, which `pages` will find again and report
     return total
+
+
+def is_pipe(path):
+    return os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
 
 
 def count_frames(source):
@@ -195,19 +205,41 @@ def picture_pages(path, source):
         raise ValueError(f"cannot identify it: no picture ({', '.join(FORMATS)}), and no PDF, "
                          f"which has %PDF- in its first {PDF_HEAD} bytes") from error
     with image:
-        frames = n_frames(image)
-        for k in range(frames):
-            number = k + 1 if frames > 1 else None
+        is_one = image.format != "TIFF" or not has_frame(image, 1)
+        if is_one:
+            yield Page(path, image=frame_of(image))
+            return
+        for k in count():
+            # Page by page and not by their number: a file that is cut short still has the first.
             try:
-                yield Page(path, number, frame_of(image, k))
+                image.seek(k)
+            except EOFError:
+                return
+            except Exception as error:  # where the next one is, is lost as well
+                yield Page(path, k + 1, error=error)
+                return
+            try:
+                yield Page(path, k + 1, frame_of(image))
             except Exception as error:
                 # One broken page, whatever its decoder raises, must not stop those after it.
-                yield Page(path, number, error=error)
+                yield Page(path, k + 1, error=error)
 
 
-def frame_of(image, k):
-    """Frame k of an open picture as RGB."""
-    image.seek(k)
+def has_frame(image, k):
+    """Whether an open picture has a frame k, broken or not; it is then at its first one again."""
+    try:
+        image.seek(k)
+    except EOFError:
+        return False
+    except Exception:
+        return True
+    finally:
+        image.seek(0)
+    return True
+
+
+def frame_of(image):
+    """The frame that an open picture is at, as RGB."""
     check_pixels(image.width, image.height, "make it smaller")
     image.load()
     # Converted here already, so that a picture which cannot be (broken EXIF, gray levels that are
@@ -242,9 +274,9 @@ class MissingPage(ValueError):
 def pdf_pages(path, source, dpi):
     """Yields the pages of a PDF, drawn at `dpi`; a page that cannot be drawn has its error."""
     with contextlib.closing(open_pdf(source)) as document:
-        count = len(document)
+        n_pages = len(document)
         missing = 0  # in a row
-        for k in range(count):
+        for k in range(n_pages):
             try:
                 image, notes = draw_pdf_page(document, k, dpi)
                 page = Page(path, k + 1, image, notes=notes)
@@ -254,9 +286,9 @@ def pdf_pages(path, source, dpi):
                 missing = missing + 1 if isinstance(error, MissingPage) else 0
             yield page
             # A damaged file may count a million pages and have one.
-            if missing == MISSING and k + 1 < count:
+            if missing == MISSING and k + 1 < n_pages:
                 yield Page(path, error=MissingPage(
-                    f"pages {k + 2} to {count} are left out: {MISSING} in a row before them are "
+                    f"pages {k + 2} to {n_pages} are left out: {MISSING} in a row before them are "
                     f"missing, so the file probably counts more pages than it has"))
                 return
 

@@ -122,7 +122,7 @@ LINE = 25         # px from one line of text to the next
 PAGE_SIDE = 340   # px that a page is enlarged to, or a little less: its pixels stay square
 LONGEST = 4000    # characters of a text whose letters are compared; longer ones by word
 LONG = 90         # characters from which on a text stands beside its page and not below
-MISSED = "#ffbbbb"  # the colours of report.html
+MISSED = "#ffbbbb"  # the colors of report.html
 WRONG = "#bbddff"
 GRAY = "#777777"
 TOKENS = "#ff9933"  # lines between the areas of vision tokens
@@ -202,14 +202,14 @@ class Sheet:
         return self.reach(top + LINE)
 
     def write_marked(self, text, marks, mark_color, left, top, width):
-        """A text in `width` px, broken into lines, its marked characters on colour. -> as write"""
+        """A text in `width` px, broken into lines, its marked characters on color. -> as write"""
         advance = font("mono", PRINT).getlength("x")
         for start, end in line_ranges(text, int(width / advance)):
             for k in range(start, end):
                 if marks[k]:
                     x = left + (k - start) * advance
                     self.pen.rectangle((x, top - 1, x + advance, top + LINE - 4), fill=mark_color)
-            # Over the colour, and in one go, so that letters stand where they were printed.
+            # Over the color, and in one go, so that letters stand where they were printed.
             line = text[start:end].rstrip("\n")
             self.pen.text((left, top), line, font=font("mono", PRINT), fill="black")
             top += LINE
@@ -298,7 +298,7 @@ def reading(args):
 # network
 
 PARTS = (
-    # (title, what it does, its parts in DeepseekOCR.parts, colour)
+    # (title, what it does, its parts in DeepseekOCR.parts, color)
     ("SAM", "attention, most\nof it in windows", ("sam",), "#fde3c8"),
     ("compressor", "2 convolutions\nof stride 2", ("compressor",), "#f9d7d7"),
     ("CLIP", "attention over\nthe whole page", ("clip",), "#d6e6f7"),
@@ -499,7 +499,7 @@ def parse_runs(text):
         if not os.path.exists(path):
             raise FileNotFoundError(f"--runs: {folder} has no metrics.jsonl: name a run folder, "
                                     f"e.g. checkpoints/stage1")
-        # A damaged line is one point less, and was counted aloud when the run was resumed.
+        # A damaged line is one point less, and was reported when the run was resumed.
         records, _ = read_json_lines(path)
         runs[label] = records
     return runs

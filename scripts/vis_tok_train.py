@@ -14,19 +14,19 @@ import torch
 from nanochat import pretrained
 from nanochat.checkpoint import load_model, resuming
 from nanochat.common import (
-    ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, json_line, matmul_rate,
-    print0, run_main)
+    ArgumentParser, choose_compile, choose_dtype, compute_init, dist_info, dtype_name, json_line,
+    matmul_rate, print0, run_main)
 from nanochat.config import PRESETS
 from nanochat.dataloader import Sampler, ahead, loader
 from nanochat.evaluator import Evaluator
 from nanochat.heads import LABELS, loss_weights, make_heads
 from nanochat.image_modes import get_mode
 from nanochat.loop import (
-    account, add_training_arguments, console_line, due, evaluate, figures_of_step, parse_part_lrs,
-    refuse_without_effect, row_multiple, save, train_step, wrap_model)
+    account, add_training_arguments, console_line, due, evaluate, figures_of_step, lr_multiplier,
+    parse_part_lrs, refuse_without_effect, row_multiple, train_step, wrap_model)
 from nanochat.mixture import fingerprints
 from nanochat.model import DeepseekOCR
-from nanochat.optim import Optimizer, schedule
+from nanochat.optim import Optimizer
 from nanochat.run import Run, samples_per_step
 from tasks.registry import (
     add_data_arguments, choose_losses, refuse_ignored, training_sets)
@@ -150,16 +150,10 @@ def main(argv=None):
                           args.eval_pages, args.statistics_pages, heads)
 
     # -------------------------------------------------------------------------
-    # Optimizer and schedule
+    # Optimizer
     optimizer = Optimizer(model, args.optimizer, args.lr, args.matrix_lr, args.weight_decay,
                           dtype=dtype, part_lrs=parse_part_lrs(args.part_lr),
                           heads=heads)
-
-    def lr_scale(step, progress):
-        """Multiplier of every learning rate. progress: share of the run that is done, 0 to 1."""
-        if step < args.warmup_steps:
-            return (step + 1) / args.warmup_steps
-        return schedule(args.schedule, progress)
 
     # -------------------------------------------------------------------------
     # Start: resume from this run's last checkpoint, else from what the model holds now
@@ -174,7 +168,7 @@ def main(argv=None):
     net = wrap_model(model, compiled, heads)
     peak_flops = matmul_rate(device, dtype)
     print0(f"stage 1: {model.num_params():,} parameters, {optimizer.num_params():,} trained; "
-           f"{device.type} x {world_size}, {str(dtype)[6:]}, "
+           f"{device.type} x {world_size}, {dtype_name(dtype)}, "
            f"{'compiled' if compiled else 'eager'}, matmul {peak_flops / 1e9:,.0f} GFLOP/s; "
            f"{batch_size} samples a step")
     run.begin(tokenizer, modes[0])
@@ -182,6 +176,7 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # The loop
+    weights = loss_weights(args.local_loss, args.place_loss)
     while True:
         progress = run.progress(step)
         last = progress >= 1
@@ -191,13 +186,12 @@ def main(argv=None):
         if evaluate_now:
             evaluate(run, step, model, evaluator, eager=compiled)
         if save_now:
-            save(run, step, model, tokenizer, optimizer, streams, with_encoder=True)
+            run.save(step, model, tokenizer, optimizer, streams, with_encoder=True)
         if last:
             break
-        scale = lr_scale(step, progress)
+        scale = lr_multiplier(args, step, progress)
         result = train_step(step, net, optimizer, batches, accumulate, scale, args.grad_clip,
-                            sampler.counters, loss_weights(args.local_loss, args.place_loss),
-                            agree_on_time=args.max_minutes > 0)
+                            sampler.counters, weights, agree_on_time=args.max_minutes > 0)
         streams.update(result.streams)
         account(run, result)
         figures = figures_of_step(run, result, args.lr * scale, peak_flops)

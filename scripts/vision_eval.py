@@ -28,9 +28,9 @@ from PIL import Image
 from nanochat import lines, windows
 from nanochat.checkpoint import WEIGHTS, sha256_of
 from nanochat.common import (
-    ArgumentParser, banner, barrier, check_wandb, compute_init, dist_info, every_or_never, fraction,
-    init_wandb, json_line, natural, positive_int, print0, read_record, run_main,
-    write_json)
+    ArgumentParser, banner, barrier, check_wandb, compute_init, dtype_name, every_or_never,
+    fraction, init_wandb, is_master, json_line, natural, positive_int, print0, read_record,
+    run_main, write_json)
 from nanochat.conversation import OCR_PROMPT, Task
 from nanochat.scoring import Scorer, pixel_hash, read_lines
 from nanochat.figures import MAIN, breakdowns_in, curve, figures_of, pages_of
@@ -39,12 +39,12 @@ from nanochat.reader import add_arguments, load_engine
 from nanochat.report import against_line, plot_curve, write_html
 from nanochat.verdict import CONTROLS, SAID, compare
 from tasks.omnidocbench import QUIVR, OmniDocBench
-from tasks.registry import EVALUATED, open_set, parse_chars, parse_data
+from tasks.registry import EVALUATED, open_set, parse_chars, parse_data, refuse_unused
 from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
 
 # Flags that change a prediction or a page: results under others must not be mixed.
 SETTINGS = ("max_new_tokens", "no_repeat", "path", "chars", "seed", "kinds", "prompt", "damage")
-# The tasks that a flag has to do with. Elsewhere it would be ignored, which nobody expects.
+# The tasks that a flag applies to. On others it would be ignored without a word.
 USED_BY = {
     "path": ("fox", "fox-cn", "omnidocbench", "chartqa-test", "folder"),
     "allow_outside": ("folder",),
@@ -121,15 +121,13 @@ def set_folder(args, given):
 
 def check_args(args, given):
     check_wandb(args.run)  # now, and not after the evaluation
-    for name in args.task.split(","):
+    names = args.task.split(",")
+    for name in names:
         if name not in SPLITS + EVALUATED:
             raise ValueError(f"--task={name}: must be one of {', '.join(SPLITS + EVALUATED)}")
         if name == "folder" and not args.path:  # the other benchmarks are on the hub
             raise ValueError("--task=folder needs --path, the folder of your pages")
-    for flag, tasks in USED_BY.items():
-        if flag in given and not set(args.task.split(",")) & set(tasks):
-            raise ValueError(f"--{flag.replace('_', '-')} has no effect on --task={args.task}: it "
-                             f"is for {', '.join(tasks)}; leave it out")
+    refuse_unused(given, USED_BY, set(names), what=f"--task={args.task}")
 
 
 # -----------------------------------------------------------------------------
@@ -160,8 +158,8 @@ def tasks_of(args, user_config, image_size):
             tasks.append((name, task))
     names = [name for name, _ in tasks]
     if len(set(names)) < len(names):
-        raise ValueError(f"--task={args.task} --chars={args.chars}: names a task twice, whose pages "
-                         f"would count twice in the curve")
+        raise ValueError(f"--task={args.task} --chars={args.chars}: names a task twice, and its "
+                         f"pages would count twice in the curve")
     return tasks
 
 
@@ -252,19 +250,21 @@ def other_words(words, kind, rng):
     return strings
 
 
-def reworded(task, kind):
-    """A synthetic task whose pages keep their layout but show `other_words`, truth included."""
-    def blocks(i):
-        rng, freedom, own_blocks = task.blocks(i)
-        # Not the task's rng, which goes on to draw the layout: that must stay as it was.
-        own_rng = random.Random(f"{kind}/{i}")
-        new_blocks = []
-        for box, words, scale in own_blocks:
-            new_blocks.append((box, other_words(words, kind, own_rng), scale))
-        return rng, freedom, new_blocks
-    changed = copy.copy(task)
-    changed.blocks = blocks
-    return changed
+class Reworded(SynthDoc):
+    """The pages of a SynthDoc, laid out as they are but with `other_words`, truth included."""
+
+    def __init__(self, task, kind):
+        vars(self).update(vars(task))  # the same pages: every argument is the task's
+        self.kind = kind
+
+    def blocks(self, i):
+        rng, freedom, blocks = super().blocks(i)
+        # Not the page's rng, which goes on to draw the layout: that must stay as it was.
+        own_rng = random.Random(f"{self.kind}/{i}")
+        reworded = []
+        for block_kind, words, scale in blocks:
+            reworded.append((block_kind, other_words(words, self.kind, own_rng), scale))
+        return rng, freedom, reworded
 
 
 def controls_of(task, engine):
@@ -275,9 +275,9 @@ def controls_of(task, engine):
     controls = {"blank": Control(task, "blank", size)}
     if len(task) > 1:
         controls["another"] = Control(task, "another")
-    if hasattr(task, "blocks"):  # pages that are drawn from words can be drawn from others
-        controls["random_chars"] = reworded(task, "random_chars")
-        controls["shuffled"] = reworded(task, "shuffled")
+    if isinstance(task, SynthDoc):  # pages that are drawn from words can be drawn from others
+        controls["random_chars"] = Reworded(task, "random_chars")
+        controls["shuffled"] = Reworded(task, "shuffled")
     return controls
 
 
@@ -298,7 +298,7 @@ def settings_of(args, engine, meta, by_character):
         "by_character": by_character,
         "mode": args.mode or meta["mode"],
         # "auto" would say nothing: it is bf16 on one machine and fp32 on the next
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(engine.model.dtype),
     }
     for key in SETTINGS:
         settings[key] = getattr(args, key)
@@ -330,7 +330,7 @@ def check_settings(settings, out):
         raise ValueError(f"{out} holds an evaluation under other settings ({'; '.join(changes)}): "
                          "give another --out, or delete it")
     barrier()  # no rank may find what rank 0 writes now
-    if dist_info()[0] == 0 and not os.path.exists(path):
+    if is_master() and not os.path.exists(path):
         os.makedirs(out, exist_ok=True)
         write_json(path, settings)
     barrier()  # the folder is there
@@ -541,13 +541,15 @@ def run(args, engine, meta):
         figures, rows = evaluate_task(scorer, name, task, args, against)
         summary[name] = figures
         sections.append((name, task, rows))
-    if len(tasks) == 1:  # of the only task, also where a script that reads one number looks
-        for key, value in figures.items():
+    # A script that runs one task finds its figures at the top of the summary, too.
+    if len(tasks) == 1:
+        [(only_task, _)] = tasks
+        for key, value in summary[only_task].items():
             if not isinstance(value, dict):
                 summary[key] = value
 
     # report
-    if dist_info()[0] == 0:
+    if is_master():
         print0("writing the report")
         write_report(args, out, summary, sections)
     return summary

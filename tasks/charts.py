@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from tasks.fonts import MIN_PX, font
 from tasks.words import draw_words
 
-COLOURS = (
+COLORS = (
     (20, 60, 130),
     (245, 170, 60),
     (60, 130, 60),
@@ -18,7 +18,7 @@ COLOURS = (
     (150, 100, 190),
     (220, 70, 60),
 )
-GRID_COLOUR = (200, 200, 200)
+GRID_COLOR = (200, 200, 200)
 GRID_LINES = 5
 
 
@@ -102,13 +102,13 @@ def draw_pie(canvas, chart):
     start = -90  # degrees: the top
     for k, (label, value) in enumerate(zip(chart.labels, chart.values)):
         stop = start + 360 * value / total
-        canvas.draw.pieslice(circle, start, stop, COLOURS[k], "white")
+        canvas.draw.pieslice(circle, start, stop, COLORS[k], "white")
         start = stop
 
         # One line of the legend, with a swatch of half its height.
         y = (2.2 + 1.3 * k) * px
         swatch = (side + px, round(y), side + 1.5 * px, round(y + px / 2))
-        canvas.draw.rectangle(swatch, COLOURS[k])
+        canvas.draw.rectangle(swatch, COLORS[k])
         text = f"{label} {chart.printed(k)}"
         canvas.write(side + 2 * px, y + px / 4, text, "lm")
 
@@ -125,7 +125,7 @@ def draw_bars_or_line(canvas, chart):
     for k in range(GRID_LINES):
         y = round(bottom - (bottom - top) * k / (GRID_LINES - 1))
         value = peak * chart.unit * k / (GRID_LINES - 1)
-        canvas.draw.line((left, y, canvas.width, y), GRID_COLOUR)
+        canvas.draw.line((left, y, canvas.width, y), GRID_COLOR)
         canvas.write(left - px / 3, y, f"{value:g}", "rm")
 
     # A slot of the axis for each value, the point in its middle.
@@ -137,13 +137,13 @@ def draw_bars_or_line(canvas, chart):
         points.append((x, y))
     # The line comes before the numbers, which stay legible on top of it.
     if chart.kind == "line":
-        canvas.draw.line(points, COLOURS[0], max(1, px // 6))
+        canvas.draw.line(points, COLORS[0], max(1, px // 6))
 
     for k, (x, y) in enumerate(points):
         if chart.kind == "bar":
             half = slot * 0.35  # of the width of a bar
             bar = (round(x - half), round(y), round(x + half), round(bottom))
-            canvas.draw.rectangle(bar, COLOURS[0])
+            canvas.draw.rectangle(bar, COLORS[0])
         canvas.write(x, y - px / 6, chart.printed(k), "mb")
         canvas.write(x, bottom + px / 3, chart.labels[k], "mt")
 

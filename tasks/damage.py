@@ -13,7 +13,7 @@ LIMITS = {
     "skew": 2.0,  # degrees, either way
     "blur": 0.08,  # radius over the print size
     "light": 0.5,  # share of the light missing in a corner
-    "noise": 20,  # grey levels, standard deviation
+    "noise": 20,  # gray levels, standard deviation
     "jpeg": 75,  # subtracted from quality 95
 }
 
@@ -46,7 +46,7 @@ def light_map(rng, size, shade):
 
 
 def grain(rng, shape, noise):
-    """float32 array of normal noise, `noise` grey levels of standard deviation."""
+    """float32 array of normal noise, `noise` gray levels of standard deviation."""
     levels = rng.standard_normal(shape, dtype=np.float32)
     levels *= np.float32(noise)
     return levels

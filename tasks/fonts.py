@@ -104,7 +104,7 @@ class Glyph(NamedTuple):
     left: int  # of the ink, px
     top: int
     ink: np.ndarray  # (height, width) uint8, no empty rows or columns; None for a space
-    x: float  # centre of the ink box, px
+    x: float  # center of the ink box, px
     y: float
 
 

@@ -145,7 +145,7 @@ class Style:
     number_on_top: bool
     margin: float  # share of the longer side left blank at every edge
     fill: float  # print size over the largest that is expected to fit
-    ink: int  # grey levels
+    ink: int  # gray levels
     paper: int
 
 

@@ -68,7 +68,7 @@ class Page:
     boxes: list
     face: str
     size_px: int  # print size of the text; titles and notes differ
-    ink: int  # grey levels
+    ink: int  # gray levels
     paper: int
     columns: int = 1
     kinds: tuple = ("text", "table")  # of the boxes in the truth
@@ -182,7 +182,7 @@ def annotation(page, image_path="page.png", page_no=0):
 def print_line(mask, line, labels):
     """
     Prints a line into `mask`, (height, width) uint8 of ink, and appends (character, x, y) of each
-    glyph to `labels`: the centre of its ink box. What reaches over the edge is cut off.
+    glyph to `labels`: the center of its ink box. What reaches over the edge is cut off.
     """
     page_height, page_width = mask.shape
     glyph_of = glyphs(line.face, line.px)
@@ -202,7 +202,7 @@ def print_line(mask, line, labels):
             if there.shape != ink.shape:  # cut off at the far edges
                 height, width = there.shape
                 ink = ink[:height, :width]
-            # Maximum, not assignment: neighbours may overlap.
+            # Maximum, not assignment: neighbors may overlap.
             np.maximum(there, ink, out=there)
 
             # A glyph of which the edge cuts off more than half has no place to point to.
@@ -214,13 +214,13 @@ def print_line(mask, line, labels):
 
 
 def print_figure(mask, figure):
-    """Prints a chart into `mask`, in grey, with its own print."""
+    """Prints a chart into `mask`, in gray, with its own print."""
     rng = random.Random(figure.seed)
     chart, _, _ = draw_chart(rng, figure.width, figure.height, figure.split)
-    grey = np.asarray(chart.convert("L"))
+    gray = np.asarray(chart.convert("L"))
     right = figure.x + figure.width
     bottom = figure.y + figure.height
-    mask[figure.y:bottom, figure.x:right] = 255 - grey
+    mask[figure.y:bottom, figure.x:right] = 255 - gray
 
 
 def render(page):
@@ -239,17 +239,17 @@ def render(page):
         for line in box.lines:
             print_line(mask, line, labels)
 
-    # On the ink and not on the picture, where paper and ink are grey.
+    # On the ink and not on the picture, where paper and ink are gray.
     ink = Image.fromarray(mask)
     for box in page.boxes:
         left, top, _, _ = box.bbox
         ink_left, ink_top, ink_right, ink_bottom = ink.crop(box.bbox).getbbox()
         box.bbox = (left + ink_left, top + ink_top, left + ink_right, top + ink_bottom)
 
-    # From ink, 0 to 255, to grey levels between those of paper and ink.
+    # From ink, 0 to 255, to gray levels between those of paper and ink.
     contrast = page.ink - page.paper
-    grey = page.paper + contrast * np.arange(256) // 255
-    return ink.point(grey.tolist()), labels
+    gray = page.paper + contrast * np.arange(256) // 255
+    return ink.point(gray.tolist()), labels
 
 
 def scan(page, strengths, name):

@@ -35,7 +35,7 @@ from tasks.rows import Rows
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import SynthDoc
 
-RENDERED = ("synthdoc", "synthpage", "synthchart", "synthchat")  # made as they go, never used up
+RENDERED = ("synthdoc", "synthpage", "synthchart", "synthchat")  # made on the fly, never used up
 TRAINING_SETS = (*RENDERED, "folder", "finevision", "chartqa", "smoltalk")
 KNOW_LETTERS = ("synthdoc", "synthpage")  # say where on their pages each letter is printed
 BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omnidocbench_like")
@@ -164,7 +164,7 @@ def parse_parts(text):
     return odds
 
 
-# The sets that a flag has to do with. Elsewhere it would be ignored, which nobody expects.
+# The sets that a flag applies to. On others it would be ignored without a word.
 USED_BY = {
     "stream": ("finevision", "chartqa", "smoltalk"),
     "ramp": ("synthdoc",),
@@ -184,11 +184,18 @@ USED_BY = {
 def refuse_ignored(given, data):
     """ValueError if a flag of `given`, names of those on the command line, concerns no set."""
     names = {name for name, _, _ in parse_data(data)}
-    for flag, sets in USED_BY.items():
-        if flag in given and not names & set(sets):
-            named = ", ".join(sorted(names))
-            raise ValueError(f"--{flag.replace('_', '-')} has no effect on {named}: it is for "
-                             f"{', '.join(sets)}; leave it out")
+    refuse_unused(given, USED_BY, names, what=", ".join(sorted(names)))
+
+
+def refuse_unused(given, used_by, names, what):
+    """
+    ValueError if a flag of `given` is for none of `names`. used_by: {flag: names that it is for};
+    what: how the error calls `names`.
+    """
+    for flag, users in used_by.items():
+        if flag in given and not names & set(users):
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect on {what}: it is for "
+                             f"{', '.join(users)}; leave it out")
 
 
 def choose_losses(args, local, place):
@@ -219,20 +226,16 @@ def open_set(name, arg, split, args, image_size, size, ramp=0):
     size, ramp  samples of a rendered set; synthdoc's curriculum, in samples
     """
     args = with_defaults(args)
-    # Apart, because a benchmark has no split, and --data must not name one.
-    if name in BENCHMARKS:
-        task = open_benchmark(name, arg, image_size, args.damage)
-    else:
-        task = open_training_set(name, arg, split, args, image_size, size, ramp)
-
-    if task is None:
-        known = ", ".join(TRAINING_SETS + BENCHMARKS)
-        raise ValueError(f"unknown data set {name!r}: must be one of {known}")
-    return task
+    if name in TRAINING_SETS:
+        return open_training_set(name, arg, split, args, image_size, size, ramp)
+    if name in BENCHMARKS:  # which have no split
+        return open_benchmark(name, arg, image_size, args.damage)
+    known = ", ".join(TRAINING_SETS + BENCHMARKS)
+    raise ValueError(f"unknown data set {name!r}: must be one of {known}")
 
 
 def open_training_set(name, arg, split, args, image_size, size, ramp):
-    """The task, or None for an unknown name."""
+    """The task of one of TRAINING_SETS."""
     # Rendered here
     rendered_split = "train" if split == "train" else "heldout"
     if name == "synthdoc":
@@ -262,7 +265,7 @@ def open_training_set(name, arg, split, args, image_size, size, ramp):
 
 
 def open_benchmark(name, arg, image_size, damage):
-    """The same of a benchmark."""
+    """The task of one of BENCHMARKS."""
     if name == "fox":
         return Fox("en", arg)
     if name == "fox-cn":

@@ -75,11 +75,13 @@ def listed_words(rng, split):
 def word_source(rng, split):
     """Yields the words of one page without end."""
     # A page is either prose or words of the list, not both.
-    if split in ("train", "heldout") and rng.random() < PROSE_SHARE:
+    if split == "random_chars":
+        while True:
+            yield random_string(rng)
+    elif split in ("train", "heldout") and rng.random() < PROSE_SHARE:
         yield from prose_from_anywhere(rng, held_out=split == "heldout")
-    while split == "random_chars":
-        yield random_string(rng)
-    yield from listed_words(rng, split)
+    else:
+        yield from listed_words(rng, split)
 
 
 def choose_words(rng, split, n_chars, random_share):

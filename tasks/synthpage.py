@@ -295,12 +295,21 @@ class SynthPage(Task):
 
     def paragraphs(self, rng, i):
         """Yields lists of words without end."""
-        # A user's own text is read on from a random paragraph.
+        # Drawn even without own text: fixed evaluation sets depend on the order of these draws.
         start = rng.randrange(len(self.own) or 1)
-        while self.own:
+        if self.own:
+            yield from self.own_paragraphs(start)
+        else:
+            yield from self.made_paragraphs(rng, i)
+
+    def own_paragraphs(self, start):
+        """A user's text from paragraph `start` on, again and again."""
+        while True:
             yield self.own[start % len(self.own)]
             start += 1
 
+    def made_paragraphs(self, rng, i):
+        """Paragraphs of the built-in words and prose, for page i."""
         # Held-out prose stands on one page each, or it would be the same few sentences everywhere.
         dealt = []
         if self.split == "heldout" and i < DEAL:

@@ -8,7 +8,7 @@ The words that rendered pages are made of, and which split may use which.
                    to be read
     random_chars   only random letters and digits: no language prior helps at all
 
-Words: words.txt (licence in words.LICENSE). Prose: the topics of Python's own help, which differ a
+Words: words.txt (license in words.LICENSE). Prose: the topics of Python's own help, which differ a
 little from one Python version to the next. Which words are held out is therefore decided by hash
 alone, and is the same everywhere.
 """

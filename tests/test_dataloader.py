@@ -488,7 +488,7 @@ def test_deranged_with_tiles_several_images_and_packed_rows(make_sampler, pack):
 # -----------------------------------------------------------------------------
 # Labels
 
-def labelled_page(number, size, spots):
+def labeled_page(number, size, spots):
     """
     A page whose blue is its number, with a red square at every spot, given as fractions of its
     sides. -> (image, {"glyphs": labels}): the labels at the spots name the page and the spot.
@@ -507,9 +507,9 @@ def labelled_page(number, size, spots):
     return Image.fromarray(pixels), {"glyphs": labels}
 
 
-def labelled_conversations(sizes):
+def labeled_conversations(sizes):
     """
-    Of each size two conversations with a labelled page; among them a text without images, a page
+    Of each size two conversations with a labeled page; among them a text without images, a page
     without labels, and a conversation of two pages, of which one has no spots.
     """
     conversations = []
@@ -517,13 +517,13 @@ def labelled_conversations(sizes):
     for size in sizes:
         for spots in ([(0.3, 0.2), (0.6, 0.7)], [(0.8, 0.4)]):
             number += 1
-            image, labels = labelled_page(number, size, spots)
+            image, labels = labeled_page(number, size, spots)
             conversations.append(with_images([image], labels=[labels]))
         conversations.append(with_images([]))
-        conversations.append(with_images([labelled_page(0, size, [])[0]]))
+        conversations.append(with_images([labeled_page(0, size, [])[0]]))
     number += 1
-    image, labels = labelled_page(number, sizes[0], [(0.2, 0.8), (0.7, 0.3), (0.7, 0.8)])
-    empty, no_labels = labelled_page(0, sizes[0], [])
+    image, labels = labeled_page(number, sizes[0], [(0.2, 0.8), (0.7, 0.3), (0.7, 0.8)])
+    empty, no_labels = labeled_page(0, sizes[0], [])
     conversations.append(with_images([empty, image], labels=[no_labels, labels]))
     return conversations
 
@@ -556,7 +556,7 @@ def assert_labels_are_on_their_spots(batch, stride, values):
 ])
 def test_labels_stay_with_their_pixels(make_sampler, modes, stride, sizes, pack):
     # All modes see all pages: as many copies of the data as modes, one after the other.
-    conversations = labelled_conversations(sizes)
+    conversations = labeled_conversations(sizes)
     task = conversations * len(modes)
     modes = [MODES[name] for name in modes]
     sampler = make_sampler(task, modes, stride, max_tokens=4000, labels=("glyphs",))
@@ -590,7 +590,7 @@ def test_labels_stay_with_their_pixels(make_sampler, modes, stride, sizes, pack)
 
 def test_labels_of_an_upright_page(make_sampler):
     """Labels are in px of the page as it is shown: here turned a quarter by its EXIF tag."""
-    image, labels = labelled_page(3, (400, 200), [(0.8, 0.3)])
+    image, labels = labeled_page(3, (400, 200), [(0.8, 0.3)])
     exif = Image.Exif()
     exif[0x0112] = 8  # to be turned a quarter counterclockwise
     file = io.BytesIO()
@@ -601,32 +601,32 @@ def test_labels_of_an_upright_page(make_sampler):
 
 
 def test_labels_are_carried_only_where_wanted(make_sampler):
-    conversations = labelled_conversations([(64, 64)])
+    conversations = labeled_conversations([(64, 64)])
     batch = collate(all_of(make_sampler(conversations)))
     assert batch.labels == [{}] * batch.images
-    assert batch.label_points("glyphs") == {} and batch.labelled_views("glyphs") == {}
+    assert batch.label_points("glyphs") == {} and batch.labeled_views("glyphs") == {}
     text_only = collate([make_sampler(conversations, labels=("glyphs", "words"))[2]])
     assert text_only.labels == [] and text_only.label_points("words") == {}
     dropping = make_sampler(conversations, max_tokens=1, too_long="drop", labels=("glyphs",))
     nothing = collate(all_of(dropping))
     assert nothing.counts["dropped"] == len(conversations)
-    assert nothing.label_points("glyphs") == nothing.labelled_views("glyphs") == {}
+    assert nothing.label_points("glyphs") == nothing.labeled_views("glyphs") == {}
 
 
 def test_views_of_pages_with_labels(make_sampler):
     """With an empty list of labels a page is known to be empty; without one nothing is known."""
-    conversations = labelled_conversations([(1300, 700)])  # two tiles each
+    conversations = labeled_conversations([(1300, 700)])  # two tiles each
     batch = collate(all_of(make_sampler(conversations, MODES["gundam"], 64, 4000,
                                         labels=("glyphs",))))
-    # Labelled: the first, the second, and both pages of the last; between them one without labels.
-    assert batch.labelled_views("glyphs") == {
+    # Labeled: the first, the second, and both pages of the last; between them one without labels.
+    assert batch.labeled_views("glyphs") == {
         640: [0, 1, 2, 3, 6, 7, 8, 9],
         1024: [0, 1, 3, 4],
     }
 
 
 def test_a_clipped_sample_keeps_its_labels(make_sampler):
-    task = labelled_conversations([(64, 64)])[:1]
+    task = labeled_conversations([(64, 64)])[:1]
     whole = make_sampler(task, labels=("glyphs",))[0]
     limit = whole.positions - 1
     clipped = make_sampler(task, max_tokens=limit, too_long="clip", labels=("glyphs",))[0]

@@ -30,7 +30,7 @@ from scripts.parity import transformers_encoder
 # SAM's attention
 
 
-def randomised(module, seed=0):
+def randomized(module, seed=0):
     torch.manual_seed(seed)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -76,7 +76,7 @@ def naive_attention(attn, x):
 @pytest.mark.parametrize("grid, H, W", [(4, 4, 4), (8, 6, 6), (3, 5, 4)])
 @torch.no_grad()
 def test_attention_equals_the_plain_formula(grid, H, W):
-    attn = randomised(SAMAttention(16, 2, grid))
+    attn = randomized(SAMAttention(16, 2, grid))
     x = torch.randn(2, H, W, 16).double()
     expected = torch.stack([naive_attention(attn, image) for image in x])
     # worst seen: 1.8e-6, from interpolating in fp32
@@ -118,7 +118,7 @@ def naive_block(block, x):
 @pytest.mark.parametrize("window, H, W", [(5, 8, 8), (5, 10, 7), (0, 8, 8)])
 @torch.no_grad()
 def test_block(window, H, W):
-    block = randomised(SAMBlock(16, 2, window, grid=8))
+    block = randomized(SAMBlock(16, 2, window, grid=8))
     x = torch.randn(2, H, W, 16).double() * 1e-3  # so small that the norm's eps counts
     expected = torch.stack([naive_block(block, image) for image in x])
     assert (block(x) - expected).abs().max() < 1e-5
@@ -148,7 +148,7 @@ def naive_clip(clip, image):
 
 @torch.no_grad()
 def test_clip_equals_the_plain_formula():
-    clip = randomised(CLIP(CLIPConfig(
+    clip = randomized(CLIP(CLIPConfig(
         grid=2, width=16, depth=2, n_head=2, ffn=24, patch_size=0)))
     x = torch.randn(3, 16, 2, 2).double() * 1e-2
     expected = torch.stack([naive_clip(clip, image) for image in x])
@@ -291,7 +291,7 @@ def test_equals_the_port_in_transformers(cfg, side):
                         reason="transformers with unlimited_ocr is not installed")
     cfg.standardize = "none"
     ours = DeepEncoder(cfg)
-    randomised(ours).float()
+    randomized(ours).float()
     theirs = transformers_encoder(ours, cfg)
     x = torch.rand(2, 3, side, side) * 2 - 1
     expected = theirs(x).last_hidden_state
@@ -403,7 +403,7 @@ def test_a_second_stage_may_give_a_sequence(sequence_cfg):
     tiled = plan(Mode("tiled", 64, tile=32, max_tiles=2), 80, 40, cfg.token_stride)
     views = {32: torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8),
              64: torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)}
-    positions = model.encode_images(views, [tiled])
+    positions = model.arrange(model.encode_views(views), [tiled])
     layout = cfg.layout
     assert len(positions) == layout.positions(1, 2, 1) + layout.positions(1, 1, 2) + 1 == 10
     assert layout.tokens(1, 2, 1) + layout.tokens(1, 1, 2) == 9

@@ -824,21 +824,21 @@ def test_breakdown():
     assert figures.breakdown(rows[1:], "size") == {}  # nothing to compare
 
 
-def test_coloured_differences_are_escaped():
-    left, right = report.coloured("<b>cat", "<b>rat")
+def test_colored_differences_are_escaped():
+    left, right = report.colored("<b>cat", "<b>rat")
     assert (left, right) == ("&lt;b&gt;<del>c</del>at", "&lt;b&gt;<ins>r</ins>at")
-    left, right = report.coloured("one two " * 60, "one two " * 30 + "2 " + "two one " * 29)
+    left, right = report.colored("one two " * 60, "one two " * 30 + "2 " + "two one " * 29)
     assert "<del>" in left and "<ins>" in right
-    left, _ = report.coloured("\u5929\u5730" * 200, "\u5929\u4eba" * 200)  # no spaces to cut at
+    left, _ = report.colored("\u5929\u5730" * 200, "\u5929\u4eba" * 200)  # no spaces to cut at
     assert left.startswith("\u5929<del>\u5730</del>\u5929")
 
 
 @pytest.mark.parametrize("unit", ["ab ", "the cat sat ", "\u5929\u5730", "a"])
-def test_colouring_a_long_loop_is_quick(unit):
+def test_coloring_a_long_loop_is_quick(unit):
     """8,000 repetitive characters took difflib 32 s. In processor time: the machine may be busy."""
     truth = (unit * 8000)[:8000]
     start = time.process_time()
-    left, _ = report.coloured(truth, truth[:3000] + "x" + truth[3001:7000])
+    left, _ = report.colored(truth, truth[:3000] + "x" + truth[3001:7000])
     assert time.process_time() - start < 2 and "<del>" in left
 
 

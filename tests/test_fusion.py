@@ -80,7 +80,7 @@ def test_embed(model, make_batch, pages, chats):
 
     x = model.embed(batch)
     first_page = x[is_image][:7]
-    assert torch.equal(x[is_image], model.encode_images(batch.views, batch.plans))
+    assert torch.equal(x[is_image], model.arrange(model.encode_views(batch.views), batch.plans))
     assert torch.equal(x[~is_image], model.gpt.transformer.wte(batch.ids)[~is_image])
     assert torch.equal(first_page[[2, 5]], model.image_newline.expand(2, -1))
     assert torch.equal(first_page[6], model.view_seperator)

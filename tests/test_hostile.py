@@ -31,9 +31,9 @@ def encoded(image, format="PNG", **options):
 
 def striped(mode="L", size=(60, 90)):
     """Dark above, light below."""
-    grey = np.full((size[1], size[0]), 250, dtype=np.uint8)
-    grey[:size[1] // 2] = 5
-    return Image.fromarray(grey).convert(mode)
+    gray = np.full((size[1], size[0]), 250, dtype=np.uint8)
+    gray[:size[1] // 2] = 5
+    return Image.fromarray(gray).convert(mode)
 
 
 def png_header(width, height):

@@ -266,7 +266,7 @@ def test_the_model_lays_out_local_global_separator(model, make_batch, size, tile
     assert [(p.cols, p.rows) for p in batch.plans] == [(3, 2), (0, 0), (1, 2)]
     for side, stack in batch.views.items():
         assert len(stack) == sum(p.views.get(side, 0) for p in batch.plans)
-    rows = model.encode_images(batch.views, batch.plans)
+    rows = model.arrange(model.encode_views(batch.views), batch.plans)
     assert len(rows) == sum(p.positions for p in batch.plans) == sum(batch.features_per_row)
 
     def features(pixels):
@@ -290,4 +290,4 @@ def test_the_model_lays_out_local_global_separator(model, make_batch, size, tile
 def test_views_and_plans_must_agree(model, make_batch, pages):
     batch = make_batch(pages[:3])
     with pytest.raises(ValueError, match="views given per size {64: 3}, .* plans {64: 2}"):
-        model.encode_images(batch.views, batch.plans[:2])
+        model.arrange(model.encode_views(batch.views), batch.plans[:2])

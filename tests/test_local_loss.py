@@ -1,7 +1,7 @@
 """
 Proves that the local reading loss asks each cell for the character that stands there, on plain,
 tiled and skewed pages; that it is the same mean however a step is cut into micro-batches and ranks,
-with unlabelled sets mixed in; that it can be learned; that a resumed run equals the unbroken one;
+with unlabeled sets mixed in; that it can be learned; that a resumed run equals the unbroken one;
 and that it leaves no trace in the saved model.
 
     python -m pytest tests/test_local_loss.py
@@ -35,7 +35,7 @@ STRIDE = 32  # px of a token in the tiny preset: 8 x 4 cells of 4 x 8 px
 
 
 @pytest.fixture
-def make_labelled_batch(tokenizer):
+def make_labeled_batch(tokenizer):
     """A function (conversations, mode) -> Batch with the labels of its pages."""
     def make(conversations, mode=MODES["64px"]):
         sampler = Sampler(conversations, tokenizer, mode, STRIDE, max_tokens=2000, labels=LABELS)
@@ -68,7 +68,7 @@ def spread_page(placed, side):
     return Page(side, side, boxes, "sans", 10, ink=0, paper=255)
 
 
-def test_every_glyph_is_asked_for_in_its_own_cell(make_labelled_batch):
+def test_every_glyph_is_asked_for_in_its_own_cell(make_labeled_batch):
     placed = []
     for k, char in enumerate("AgM~!;Wx0"):
         placed.append((char, 2 + 20 * (k % 3), 2 + 20 * (k // 3)))
@@ -78,7 +78,7 @@ def test_every_glyph_is_asked_for_in_its_own_cell(make_labelled_batch):
     cells = cells_of(STRIDE)
     assert cells == (4, 8)
     head = LocalHead(8, STRIDE)
-    views, classes = head.targets(make_labelled_batch([conversation]))[64]
+    views, classes = head.targets(make_labeled_batch([conversation]))[64]
     assert views == [0]
 
     # Rendering leaves each box as tight as its ink: the cell of its center, counted in px.
@@ -89,10 +89,10 @@ def test_every_glyph_is_asked_for_in_its_own_cell(make_labelled_batch):
         column = int((left + right) / 2 / 4)
         expected[row, column] = ord(box.text) - 31
     assert (laid_out(classes, cells)[0] == expected).all()
-    assert count_cells(head.targets(make_labelled_batch([conversation]))) == (9, 8 * 16 - 9)
+    assert count_cells(head.targets(make_labeled_batch([conversation]))) == (9, 8 * 16 - 9)
 
 
-def test_every_cell_of_a_page(make_labelled_batch):
+def test_every_cell_of_a_page(make_labeled_batch):
     """A label in the middle of each cell, and at its corners: the token and cell that answer."""
     chars = list(CLASS_OF)[1:]  # a space is never printed
     for dx, dy in ((2, 4), (0, 0), (3.99, 7.99)):
@@ -105,17 +105,17 @@ def test_every_cell_of_a_page(make_labelled_batch):
             expected[row, column] = CLASS_OF[char]
         page = ocr_conversation(Image.new("L", (64, 64)), "text", "id", labels=[{"glyphs": labels}])
         head = LocalHead(8, STRIDE)
-        _, classes = head.targets(make_labelled_batch([page]))[64]
+        _, classes = head.targets(make_labeled_batch([page]))[64]
         assert (laid_out(classes, head.cells)[0] == expected).all()
         # Row-major: token 1 is the second of the first row, and its cell 8 begins the second line.
         assert classes[0, 1, 8] == expected[1, 8]
 
 
-def test_shared_cells_and_unknown_characters(make_labelled_batch):
+def test_shared_cells_and_unknown_characters(make_labeled_batch):
     labels = [("b", 1, 1), ("a", 2, 2), ("é", 9, 9), ("x", 63, 63), ("ab", 30, 30)]
     page = ocr_conversation(Image.new("L", (64, 64)), "text", "id", labels=[{"glyphs": labels}])
     head = LocalHead(8, STRIDE)
-    targets = head.targets(make_labelled_batch([page]))
+    targets = head.targets(make_labeled_batch([page]))
     classes = laid_out(targets[64].classes, head.cells)[0]
     assert classes[0, 0] == CLASS_OF["b"]  # the first in reading order
     assert classes[1, 2] == classes[3, 7] == IGNORE  # neither a class nor empty
@@ -136,7 +136,7 @@ def test_classes_are_the_printable_characters():
 
 
 @pytest.mark.parametrize("size, tiles", [((128, 64), 2), ((60, 130), 2), ((64, 64), 0)])
-def test_tiles_and_global_view(make_labelled_batch, size, tiles):
+def test_tiles_and_global_view(make_labeled_batch, size, tiles):
     """Each view is asked for what it shows: red marks lie in exactly the cells with a character."""
     mode = Mode("toy", 128, tile=64, max_tiles=4)
     width, height = size
@@ -148,7 +148,7 @@ def test_tiles_and_global_view(make_labelled_batch, size, tiles):
         pixels[y - 3:y + 4, x - 3:x + 4, 0] = 255
         labels.append((char, x + 0.5, y + 0.5))
     page = ocr_conversation(Image.fromarray(pixels), "text", "id", labels=[{"glyphs": labels}])
-    batch = make_labelled_batch([page, without_labels(page), page], mode)
+    batch = make_labeled_batch([page, without_labels(page), page], mode)
     assert batch.plans[0].tiles == tiles
     head = LocalHead(8, STRIDE)
     targets = head.targets(batch)
@@ -171,14 +171,14 @@ def middle_of(ink):
     return (rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2
 
 
-def test_a_skewed_page_is_asked_where_its_ink_is(make_labelled_batch):
+def test_a_skewed_page_is_asked_where_its_ink_is(make_labeled_batch):
     """Found from the picture alone: the middle of the ink in each corner of a turned page."""
     page = spread_page([("H", 40, 40), ("o", 440, 40), ("x", 40, 440), ("M", 440, 440)], side=512)
     image, glyphs = scan(page, {"skew": 1}, "name")
     assert abs(page.skew) > 0.01
     conversation = ocr_conversation(image, "text", "id", labels=[{"glyphs": glyphs}])
     head = LocalHead(8, STRIDE)
-    batch = make_labelled_batch([conversation], MODES["512px"])
+    batch = make_labeled_batch([conversation], MODES["512px"])
     _, classes = head.targets(batch)[512]
     asked = laid_out(classes, head.cells)[0]  # (64, 128)
 
@@ -199,10 +199,10 @@ def test_a_skewed_page_is_asked_where_its_ink_is(make_labelled_batch):
     assert abs(y_straight - y_turned) > 3
 
 
-def test_whole_pages_with_damage(make_labelled_batch):
+def test_whole_pages_with_damage(make_labeled_batch):
     """Titles, columns, tables and every kind of damage: letters are counted once each."""
     task = SynthPage("train", 4, 512, chars=(200, 400), damage=0.5)
-    batch = make_labelled_batch(list(task), MODES["512px"])
+    batch = make_labeled_batch(list(task), MODES["512px"])
     head = LocalHead(8, STRIDE)
     n_ink, n_empty = count_cells(head.targets(batch))
     n_labels = sum(len(page["labels"][0]["glyphs"]) for page in task)
@@ -236,10 +236,10 @@ def learner(model):
     return WithHeads(model, heads)
 
 
-def test_losses_are_means_over_letters_and_over_empty_cells(learner, make_labelled_batch, pages,
+def test_losses_are_means_over_letters_and_over_empty_cells(learner, make_labeled_batch, pages,
                                                             chats):
     learner.eval()
-    batch = make_labelled_batch([pages[0], chats[0], without_labels(pages[1]), pages[2]])
+    batch = make_labeled_batch([pages[0], chats[0], without_labels(pages[1]), pages[2]])
     losses = learner(batch)
     counts = learner.loss_counts(batch)
     assert list(losses) == list(counts) == ["text", INK, EMPTY]
@@ -252,16 +252,16 @@ def test_losses_are_means_over_letters_and_over_empty_cells(learner, make_labell
     n_letters = sum(len(pages[i]["labels"][0]["glyphs"]) for i in (0, 2))
     assert 0.8 * n_letters < counts[INK] <= n_letters  # a few share a cell
     assert counts[INK] + counts[EMPTY] == 2 * 8 * 16
-    # The text loss is what it is without the head, and nothing else is known of unlabelled pages.
+    # The text loss is what it is without the head, and nothing else is known of unlabeled pages.
     text = learner.model(batch)["text"][0].item()
     assert losses["text"][0].item() == text
-    other = make_labelled_batch([pages[0], chats[0], without_labels(pages[5]), pages[2]])
+    other = make_labeled_batch([pages[0], chats[0], without_labels(pages[5]), pages[2]])
     assert learner(other)[INK][0].item() == losses[INK][0].item()
 
 
-def test_both_the_head_and_the_encoder_learn_from_it(learner, make_labelled_batch, pages):
+def test_both_the_head_and_the_encoder_learn_from_it(learner, make_labeled_batch, pages):
     learner.train()
-    losses = learner(make_labelled_batch(pages[:8]))
+    losses = learner(make_labeled_batch(pages[:8]))
     for name in (INK, EMPTY):
         learner.zero_grad()
         losses[name][0].backward(retain_graph=True)
@@ -271,10 +271,10 @@ def test_both_the_head_and_the_encoder_learn_from_it(learner, make_labelled_batc
             assert has_gradient == wanted, parameter
 
 
-def test_a_frozen_sam_stays_and_the_second_stage_learns(learner, make_labelled_batch, pages):
+def test_a_frozen_sam_stays_and_the_second_stage_learns(learner, make_labeled_batch, pages):
     """Stage 2."""
     learner.train().model.encoder.freeze_sam()
-    learner(make_labelled_batch(pages[:8]))[INK][0].backward()
+    learner(make_labeled_batch(pages[:8]))[INK][0].backward()
     for parameter, p in learner.named_parameters():
         wanted = parameter.startswith(("model.encoder.vision_model.", "heads."))
         has_gradient = p.grad is not None and p.grad.abs().sum() > 0
@@ -291,9 +291,9 @@ def step_of(learner, batches, accumulate, weights, steps=1):
     return result, {name: p.detach().clone() for name, p in learner.named_parameters()}
 
 
-def test_a_step_is_the_same_in_any_number_of_passes(cfg, make_model, make_labelled_batch, pages,
+def test_a_step_is_the_same_in_any_number_of_passes(cfg, make_model, make_labeled_batch, pages,
                                                     chats):
-    """Of three passes one has unlabelled pages alone, one no page at all."""
+    """Of three passes one has unlabeled pages alone, one no page at all."""
     cfg.standardize = "none"  # statistics are those of a pass
     conversations = [pages[0], pages[1], without_labels(pages[2]), without_labels(pages[3]),
                      chats[0], chats[1]]
@@ -303,7 +303,7 @@ def test_a_step_is_the_same_in_any_number_of_passes(cfg, make_model, make_labell
         learner = WithHeads(model, make_heads(model, 2.0, 0.0))
         batches = []
         for first in range(0, 6, size):
-            batches.append(make_labelled_batch(conversations[first:first + size]))
+            batches.append(make_labeled_batch(conversations[first:first + size]))
         assert len(batches) == 6 // size
         found.append(step_of(learner, batches, len(batches), loss_weights(2.0, 0.0)))
     (one, in_one), (three, in_three) = found
@@ -317,11 +317,11 @@ def test_a_step_is_the_same_in_any_number_of_passes(cfg, make_model, make_labell
         assert gap < 1e-4, name
 
 
-def test_a_step_without_labels(learner, make_labelled_batch, pages, chats):
+def test_a_step_without_labels(learner, make_labeled_batch, pages, chats):
     """The head's gradient is zero and not missing: DDP would wait for it."""
-    unlabelled = make_labelled_batch([without_labels(pages[0]), without_labels(pages[1])])
-    text = make_labelled_batch(chats[:2])
-    for batch in (unlabelled, text):
+    unlabeled = make_labeled_batch([without_labels(pages[0]), without_labels(pages[1])])
+    text = make_labeled_batch(chats[:2])
+    for batch in (unlabeled, text):
         learner.zero_grad()
         losses = learner(batch)
         assert losses[INK] == (0, 0) and losses[EMPTY] == (0, 0)
@@ -329,7 +329,7 @@ def test_a_step_without_labels(learner, make_labelled_batch, pages, chats):
         for p in learner.parameters():
             assert p.grad is not None
         assert not any(p.grad.any() for p in learner.heads.parameters())
-    result, _ = step_of(learner, [unlabelled, text], 2, loss_weights(1.0, 0.0))
+    result, _ = step_of(learner, [unlabeled, text], 2, loss_weights(1.0, 0.0))
     assert list(result.losses) == ["text"]  # no mean of nothing is logged
 
 
@@ -348,14 +348,14 @@ def steps_on_a_rank(rank, world, seed_model, batches, folder):
     torch.save([losses, heads.state_dict()], folder / f"{rank}_of_{world}")
 
 
-def test_two_ranks_equal_two_passes(make_model, make_labelled_batch, pages, chats, tmp_path,
+def test_two_ranks_equal_two_passes(make_model, make_labeled_batch, pages, chats, tmp_path,
                                     run_ranks):
     """Micro-batches with labels, without, and without a page: a rank often has none at all."""
-    labelled = make_labelled_batch(pages[:3])
-    more = make_labelled_batch([pages[5], without_labels(pages[6])])
-    unlabelled = make_labelled_batch([without_labels(page) for page in pages[3:5]])
-    text = make_labelled_batch(chats[:2])
-    batches = [labelled, text, text, more, unlabelled, text, labelled, more]
+    labeled = make_labeled_batch(pages[:3])
+    more = make_labeled_batch([pages[5], without_labels(pages[6])])
+    unlabeled = make_labeled_batch([without_labels(page) for page in pages[3:5]])
+    text = make_labeled_batch(chats[:2])
+    batches = [labeled, text, text, more, unlabeled, text, labeled, more]
     for world in (2, 1):
         run_ranks(world, steps_on_a_rank, make_model, batches, tmp_path)
 
@@ -370,10 +370,10 @@ def test_two_ranks_equal_two_passes(make_model, make_labelled_batch, pages, chat
             assert (their_head[name] - head[name]).abs().mean() < 1e-4, name
 
 
-def test_it_is_learned_and_the_gauge_sees_it(cfg, make_model, make_labelled_batch, pages):
+def test_it_is_learned_and_the_gauge_sees_it(cfg, make_model, make_labeled_batch, pages):
     model = make_model(cfg=cfg).train()
     learner = WithHeads(model, make_heads(model, 1.0, 0.0))
-    batch = make_labelled_batch(pages)
+    batch = make_labeled_batch(pages)
     before = local_accuracy(model, learner.heads["local"], [batch])
     first, _ = step_of(learner, [batch], 1, loss_weights(1.0, 0.0))
     last, _ = step_of(learner, [batch] * 80, 1, loss_weights(1.0, 0.0), steps=80)
@@ -381,11 +381,11 @@ def test_it_is_learned_and_the_gauge_sees_it(cfg, make_model, make_labelled_batc
     assert last.losses[INK] < 0.3 * first.losses[INK]
     assert last.losses[EMPTY] < 0.3 * first.losses[EMPTY]
     assert local_accuracy(model, learner.heads["local"], [batch]) > 0.8
-    assert local_accuracy(model, learner.heads["local"], [make_labelled_batch(pages[:3]), batch]) > 0.8
+    assert local_accuracy(model, learner.heads["local"], [make_labeled_batch(pages[:3]), batch]) > 0.8
 
 
-def test_the_gauge_without_labels(learner, make_labelled_batch, pages):
-    batch = make_labelled_batch([without_labels(page) for page in pages])
+def test_the_gauge_without_labels(learner, make_labeled_batch, pages):
+    batch = make_labeled_batch([without_labels(page) for page in pages])
     assert local_accuracy(learner.model, learner.heads["local"], [batch]) is None
 
 
@@ -438,7 +438,7 @@ def test_the_state_of_another_head_is_refused(model):
 # Whole runs
 
 @pytest.fixture
-def unlabelled_folder(tmp_path):
+def unlabeled_folder(tmp_path):
     """Pages of one's own, which have no labels."""
     folder = tmp_path / "pages"
     folder.mkdir()
@@ -449,10 +449,10 @@ def unlabelled_folder(tmp_path):
 
 
 @pytest.fixture
-def flags(tokenizer_dir, tmp_path, unlabelled_folder):
+def flags(tokenizer_dir, tmp_path, unlabeled_folder):
     return ["--preset=tiny", "--dtype=float32", "--device-type=cpu", "--chars=10-12",
             f"--tokenizer={tokenizer_dir}", f"--checkpoints={tmp_path}", "--local-loss=1",
-            f"--data=synthdoc=2,folder:{unlabelled_folder}=1,synthchat=1", "--num-iterations=6",
+            f"--data=synthdoc=2,folder:{unlabeled_folder}=1,synthchat=1", "--num-iterations=6",
             "--device-batch-size=2", "--total-batch-size=8", "--eval-pages=4",
             "--statistics-pages=8"]
 

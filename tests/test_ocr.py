@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -25,11 +26,11 @@ from nanochat.reader import NanoDeepseekOCR, load_to_read
 from scripts import ocr
 
 SMALL = get_mode("test")
-LOOPING, UNSURE = 99, 98  # grey levels that Shades reads badly
+LOOPING, UNSURE = 99, 98  # gray levels that Shades reads badly
 
 
 class Shades(Engine):
-    """Reads the grey level in the middle of a picture."""
+    """Reads the gray level in the middle of a picture."""
     def __init__(self, *args):
         super().__init__(*args)
         self.batches = []  # sizes of the batches that it was given
@@ -43,7 +44,7 @@ class Shades(Engine):
             self.asked.append(prompt["text"])
             [image] = conversation["images"]
             level = image.convert("L").getpixel((image.width // 2, image.height // 2))
-            text = "loop " * 20 if level == LOOPING else f"grey {level}"
+            text = "loop " * 20 if level == LOOPING else f"gray {level}"
             results.append(Result(text, 5, True, -2.0 if level == UNSURE else -0.1))
         return results
 
@@ -84,7 +85,7 @@ def picture(path, level, size=(40, 30), **kw):
 
 
 def many_pages(path, levels, size=(72, 72), **kw):
-    """A PDF (of an inch a side) or TIFF, a page for each grey level."""
+    """A PDF (of an inch a side) or TIFF, a page for each gray level."""
     first, *rest = [Image.new("L", size, level) for level in levels]
     first.save(path, save_all=True, append_images=rest, **kw)
     return path
@@ -95,7 +96,7 @@ def many_pages(path, levels, size=(72, 72), **kw):
 
 
 def test_a_picture_is_its_text_alone(run, tmp_path):
-    assert run(picture(tmp_path / "a.png", 7)) == (["grey 7"], "", 0)
+    assert run(picture(tmp_path / "a.png", 7)) == (["gray 7"], "", 0)
 
 
 def test_files_folders_and_patterns_in_order(run, engine, tmp_path):
@@ -110,12 +111,12 @@ def test_files_folders_and_patterns_in_order(run, engine, tmp_path):
     picture(tmp_path / "[z].png", 6)
     files = [tmp_path / "[z].png", folder, tmp_path / "x*.png"]
     lines, err, status = run(*files, "--batch-size=4", "--jsonl")
-    assert texts(lines) == ["grey 6", "grey 1", "grey 2", "grey 3", "grey 4", "grey 5"]
+    assert texts(lines) == ["gray 6", "gray 1", "gray 2", "gray 3", "gray 4", "gray 5"]
     assert status == 0
     assert engine.batches == [4, 2]
     assert f"{folder}: 1 files are not pictures" in err
     lines, _, _ = run(tmp_path / "x*.png")
-    assert lines == [f"== {tmp_path / 'x1.png'}", "grey 4", f"== {tmp_path / 'x2.png'}", "grey 5"]
+    assert lines == [f"== {tmp_path / 'x1.png'}", "gray 4", f"== {tmp_path / 'x2.png'}", "gray 5"]
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(run, tmp_path):
@@ -131,7 +132,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(run, tmp_path):
     lines, err, status = run(*files, "--jsonl")
     assert status == 1
     *failed, good, no_match = records(lines)
-    assert good["text"] == "grey 8"
+    assert good["text"] == "gray 8"
     for path, record in zip([*files[:5], files[6]], [*failed, no_match]):
         assert record["file"] == str(path) and "text" not in record
         assert f"error: {path}: {record['error']}" in err
@@ -147,20 +148,20 @@ def test_any_failure_of_one_file_leaves_the_others(run, tmp_path):
     files = [picture(tmp_path / "a.png", 5), cut, picture(tmp_path / "c.png", 6)]
     lines, err, status = run(tmp_path, "--jsonl")
     assert status == 1
-    first, *_, failed, last = records(lines)
-    assert (first["text"], last["text"]) == ("grey 5", "grey 6")
-    assert f"error: {files[1]}: TypeError: " in err
+    first, sound, failed, last = records(lines)
+    assert [r["text"] for r in (first, sound, last)] == ["gray 5", "gray 1", "gray 6"]
+    assert f"error: {files[1]} page 2: TypeError: " in err
     assert failed["error"] in err
     assert "1 files or pages could not be read" in err
 
 
 def test_a_picture_that_cannot_be_converted_leaves_the_others(run, tmp_path):
-    """It opens and decodes; grey levels that are not finite show only when it becomes RGB."""
+    """It opens and decodes; gray levels that are not finite show only when it becomes RGB."""
     Image.new("F", (9, 9), float("nan")).save(tmp_path / "a.tiff")
     picture(tmp_path / "b.png", 6)
     lines, err, status = run(tmp_path)
     assert status == 1
-    assert lines == [f"== {tmp_path / 'b.png'}", "grey 6"]
+    assert lines == [f"== {tmp_path / 'b.png'}", "gray 6"]
     assert f"error: {tmp_path / 'a.tiff'}: the image has gray levels that are not finite" in err
 
 
@@ -190,11 +191,11 @@ def test_pages_of_a_pdf(run, engine, tmp_path, monkeypatch):
     path = many_pages(tmp_path / "a.pdf", range(0, 100, 20))
     lines, _, status = run(path, "--batch-size=2", "--jsonl")
     assert status == 0
-    assert texts(lines) == ["grey 0", "grey 20", "grey 40", "grey 60", "grey 80"]
+    assert texts(lines) == ["gray 0", "gray 20", "gray 40", "gray 60", "gray 80"]
     assert [record["page"] for record in records(lines)] == [1, 2, 3, 4, 5]
     assert engine.batches == [2, 2, 1]
     lines, _, _ = run(path)
-    assert lines[:2] == [f"== {path} page 1", "grey 0"]
+    assert lines[:2] == [f"== {path} page 1", "gray 0"]
 
     monkeypatch.setattr(ocr, "MAX_PIXELS", 1000)
     _, err, status = run(path)
@@ -221,7 +222,7 @@ def test_filled_fields_of_a_form_are_drawn(run, tmp_path):
     pytest.importorskip("pypdfium2")
     (tmp_path / "form.pdf").write_bytes(FORM)
     lines, _, status = run(tmp_path / "form.pdf", "--jsonl")
-    assert (texts(lines), status) == (["grey 51"], 0)
+    assert (texts(lines), status) == (["gray 51"], 0)
 
 
 def pdf(path, page=b"", kids=b"3 0 R", count=1, catalog=b"", others=b""):
@@ -253,7 +254,7 @@ def test_pages_that_a_pdf_only_claims_to_have(run, tmp_path, monkeypatch):
     picture(tmp_path / "b.png", 5)
     lines, err, status = run(tmp_path, "--jsonl")
     real, *missing, rest, after = records(lines)
-    assert (real["text"], after["text"], status) == ("grey 255", "grey 5", 1)
+    assert (real["text"], after["text"], status) == ("gray 255", "gray 5", 1)
     assert [record["page"] for record in missing] == [2, 3, 4]
     assert "pages 5 to 1000000 are left out" in rest["error"]
     assert "a.pdf page 2: the page is missing or broken" in err
@@ -299,7 +300,7 @@ def test_large_pages_are_read_in_smaller_batches(run, engine, tmp_path, monkeypa
         picture(tmp_path / f"{k}.png", k, size)
     lines, _, _ = run(tmp_path, "--batch-size=3", "--jsonl")
     assert engine.batches == [2, 3]
-    assert texts(lines) == [f"grey {k}" for k in range(5)]
+    assert texts(lines) == [f"gray {k}" for k in range(5)]
 
 
 def test_a_picture_that_mentions_pdf_is_a_picture(run, tmp_path):
@@ -308,7 +309,7 @@ def test_a_picture_that_mentions_pdf_is_a_picture(run, tmp_path):
     info.add_text("Software", "made from %PDF-1.7")
     picture(path, 7, pnginfo=info)
     assert b"%PDF-" in path.read_bytes()[:1024]
-    assert run(path) == (["grey 7"], "", 0)
+    assert run(path) == (["gray 7"], "", 0)
 
 
 def test_a_pdf_may_begin_late(run, tmp_path):
@@ -316,36 +317,57 @@ def test_a_pdf_may_begin_late(run, tmp_path):
     path = many_pages(tmp_path / "a.pdf", [60])
     path.write_bytes(b"junk of a mail gateway\n" + path.read_bytes())
     lines, _, status = run(path, "--jsonl")
-    assert (texts(lines), status) == (["grey 60"], 0)
+    assert (texts(lines), status) == (["gray 60"], 0)
 
 
 def test_pages_of_a_tiff(run, tmp_path):
     lines, _, _ = run(many_pages(tmp_path / "b.tiff", [10, 11]), "--jsonl")
-    assert texts(lines) == ["grey 10", "grey 11"]
+    assert texts(lines) == ["gray 10", "gray 11"]
     assert [record["page"] for record in records(lines)] == [1, 2]
+
+
+def test_a_tiff_that_is_cut_short_has_its_first_pages(run, tmp_path):
+    path = many_pages(tmp_path / "b.tiff", [10, 120, 200])
+    data = path.read_bytes()
+    path.write_bytes(data[:-2500])  # in the third page's directory
+    lines, err, status = run(path)
+    assert lines[1::2] == ["gray 10", "gray 120"] and status == 1
+    assert err.startswith(f"error: {path} page 3: ")
+
+
+def test_a_pipe(run, tmp_path):
+    """As in `ocr <(curl ...)`: it can be read once, and has no end to seek to."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    data = picture(tmp_path / "a.png", 9).read_bytes()
+    writer = threading.Thread(target=path.write_bytes, args=[data])
+    writer.start()
+    lines, _, status = run(path)
+    writer.join()
+    assert (lines, status) == (["gray 9"], 0)
 
 
 def test_a_broken_page_of_a_tiff_leaves_those_after_it(run, tmp_path, monkeypatch):
     frame_of = ocr.frame_of
 
-    def breaks(image, k):
-        if k == 1:
+    def breaks(image):
+        if image.tell() == 1:
             raise OSError("decoder error -2")
-        return frame_of(image, k)
+        return frame_of(image)
 
     monkeypatch.setattr(ocr, "frame_of", breaks)
     lines, err, status = run(many_pages(tmp_path / "b.tiff", [10, 11, 12]), "--jsonl")
     assert status == 1 and "page 2" in err and "decoder error -2" in err
-    assert [record.get("text") for record in records(lines)] == ["grey 10", None, "grey 12"]
+    assert [record.get("text") for record in records(lines)] == ["gray 10", None, "gray 12"]
 
 
 def test_a_pattern_may_match_a_folder(run, tmp_path):
     (tmp_path / "scans").mkdir()
     picture(tmp_path / "scans" / "a.png", 7)
     lines, _, status = run(tmp_path / "sc*", "--jsonl")
-    assert (texts(lines), status) == (["grey 7"], 0)
+    assert (texts(lines), status) == (["gray 7"], 0)
     lines, _, status = run(tmp_path / "**", "--jsonl")  # the folder and what is in it
-    assert (texts(lines), status) == (["grey 7"], 0)
+    assert (texts(lines), status) == (["gray 7"], 0)
 
 
 def test_an_encrypted_pdf(run, tmp_path):
@@ -384,7 +406,7 @@ def test_pages_are_drawn_batch_by_batch(run, engine, tmp_path, monkeypatch):
 def test_standard_input(run, tmp_path, monkeypatch):
     content = picture(tmp_path / "a.png", 7).read_bytes()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert run("-") == (["grey 7"], "", 0)
+    assert run("-") == (["gray 7"], "", 0)
 
 
 def test_progress_has_a_total(run, tmp_path, monkeypatch):
@@ -415,7 +437,7 @@ def test_equal_names_in_other_folders_are_told_apart(run, tmp_path):
         (tmp_path / name).mkdir()
         picture(tmp_path / name / "p.png", level)
     lines, _, _ = run(tmp_path)
-    assert lines == [f"== {tmp_path}/x/p.png", "grey 0", f"== {tmp_path}/y/p.png", "grey 1"]
+    assert lines == [f"== {tmp_path}/x/p.png", "gray 0", f"== {tmp_path}/y/p.png", "gray 1"]
 
 
 def test_names_that_are_not_utf8(run, tmp_path):
@@ -425,7 +447,7 @@ def test_names_that_are_not_utf8(run, tmp_path):
     os.rename(tmp_path / "a.png", raw)
     (tmp_path / "b\udcff.png").write_bytes(b"no picture")
     lines, err, status = run(tmp_path)
-    assert (lines, status) == ([rf"== {tmp_path}/caf\udce9.png", "grey 7"], 1)
+    assert (lines, status) == ([rf"== {tmp_path}/caf\udce9.png", "gray 7"], 1)
     assert rf"error: {tmp_path}/b\udcff.png: " in err
     lines, _, _ = run(tmp_path, "--jsonl")
     assert records(lines)[1]["file"] == rf"{tmp_path}/caf\udce9.png"
@@ -454,7 +476,7 @@ def test_a_page_that_cannot_be_read_does_not_stop_the_others(run, engine, tmp_pa
     monkeypatch.setattr(engine, "generate_each", generate_each)
     files = [picture(tmp_path / f"{name}.png", k) for k, name in enumerate("abc")]
     lines, err, status = run(*files)
-    assert (lines[1::2], status) == (["grey 0", "grey 2"], 1)
+    assert (lines[1::2], status) == (["gray 0", "gray 2"], 1)
     assert err.startswith(f"error: {files[1]}: IndexError: no such line\n")
 
 
@@ -469,7 +491,7 @@ def test_folders_that_are_not_read_are_said(run, tmp_path, monkeypatch):
         yield from walk(folder)
     monkeypatch.setattr(os, "walk", no_entry)
     lines, err, status = run(tmp_path)
-    assert (lines[1], status) == ("grey 7", 1)
+    assert (lines[1], status) == ("gray 7", 1)
     assert "1 folders are links and were left out" in err
     assert f"error: {tmp_path / 'b'}: " in err
 

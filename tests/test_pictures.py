@@ -145,12 +145,12 @@ def test_marks_are_where_the_texts_differ():
 
 
 @pytest.mark.parametrize("length", [20, 300])
-def test_colours(tmp_path, length):
+def test_colors(tmp_path, length):
     """Short texts below their page, long ones beside it: red and blue in both, only if they err."""
     page = Image.new("RGB", (64, 64), "white")
     truth = ("word " * 60)[:length]
 
-    def colours(prediction):
+    def colors(prediction):
         path = tmp_path / "a.png"
         pictures.draw_reading([(50, row_of(truth, prediction), page)], path)
         image = Image.open(path).convert("RGB")
@@ -158,5 +158,5 @@ def test_colours(tmp_path, length):
 
     missed = (255, 187, 187)
     wrong = (187, 221, 255)
-    assert not {missed, wrong} & colours(truth)
-    assert {missed, wrong} <= colours("X" + truth[1:])
+    assert not {missed, wrong} & colors(truth)
+    assert {missed, wrong} <= colors("X" + truth[1:])

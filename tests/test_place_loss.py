@@ -30,7 +30,7 @@ CELLS = (4, 8)
 
 
 @pytest.fixture
-def make_labelled_batch(tokenizer):
+def make_labeled_batch(tokenizer):
     """A function (conversations, mode) -> Batch with the labels of its pages."""
     def make(conversations, mode=MODES["64px"], pack=0):
         sampler = Sampler(conversations, tokenizer, mode, STRIDE, max_tokens=pack or 2000,
@@ -63,13 +63,13 @@ def marked_page(text, size, places_of_characters):
 
 
 @pytest.mark.parametrize("pack", [0, 400])
-def test_the_place_of_each_character(make_labelled_batch, tokenizer, pack, chats):
+def test_the_place_of_each_character(make_labeled_batch, tokenizer, pack, chats):
     """The n-th character of each page stands in another corner; whitespace stands nowhere."""
     corners = [(1, 1), (33, 1), (62, 30), (3.9, 63.9)]
     pages = []
     for k, text in enumerate(("Q~7 \n|", "{ }^Z")):  # too rare to be merged
         pages.append(marked_page(text, (64, 64), corners[k:] + corners[:k]))
-    batch = make_labelled_batch([pages[0], chats[0], pages[1]], pack=pack)
+    batch = make_labeled_batch([pages[0], chats[0], pages[1]], pack=pack)
     placeholders = (batch.ids == tokenizer.image_token_id).flatten().nonzero()[:, 0].tolist()
     assert set(batch.image_at) <= set(placeholders)
     # A row of the page of tokens is 2 tokens and a newline.
@@ -86,8 +86,8 @@ def test_the_place_of_each_character(make_labelled_batch, tokenizer, pack, chats
     assert images[tokenizer.encode("Q")[0]] != images[tokenizer.encode("{")[0]]
 
 
-def test_rendered_pages_are_asked_for_every_token(make_labelled_batch, tokenizer, pages):
-    batch = make_labelled_batch(pages[:4])
+def test_rendered_pages_are_asked_for_every_token(make_labeled_batch, tokenizer, pages):
+    batch = make_labeled_batch(pages[:4])
     targets = batch.targets.flatten()
     for asked in places(batch, CELLS):
         for i, said in enumerate(asked.queries):
@@ -98,12 +98,12 @@ def test_rendered_pages_are_asked_for_every_token(make_labelled_batch, tokenizer
 
 
 @pytest.mark.parametrize("size, tiles", [((128, 64), 2), ((64, 128), 2), ((64, 64), 0)])
-def test_a_tiled_page_is_looked_at_on_its_tiles(make_labelled_batch, size, tiles):
+def test_a_tiled_page_is_looked_at_on_its_tiles(make_labeled_batch, size, tiles):
     mode = Mode("toy", 128, tile=64, max_tiles=4)
     width, height = size
     fractions = ((0.05, 0.1), (0.9, 0.1), (0.45, 0.9))
     points = [(x * width, y * height) for x, y in fractions]
-    batch = make_labelled_batch([marked_page("abc", size, points)] * 2, mode)
+    batch = make_labeled_batch([marked_page("abc", size, points)] * 2, mode)
     assert batch.plans[0].tiles == tiles
     [asked] = places(batch, CELLS)
     across = {2: width // 32, 0: 4}[tiles]
@@ -114,25 +114,25 @@ def test_a_tiled_page_is_looked_at_on_its_tiles(make_labelled_batch, size, tiles
         assert (asked.tokens[:, n] == row * (across + 1) + column).all()
 
 
-def test_what_is_not_known_is_not_asked(make_labelled_batch, pages, chats):
+def test_what_is_not_known_is_not_asked(make_labeled_batch, pages, chats):
     plain = {key: value for key, value in pages[0].items() if key != "labels"}
     cut = marked_page("abcd", (64, 64), [(1, 1)] * 4)
     cut["labels"] = [{"glyphs": cut["labels"][0]["glyphs"][:3]}]  # one letter is off the page
-    batch = make_labelled_batch([plain, cut, chats[0]])
+    batch = make_labeled_batch([plain, cut, chats[0]])
     assert places(batch, CELLS) == [] and len(batch.image_at) == 2
     assert batch.counts["no_places"] == 1  # of the page whose letters are known, but one
-    known = make_labelled_batch([plain, pages[1]])
+    known = make_labeled_batch([plain, pages[1]])
     assert list(known.said) == [1]
     # Beside the wrong page, the truth about it is not known.
-    assert make_labelled_batch(pages[:2]).deranged().said == {}
+    assert make_labeled_batch(pages[:2]).deranged().said == {}
 
 
-def test_letters_around_the_text_are_left_out(make_labelled_batch, tokenizer):
+def test_letters_around_the_text_are_left_out(make_labeled_batch, tokenizer):
     """Whole pages have headers and page numbers, which are printed but not part of the answer."""
     pages = SynthPage("train", 12, 640, chars=(40, 200), parts=TEXT, kinds=("text",), seed=0)
     longer = 0
     for page in pages:
-        batch = make_labelled_batch([page], MODES["64px"])
+        batch = make_labeled_batch([page], MODES["64px"])
         answer = "".join(page["messages"][-1]["content"].split())
         longer += len(page["labels"][0]["glyphs"]) > len(answer)
         [(at, glyphs)] = batch.said.values()
@@ -141,10 +141,10 @@ def test_letters_around_the_text_are_left_out(make_labelled_batch, tokenizer):
     assert longer > 2
 
 
-def test_a_character_of_several_tokens_is_one_glyph(make_labelled_batch, tokenizer):
+def test_a_character_of_several_tokens_is_one_glyph(make_labeled_batch, tokenizer):
     text = "a\u2022\u00e9b"
     assert len(tokenizer.encode(text)) > 4
-    batch = make_labelled_batch([marked_page(text, (64, 64), [(1, 1), (20, 1), (40, 1), (60, 1)])])
+    batch = make_labeled_batch([marked_page(text, (64, 64), [(1, 1), (20, 1), (40, 1), (60, 1)])])
     [(at, glyphs)] = batch.said.values()
     assert glyphs.tolist() == [0, 1, 2, 3]
     first_bytes = [tokenizer.decode_bytes([t]) for t in batch.targets.flatten()[at].tolist()]
@@ -170,8 +170,8 @@ def learner(model):
     return WithHeads(model, make_heads(model, 0.0, 1.0))
 
 
-def test_a_fresh_head_knows_nothing(learner, make_labelled_batch, pages, chats):
-    batch = make_labelled_batch([pages[0], chats[0], pages[1]])
+def test_a_fresh_head_knows_nothing(learner, make_labeled_batch, pages, chats):
+    batch = make_labeled_batch([pages[0], chats[0], pages[1]])
     losses = learner(batch)
     counts = learner.loss_counts(batch)
     assert list(losses) == list(counts) == ["text", TOKEN, CELL]
@@ -185,11 +185,11 @@ def test_a_fresh_head_knows_nothing(learner, make_labelled_batch, pages, chats):
     assert losses["text"][0].item() == learner.model(batch)["text"][0].item()
 
 
-def test_all_but_the_last_block_learns_from_it(learner, make_labelled_batch, pages):
+def test_all_but_the_last_block_learns_from_it(learner, make_labeled_batch, pages):
     torch.nn.init.normal_(learner.heads["place"].key.weight)
     for block in learner.model.gpt.transformer.h:  # a fresh block gives nothing
         torch.nn.init.normal_(block.attn.c_proj.weight)
-    learner(make_labelled_batch(pages[:4]))[TOKEN][0].backward()
+    learner(make_labeled_batch(pages[:4]))[TOKEN][0].backward()
     last = f"gpt.transformer.h.{learner.model.cfg.gpt.n_layer - 1}."
     for name, p in learner.model.named_parameters():
         learns = p.grad is not None and bool(p.grad.abs().sum() > 0)
@@ -199,20 +199,20 @@ def test_all_but_the_last_block_learns_from_it(learner, make_labelled_batch, pag
             assert learns, name
 
 
-def test_without_labels_the_head_still_has_a_gradient(learner, make_labelled_batch, chats):
-    losses = learner(make_labelled_batch(chats[:2]))
+def test_without_labels_the_head_still_has_a_gradient(learner, make_labeled_batch, chats):
+    losses = learner(make_labeled_batch(chats[:2]))
     assert losses[TOKEN][0].item() == losses[CELL][0].item() == 0
     (losses["text"][0] + losses[TOKEN][0] + losses[CELL][0]).backward()
     for p in learner.heads.parameters():
         assert p.grad is not None and not p.grad.abs().any()
 
 
-def test_places_are_learned(cfg, make_model, make_labelled_batch):
+def test_places_are_learned(cfg, make_model, make_labeled_batch):
     """Four pages by heart, in a few steps; the gauge says so, and the text is learned beside it."""
     cfg.standardize = "none"
     model = make_model(cfg=cfg).train()
     learner = WithHeads(model, make_heads(model, 0.0, 1.0))
-    batch = make_labelled_batch(list(SynthDoc("train", 4, image_size=64, chars=(10, 12))))
+    batch = make_labeled_batch(list(SynthDoc("train", 4, image_size=64, chars=(10, 12))))
     optimizer = Optimizer(model, "muon", lr=3e-3, heads=learner.heads)
     before = place_accuracy(model, learner.heads["place"], [batch])
     batches = iter([batch] * 60)

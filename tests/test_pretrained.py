@@ -507,7 +507,7 @@ def test_an_encoder_alone_goes_out_and_comes_back(make_model, tmp_path):
     model.meta = {**META, "stage": "stage 1"}
     pretrained.save_encoder(model, tmp_path / "encoder")
     other = make_model(1)
-    folder = pretrained.fetch(str(tmp_path / "encoder"), "deepencoder")
+    folder = pretrained.find(str(tmp_path / "encoder"), "deepencoder")
     assert ckpt.load_encoder(folder, other)["stage"] == "stage 1"
     assert_equal(other.encoder.state_dict(), model.encoder.state_dict())
 

@@ -5,6 +5,8 @@ and that the example pages are sound.
 
 python -m pytest tests/test_reader.py
 """
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from nanochat import reader
 from nanochat.conversation import ocr_conversation
 from nanochat.engine import Engine, Result
 from nanochat.image_modes import get_mode
-from nanochat.reader import NanoDeepseekOCR, PageResult, WindowEngine, known_to, load_to_read
+from nanochat.reader import NanoDeepseekOCR, PageResult, WindowEngine, known_to
 from nanochat.windows import Known, split
 from scripts import export, ocr, vision_eval
 from tasks.folder import Folder
@@ -46,7 +48,7 @@ def saved(model, tokenizer, tmp_path):
     model.tokenizer = tokenizer
     model.meta = {**META, "windows": KNOWN.to_meta()}
     results = {"heldout": {"samples": 2, "one_minus_ned": 0.5}}
-    model.save_pretrained(tmp_path / "saved", results, "bfloat16", "bash speedrun.sh page")
+    model.save_pretrained(tmp_path / "saved", results, "bfloat16", "bash speedrun.sh page", "me/it")
     return tmp_path / "saved"
 
 
@@ -62,7 +64,8 @@ def test_a_saved_bfloat16_folder(saved, model):
     assert {weights[name].dtype for name in set(weights) - parameters} <= {
         torch.float32, torch.int64}
     card = (saved / "README.md").read_text()
-    for said in ("parameters in bfloat16", "commit abc, seed 0", "bash speedrun.sh page", "0.5"):
+    for said in ("parameters in bfloat16", "commit abc, seed 0", "bash speedrun.sh page", "0.5",
+                 'from_pretrained("me/it")'):
         assert said in card
 
     loaded = NanoDeepseekOCR.from_pretrained(saved)
@@ -102,6 +105,15 @@ def test_the_default_checkpoint(saved, monkeypatch, tmp_path):
     monkeypatch.setattr(reader, "READER", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="comes without its reader. Get it with git"):
         NanoDeepseekOCR.from_pretrained()
+
+
+def test_every_page_is_warned_of(saved):
+    """Python shows the same warning once, which would leave the next page out without a word."""
+    program = (f"from PIL import Image; from nanochat.reader import NanoDeepseekOCR as N\n"
+               f"model = N.from_pretrained({str(saved)!r})\n"
+               f"for _ in range(2): model.read(Image.new('L', (300, 300), 255))")
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stderr.count("no print was found") == 2
 
 
 def test_ocr_has_that_default_and_an_evaluation_has_not():
@@ -208,7 +220,7 @@ def test_who_reads_in_windows(saved, model, tokenizer):
         known_to({}, get_mode("gundam"), "10-14,5-30")
     assert known_to(meta, get_mode("gundam"), "auto") is None
 
-    loaded, _, _ = load_to_read(saved, torch.device("cpu"), "float32", NanoDeepseekOCR)
+    loaded = NanoDeepseekOCR.from_pretrained(saved)
     image = page_image()
     whole = loaded.read(image, windows="no", max_new_tokens=5)
     engine = Engine(loaded, loaded.tokenizer, MODE)

@@ -33,7 +33,7 @@ def ink_box(image, paper):
     return image.convert("L").point([int(v != paper) for v in range(256)]).getbbox()
 
 
-def box_centre(box):
+def box_center(box):
     left, top, right, bottom = box
     return (left + right) / 2, (top + bottom) / 2
 
@@ -172,8 +172,8 @@ def test_labels_are_the_centres_of_all_glyphs(ramp, titles):
             for line in box.lines:
                 for k, char in enumerate(line.text):
                     if char != " ":
-                        centre = box_centre(printed_alone(page, line, k))
-                        expected.append((char, *centre))
+                        center = box_center(printed_alone(page, line, k))
+                        expected.append((char, *center))
         labels, = conversation["labels"]
         assert labels == {"glyphs": expected}
         text = "".join(char for char, _, _ in expected)
@@ -201,7 +201,7 @@ def test_damage_turns_labels_with_the_picture_and_nothing_leaves_the_page():
         for line in box.lines:
             for k, char in enumerate(line.text):
                 if char != " ":
-                    straight.append(box_centre(printed_alone(page, line, k)))
+                    straight.append(box_center(printed_alone(page, line, k)))
     labels = conversation["labels"][0]["glyphs"]
     assert len(labels) == len(straight)
     for (x, y), (_, turned_x, turned_y) in list(zip(straight, labels))[::7]:

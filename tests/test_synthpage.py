@@ -205,8 +205,8 @@ def test_every_printed_glyph_has_its_label(mixed):
             for line in box.lines:
                 last_x = left
                 for char in line.text.replace(" ", ""):
-                    labelled, x, y = next(glyphs)
-                    assert labelled == char
+                    labeled, x, y = next(glyphs)
+                    assert labeled == char
                     assert last_x < x < right and top < y < bottom
                     assert line.y < y < line.y + 1.5 * line.px
                     last_x = x
