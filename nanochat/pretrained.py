@@ -309,6 +309,7 @@ def load_sam(model, source=SAM):
     """SAM's ViT and neck from a transformers SamModel. The compressor (net_2, net_3) stays new."""
     def source_keys(key):
         return ["vision_encoder." + sam_key(key)]
+    print0(f"loading SAM from {source}")
     found = find_tensors(source)
     path, theirs = vision_config_of(source)
     check_network(theirs, sam_sizes(model.cfg), SAM_DEFAULTS, path)
@@ -325,6 +326,7 @@ def load_clip(model, source=CLIP):
     if model.encoder.kind != "clip":
         raise ValueError(f"--clip={source}: the second stage of this encoder is "
                          f"{model.encoder.kind}, not clip")
+    print0(f"loading CLIP from {source}")
     found = find_tensors(source)
     path, theirs = vision_config_of(source)
     check_network(theirs, clip_sizes(model.cfg), CLIP_DEFAULTS, path)
@@ -342,6 +344,7 @@ def load_deepseek(model, source=DEEPSEEK):
     if cfg.standardize != "none":
         raise ValueError(f"{source} was trained without standardization, this model has "
                          f"standardize={cfg.standardize}: use --standardize=none")
+    print0(f"loading the encoder of {source}")
     check_deepseek_config(cfg, source)
     vision = {}
     for key, t in find_tensors(source).items():
@@ -585,6 +588,7 @@ def load_nanochat(gpt, source):
     """Fills a GPT that was built from `nanochat_config`."""
     def source_keys(key):
         return [key]
+    print0(f"loading the decoder from {source}")
     path = download(source, newest(list_files(source), "model_*.pt", source))
     state = read_pt(path)
     grow_vocabulary(state, gpt.cfg.vocab_size, gpt.cfg.n_embd)

@@ -8,7 +8,8 @@ Where time and memory go: training steps, generation, data, and the comparison w
     python -m scripts.bench --suite=checkpoints/bench.jsonl   # every benchmark for a new GPU
 
 Prints one JSON line per measurement. MFU is the model's FLOPs (forward_flops, nanochat/model.py) as
-a share of a matrix product's rate in the same run; recomputation does not count as work.
+a share of a matrix product's rate in the same run; recomputation does not count as work. Steps are
+of the text loss alone, but for --what=syncs, which trains as stage 1 does.
 """
 import gc
 import json
@@ -16,6 +17,8 @@ import os
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from unittest import mock
 
 import torch
@@ -30,8 +33,9 @@ from nanochat.config import PRESETS
 from nanochat.conversation import ocr_conversation
 from nanochat.dataloader import Sampler, ahead, loader, loader_workers
 from nanochat.engine import GRAPH_ROOM, Engine, LiveRows, TokenChoice
+from nanochat.heads import LABELS, loss_weights, make_heads
 from nanochat.image_modes import get_mode, plan
-from nanochat.loop import training_flops
+from nanochat.loop import train_step, training_flops, wrap_model
 from nanochat.measure import (
     PeakMemory, flash_attention, median_and_range, median_seconds, memory_bandwidth)
 from nanochat.model import DeepseekOCR
@@ -42,7 +46,7 @@ from scripts.parity import transformers_gpt
 from tasks.synthdoc import SynthDoc
 from tasks.synthpage import TEXT, SynthPage
 
-MEASUREMENTS = ("stage1", "stage2", "generate", "data", "memory", "transformers")
+MEASUREMENTS = ("stage1", "stage2", "generate", "data", "syncs", "memory", "transformers")
 
 # The rows of --suite, cheapest first. Batch sizes are for 80 GB.
 SUITE = (
@@ -51,6 +55,8 @@ SUITE = (
     "--preset=small --batch=64 --seq=768 --what=stage1,stage2",
     "--preset=small --batch=64 --seq=768 --what=stage1,stage2 --compile=no",
     "--preset=small --batch=64 --what=data --workers=-1",
+    "--preset=nano --batch=64 --what=syncs",
+    "--preset=small --batch=64 --what=syncs --workers=-1",
     "--preset=small --batch=64 --what=generate --new-tokens=1000",
     "--preset=base --mode=1024px --batch=64 --what=generate --new-tokens=1000",
     "--preset=base --mode=1024px --batch=8 --seq=1536 --what=memory,stage1 --optimizer=adamw",
@@ -301,15 +307,17 @@ def measure_data(args, cfg, device, mode):
     return record
 
 
-def page_sampler(cfg, mode):
-    """The loader's Sampler on pages such as a preset of this size is trained on."""
+def page_sampler(cfg, mode, labels=()):
+    """
+    The loader's Sampler on pages such as a preset of this size is trained on; labels: as Sampler's.
+    """
     endless = 1 << 40  # pages are rendered when they are asked for
     # At 512 px and more a view has room for print of some 10 px on a whole page; below, for words.
     if mode.size >= 512:
         task = SynthPage("train", endless, mode.size, chars=(400, 1300), columns=(1, 2), parts=TEXT)
     else:
         task = SynthDoc("train", endless, mode.size, chars=(31, 41))
-    return Sampler(task, byte_tokenizer(), mode, cfg.layout, cfg.gpt.sequence_len)
+    return Sampler(task, byte_tokenizer(), mode, cfg.layout, cfg.gpt.sequence_len, labels=labels)
 
 
 def dense_pages_per_cpu_second(pages):
@@ -362,6 +370,43 @@ def wait_and_padding(args, cfg, device, sampler):
             positions += batch.counts["positions"]
             slots += batch.counts["slots"]
     return waited / total, 1 - positions / slots
+
+
+# -----------------------------------------------------------------------------
+# --what=syncs
+
+def measure_syncs(args, cfg, device, mode):
+    """
+    How often the host waits for the GPU in a step of stage 1, and in which lines. One wait is
+    meant: for the losses and the gradient norm, together.
+    """
+    if device.type != "cuda":
+        raise ValueError("--what=syncs counts how often the host waits for a GPU, and there is none")
+    model = build(cfg, device, choose_dtype(device, args.dtype)).train()
+    heads = make_heads(model, local_weight=1.0, place_weight=0.3)
+    optimizer = Optimizer(model, args.optimizer, lr=1e-5, matrix_lr=1e-5, dtype=model.dtype,
+                          heads=heads)
+    net = wrap_model(model, compiled=choose_compile(device, args.compile), heads=heads)
+    sampler = page_sampler(cfg, mode, labels=LABELS)
+    warm_up = 5  # steps, in which kernels are compiled and state is made
+    batches = loader(sampler, args.batch, 0, warm_up + args.steps, workers=args.workers,
+                     pin_memory=True)
+    batches = ahead(batches, device)
+    weights = loss_weights(local_weight=1.0, place_weight=0.3)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        for i in range(warm_up + args.steps):
+            if i == warm_up:
+                waits.clear()
+                torch.cuda.set_sync_debug_mode("warn")
+            train_step(i, net, optimizer, batches, 1, 1.0, 1.0, sampler.counters, weights)
+        torch.cuda.set_sync_debug_mode("default")
+    lines = Counter(f"{os.path.relpath(wait.filename)}:{wait.lineno}" for wait in waits)
+    return {
+        "steps": args.steps,
+        "waits_per_step": len(waits) / args.steps,
+        "lines": dict(lines.most_common()),
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -607,6 +652,8 @@ def measure(what, args, device, peak):
         yield common | measure_generation(args, cfg, device, mode)
     elif what == "data":
         yield common | measure_data(args, cfg, device, mode)
+    elif what == "syncs":
+        yield common | measure_syncs(args, cfg, device, mode)
     elif what == "memory":
         for stage in ("stage1", "stage2"):
             yield common | measure_memory(args, cfg, mode, stage)

@@ -353,7 +353,7 @@ def rows_against(args, tasks):
     return found
 
 
-def write_report(args, out, summary, sections):
+def write_report(args, out, summary, sections, wandb_run):
     """Everything but the rows, which are there already: report, curve, official files, summary."""
     all_rows = []
     for _, _, rows in sections:
@@ -380,14 +380,13 @@ def write_report(args, out, summary, sections):
 
     write_json(os.path.join(out, "summary.json"), summary)
     if args.run != "dummy":
-        log_wandb(args, summary, sections, png)
+        log_wandb(wandb_run, args, summary, sections, png)
     print0(f"report: {html}")
 
 
-def log_wandb(args, summary, sections, png):
+def log_wandb(run, args, summary, sections, png):
     """Every figure, the table of pictures and the curve."""
     import wandb
-    run = init_wandb(args.run, vars(args))
     table = wandb.Table(columns=["task", "page", "truth", "prediction", "1-NED", "flags"])
     for name, task, rows in sections:
         for key, value in summary[name].items():
@@ -531,6 +530,7 @@ def run(args, engine, meta):
     out = args.out or default_out(args)
     against = rows_against(args, tasks)
     check_settings(settings_of(args, engine, meta, by_character), out)
+    wandb_run = init_wandb(args.run, vars(args))  # before the work: it may ask for a key
 
     # reading and figures
     scorer = Scorer(engine, out, args.batch_size, args.max_new_tokens, by_character)
@@ -551,7 +551,7 @@ def run(args, engine, meta):
     # report
     if is_master():
         print0("writing the report")
-        write_report(args, out, summary, sections)
+        write_report(args, out, summary, sections, wandb_run)
     return summary
 
 

@@ -25,7 +25,7 @@ import argparse
 import math
 import re
 
-from nanochat.common import fraction, natural, positive, positive_int, real
+from nanochat.common import fraction, natural, positive, positive_int, print0, real
 from nanochat.dataloader import UNUSABLE
 from nanochat.mixture import First, Mixture, Shuffled, Stream
 from tasks import chartqa, finevision, omnidocbench, smoltalk, synthpage
@@ -310,7 +310,11 @@ def whole_pages(split, size, image_size, args):
         options["kinds"] = ("text", "table")  # a table is read as HTML, a figure not at all
     # The other options, columns and faces among them, are as for pages of text alone.
     chars = parse_chars(args.chars)
-    return text_pages(split, size, image_size, chars, args.seed, **options)
+    task = text_pages(split, size, image_size, chars, args.seed, **options)
+    if task.left_out:
+        print0(f"NOTE: {task.left_out} paragraphs of --text-files={args.text_files} ({split}) are "
+               f"left out: they have characters that no face prints, or words that are too long")
+    return task
 
 
 def text_pages(split, size, image_size, chars, seed, **options):

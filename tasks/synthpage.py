@@ -14,6 +14,7 @@ on one of the first hundred pages. Held-out prose is short (19,000 characters in
 little different in other versions): the rest of a held-out page is like English in its letters and
 lengths only.
 """
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -288,6 +289,13 @@ class SynthPage(Task):
 
     def __len__(self):
         return self.size
+
+    def fingerprint(self):
+        """Of a user's own text, which may be edited between two runs; all else are arguments."""
+        if not self.own:
+            return None
+        state = hashlib.sha256(json.dumps(self.own).encode())
+        return f"{len(self.own)} paragraphs, {state.hexdigest()[:16]}"
 
     def page_id(self, i):
         """What all draws of page i are seeded with, and the conversation's id."""

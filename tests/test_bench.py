@@ -271,3 +271,8 @@ def test_variants_in_words():
 def test_a_run_that_fails_is_named(tokenizer_dir, tmp_path):
     with pytest.raises(ValueError, match="bogus-1_steps-300_seed-0 ended with status 2: .*log"):
         ablation.main(["--variants=bogus=1", f"--checkpoints={tmp_path}", "--seeds=0"])
+
+
+def test_waits_for_a_gpu_need_one(capsys):
+    with pytest.raises(ValueError, match="--what=syncs counts how often the host waits for a GPU"):
+        bench.main(["--what=syncs", "--device-type=cpu"])

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 import sys
 from collections import namedtuple
 from contextlib import contextmanager
@@ -449,6 +450,12 @@ def test_no_room_is_seen_before_writing(saved, save, monkeypatch):
     with pytest.raises(OSError, match=r"needs \d+ MB, .* has 1 MB free: make room and --resume"):
         save(6)
     assert listing(saved) == before
+
+
+def test_weights_may_be_read_by_whom_the_umask_lets(saved):
+    """safetensors writes a file that its owner alone may read, among others that all may."""
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in saved.rglob("*") if path.is_file()}
+    assert len(modes) == 1
 
 
 def test_room_is_counted_for_what_is_written_after_leftovers_are_gone(saved, save, monkeypatch):

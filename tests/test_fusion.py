@@ -243,11 +243,12 @@ def test_a_loss_in_chunks_is_the_loss(make_model, make_batch, pages, monkeypatch
 # Compiled
 
 
-@pytest.mark.parametrize("pack", [0, 256])
-def test_compiled_blocks_learn_the_same(make_model, tokenizer, pages, chats, pack):
+@pytest.mark.parametrize("pack, recompute", [(0, False), (256, False), (256, True)])
+def test_compiled_blocks_learn_the_same(make_model, tokenizer, pages, chats, pack, recompute):
     """
     Traced and differentiated by torch's compiler, without its code generator. Other lengths of
-    samples need no graphs of their own, nor does another number of unpacked rows.
+    samples need no graphs of their own, nor does another number of unpacked rows. `full` packs,
+    compiles and recomputes all at once.
     """
     mixed = [c for pair in zip(pages, chats) for c in pair]
     sampler = Sampler(mixed, tokenizer, MODES["test"], 32, max_tokens=128, pack=pack, multiple=64)
@@ -255,6 +256,7 @@ def test_compiled_blocks_learn_the_same(make_model, tokenizer, pages, chats, pac
     compiled = make_model().train()
     torch._dynamo.reset()
     compiled.compile_blocks(backend="aot_eager")
+    compiled.recompute(recompute)
     graphs = []
     for samples in (range(8), range(2, 10), range(10)):  # packed, all three take 2 rows
         batch = collate([sampler[i] for i in samples], pack, max_images=5, multiple=128)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint as ckpt
-from nanochat import pretrained
+from nanochat import pretrained, reader
 from nanochat.config import CLIPConfig, GPTConfig, ModelConfig, SAMConfig
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -467,6 +467,18 @@ def test_round_trip_reads_the_same(model, tokenizer, pages, tmp_path):
     assert any(texts[0])
     with pytest.raises(FileExistsError):
         model.save_pretrained(tmp_path / "saved")
+
+
+def test_a_model_on_a_gpu_has_the_settings_of_the_scripts(model, tokenizer, monkeypatch):
+    """bf16, the decoder cast once, and the kernels that training takes; the model stays here."""
+    called = []
+    monkeypatch.setattr(reader, "load_model", lambda *args: (model, tokenizer, {}))
+    monkeypatch.setattr(reader, "find_reader", lambda source: source)
+    monkeypatch.setattr(reader, "set_cuda_defaults", lambda: called.append(True))
+    monkeypatch.setattr("nanochat.common.has_bfloat16", lambda device: True)
+    loaded = NanoDeepseekOCR.from_pretrained("somewhere", device="cuda")
+    assert called and loaded.dtype == torch.bfloat16
+    assert {p.dtype for p in loaded.gpt.parameters()} == {torch.bfloat16}
 
 
 def test_what_a_model_card_needs_is_asked_for_before_there_is_a_folder(model, tokenizer, tmp_path):

@@ -12,15 +12,17 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from nanochat import checkpoint as ckpt
-from nanochat.common import run_main
+from nanochat import common
+from nanochat.common import compute_init, run_main
 from nanochat.dataloader import micro_batches
-from nanochat.loop import watch_divergence
+from nanochat.loop import StepResult, account, watch_divergence
 from nanochat.mixture import Mixture, Shuffled, fingerprints
 from nanochat.run import Run, samples_per_step
 from scripts import vis_tok_train, vision_eval
@@ -96,6 +98,8 @@ def test_less_memory_may_be_asked_for(begun, capsys):
     out = capsys.readouterr().out
     assert "--device-batch-size was 32, now 16" in out and "same 32 samples" in out
     assert "--recompute was False, now True: the same numbers up to rounding" in out
+    resume(begun.parent, "--compile=no")  # the way out when a compiled kernel fails
+    assert "--compile was auto, now no: the same numbers" in capsys.readouterr().out
     resume(begun.parent, "--device-batch-size=16", "--total-batch-size=32")
     with pytest.raises(ValueError, match="--total-batch-size was 32, now 16"):
         resume(begun.parent, "--device-batch-size=16", "--total-batch-size=16")
@@ -133,6 +137,16 @@ def test_micro_batches_of_another_size_have_the_same_samples_in_a_step():
         accumulate = 32 // size
         batches = list(micro_batches(step * accumulate, (step + 1) * accumulate, size, 0, 1))
         assert sorted(i for batch in batches for i in batch) == list(range(7 * 32, 8 * 32))
+
+
+def test_encoders_without_their_models_are_not_deleted(tmp_path):
+    """Of a stage 1 whose models were deleted to make room: stage 2 still needs its encoder."""
+    (tmp_path / "run/deepencoder_000003").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="holds encoders without their models"):
+        Run(make_args(tmp_path), "stage 1")
+    # What a killed first save leaves is an encoder, too.
+    (tmp_path / "run/run.json").write_text("{}")
+    Run(make_args(tmp_path), "stage 1")
 
 
 def test_what_a_kill_kept_from_being_pruned(begun, tokenizer):
@@ -226,6 +240,48 @@ def test_a_damaged_run_json_is_named(begun, text):
     (begun / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="run/run.json.* delete it to resume without comparing"):
         resume(begun.parent)
+
+
+# -----------------------------------------------------------------------------
+# Counting
+
+def test_compiling_does_not_count_as_training(tmp_path, tokenizer):
+    """It would use up --max-minutes."""
+    run = begin(tmp_path, tokenizer)
+    step = StepResult(losses={"text": 1.0}, grad_norm=1.0, seconds=60.0, waited=1.0, flops=5.0,
+                      counts={"images": 4}, streams={}, compiling=True)
+    account(run, step)
+    assert (run.state.seconds, run.state.timed_images, run.state.flops) == (0, 0, 5)
+    account(run, replace(step, compiling=False))
+    assert (run.state.seconds, run.state.timed_images, run.state.flops) == (60, 4, 10)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """torchrun's environment of two processes, on a machine with a GPU by all appearances."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(common, "set_cuda_defaults", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = {}
+
+    def init_process_group(backend, **kwargs):
+        asked.update(backend=backend, **kwargs)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    return asked
+
+
+def test_the_process_group_of_gpus(two_gpus):
+    device = compute_init("cuda")
+    assert two_gpus["backend"] == "cpu:gloo,cuda:nccl"  # numbers of the host stay on the host
+    assert two_gpus["device_id"] == device and two_gpus["timeout"].total_seconds() == 7200
+
+
+def test_more_processes_than_gpus(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="process 1 .* use torchrun --nproc_per_node=1"):
+        compute_init("cuda")
 
 
 # -----------------------------------------------------------------------------

@@ -440,6 +440,10 @@ def test_own_text(tmp_path):
     assert not said["train"] & said["heldout"]
     assert len(said["train"]) > 100 and len(said["heldout"]) > 10
     assert left_out == len(unprintable)
+    # Edited between two runs, the text is no longer the same data.
+    before = SynthPage("train", 50, 500, (300, 900), text_files=[path]).fingerprint()
+    path.write_text(path.read_text(encoding="utf-8") + "\n\nNoch ein Absatz.", encoding="utf-8")
+    assert SynthPage("train", 50, 500, (300, 900), text_files=[path]).fingerprint() != before
 
     # A paragraph that goes on in the second column is joined as it was, hyphens included.
     for conversation in SynthPage("train", 40, 400, (300, 900), columns=(2,), text_files=path):
