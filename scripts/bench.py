@@ -381,7 +381,8 @@ def measure_syncs(args, cfg, device, mode):
     meant: for the losses and the gradient norm, together.
     """
     if device.type != "cuda":
-        raise ValueError("--what=syncs counts how often the host waits for a GPU, and there is none")
+        raise ValueError("--what=syncs counts how often the host waits for a GPU: there is none "
+                         "here")
     model = build(cfg, device, choose_dtype(device, args.dtype)).train()
     heads = make_heads(model, local_weight=1.0, place_weight=0.3)
     optimizer = Optimizer(model, args.optimizer, lr=1e-5, matrix_lr=1e-5, dtype=model.dtype,
