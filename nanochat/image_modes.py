@@ -291,15 +291,20 @@ def upright_size(image):
     return width, height
 
 
+WHITES = (255, 4095, 65535)  # of 8, 12 and 16 bits
+
+
 def gray_levels(image):
     """An image of 16-bit, 32-bit or float gray levels -> 8-bit gray."""
     levels = np.asarray(image, dtype=np.float64)
     if not np.isfinite(levels).all():
         raise ValueError("the image has gray levels that are not finite")
-    # PIL does not say what white is. Levels over 255 are taken for 16-bit ones (65535 / 257 = 255).
-    if levels.max() > 255:
-        levels = levels / 257
-    levels = levels.clip(0, 255).astype(np.uint8)
+    # PIL does not say what white is: the least that the levels allow. Floats may end at 1.
+    largest = levels.max()
+    white = next((white for white in WHITES if largest <= white), WHITES[-1])
+    if image.mode == "F" and largest <= 1:
+        white = 1
+    levels = (levels * (255 / white)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(levels)
 
 

@@ -168,6 +168,15 @@ def test_the_upright_size_is_that_of_the_upright_picture(tmp_path, orientation):
     assert upright_size(image) == to_rgb(image).size
 
 
+@pytest.mark.parametrize("white, dtype", [(1, np.float32), (255, np.float32), (4095, np.uint16),
+                                          (65535, np.uint16), (65535, np.int32)])
+def test_gray_levels_of_any_depth(white, dtype):
+    """A scan of 12 bits in 16, or of floats from 0 to 1, would be black else."""
+    levels = np.array([[0, white // 2 if white > 1 else 0.5, white]], dtype=dtype)
+    pixels = np.asarray(to_rgb(Image.fromarray(levels)))[0, :, 0]
+    assert pixels[0] == 0 and pixels[1] in (126, 127, 128) and pixels[2] in (254, 255)
+
+
 # -----------------------------------------------------------------------------
 # From points of the page to tokens, against a search for the pixel in the views
 
