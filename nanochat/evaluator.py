@@ -195,19 +195,19 @@ def read_pages(engine, conversations, margin=16):
     decoder's positions; those whose prompt leaves no room for an answer are left out.
     -> [(conversation, prediction, 1-NED), ...]
     """
+    # A long dialog that was clipped in training may fill the decoder with its questions alone.
     decoder = engine.model.cfg.gpt.sequence_len
-    longest = max(len(engine.tokenizer.encode(truth_of(c))) for c in conversations)
-    # A long dialog that was clipped in training may fill the decoder with its questions alone. What
-    # little room it leaves is no limit for the others: a batch has one limit, and it has its own.
     _, prompt_lengths = engine.prompt_batch(conversations)
-    batches = defaultdict(list)  # tokens that a page may take -> pages
-    for conversation, length in zip(conversations, prompt_lengths):
-        limit = min(longest + margin, decoder - length)
-        if limit > 0:
-            batches[limit].append(conversation)
-    if not batches:
+    fitting = [(c, length) for c, length in zip(conversations, prompt_lengths) if length < decoder]
+    if not fitting:
         raise ValueError(f"no prompt of these pages leaves room for an answer: the decoder has "
                          f"{decoder} positions; use a mode with fewer tokens")
+
+    # What little room it leaves is no limit for the others: a batch has one, and it has its own.
+    longest = max(len(engine.tokenizer.encode(truth_of(c))) for c, _ in fitting)
+    batches = defaultdict(list)  # tokens that a page may take -> pages
+    for conversation, length in fitting:
+        batches[min(longest + margin, decoder - length)].append(conversation)
 
     rows = []
     for limit, batch in batches.items():

@@ -243,7 +243,8 @@ class DeepseekOCR(nn.Module):
 
         # With a large vocabulary the logits of a batch are gigabytes: only a chunk of them exists
         # at a time, and is computed again in the backward pass.
-        logits = LOSS_CHUNK_CUDA if self.device.type == "cuda" else LOSS_CHUNK
+        on_host = self.device.type in ("cpu", "mps")  # "meta" stands for a GPU
+        logits = LOSS_CHUNK if on_host else LOSS_CHUNK_CUDA
         chunk = max(1, logits // self.cfg.gpt.vocab_size)
         if len(targets) <= chunk:
             return self.chunk_loss(hidden, targets, head)

@@ -127,7 +127,8 @@ class Run:
         before["total_batch_size"] = samples_of(before)
         before.pop("data_fingerprints", None)  # compared by `check_data`
         changed = []
-        for key in sorted({*before, *self.config} - ONLY_ROUNDING):
+        # Earlier versions noted some of the flags that are not part of a run.
+        for key in sorted({*before, *self.config} - ONLY_ROUNDING - NOT_PART_OF_THE_RUN):
             old = before.get(key)
             new = self.config.get(key)
             if old != new:
@@ -163,12 +164,12 @@ class Run:
         fingerprints: {data set: text that tells its state}. ValueError if they are others than
         those that a resumed run began with: its steps would not be those of the unbroken run.
         """
-        before = self.earlier.get("data_fingerprints", fingerprints)  # earlier versions had none
+        before = self.earlier.get("data_fingerprints", {})
         self.config["data_fingerprints"] = fingerprints
         changed = []
         for name in sorted({*before, *fingerprints}):
-            old = before.get(name)
             new = fingerprints.get(name)
+            old = before.get(name, new)  # earlier versions took fewer fingerprints, or none
             if old != new:
                 changed.append(f"{name} was {old}, now {new}")
         if changed:

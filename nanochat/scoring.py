@@ -69,7 +69,9 @@ def pixel_hash(images):
     for image in images:
         upright = ImageOps.exif_transpose(image)
         # The bytes of a palette picture are indices, and what is transparent may be said elsewhere.
-        if upright.mode in ("P", "PA") or upright.has_transparency_data:
+        # (Pictures of 16 bits would become white.)
+        is_deep = upright.mode.startswith("I")
+        if upright.mode in ("P", "PA") or (upright.has_transparency_data and not is_deep):
             upright = upright.convert("RGBA")
         state.update(f"{upright.mode} {upright.size}".encode())
         state.update(upright.tobytes())
@@ -178,7 +180,7 @@ class Predictions:
         one that is longer than this limit allows.
         """
         record = self.records.get((task, picture))
-        if record is None or record["tokens"] > limit:
+        if record is None or record.get("longest", record["tokens"]) > limit:
             return None
         return record if record["finished"] or record["limit"] >= limit else None
 
@@ -310,9 +312,12 @@ class Scorer:
             if isinstance(result, Exception):  # one page that the engine refuses stops no other
                 page.error = str(result)
                 continue
+            # The limit is one of each window of a page that is read in windows.
+            parts = [part.tokens for _, part in getattr(result, "windows", [])]
             page.prediction = {
                 "task": name, "picture": page.picture, "id": page.conversation["id"],
-                "text": result.text, "tokens": result.tokens, "finished": result.finished,
+                "text": result.text, "tokens": result.tokens,
+                "longest": max(parts, default=result.tokens), "finished": result.finished,
                 "confidence": result.confidence, "flags": result.flags, "limit": limit,
                 "seconds": seconds}
             records.append(page.prediction)

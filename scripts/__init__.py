@@ -16,9 +16,10 @@ def in_one_line(kind, error, trace):
         os._exit(130)  # 128 + SIGINT, as shells have it; an excepthook cannot set a status
     package = (getattr(error, "name", None) or "").split(".")[0]
     ours = package in ("", "nanochat", "scripts", "tasks")
-    if issubclass(kind, ModuleNotFoundError) and not ours:
+    whole = os.environ.get("NANOCHAT_TRACEBACK")
+    if issubclass(kind, ModuleNotFoundError) and not ours and not whole:
         print(f"error: {sys.executable} has no package {package}: use .venv/bin/python, which "
-              f"bash setup_env.sh makes", file=sys.stderr, flush=True)
+              f"bash setup_env.sh makes, or install it", file=sys.stderr, flush=True)
         os._exit(1)
     sys.__excepthook__(kind, error, trace)
 

@@ -108,8 +108,9 @@ def main(argv=None):
             pretrained.push(args.out, args.push, args.private)
         except (ValueError, OSError) as error:
             # The same command would find its own folder in the way.
+            private = " --private" if args.private else ""
             raise OSError(f"{error}; {args.out} is whole, so what remains is: hf upload "
-                          f"{args.push} {args.out}") from error
+                          f"{args.push} {args.out}{private}") from error
     json_line({"exported": args.out, "format": args.format, "files": sorted(os.listdir(args.out)),
                "pushed": args.push or None})
 

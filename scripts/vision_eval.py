@@ -38,6 +38,7 @@ from nanochat.official import write_fox, write_markdown
 from nanochat.reader import add_arguments, load_engine
 from nanochat.report import against_line, plot_curve, write_html
 from nanochat.verdict import CONTROLS, SAID, compare
+from tasks.folder import Folder
 from tasks.omnidocbench import QUIVR, OmniDocBench
 from tasks.registry import EVALUATED, open_set, parse_chars, parse_data, refuse_unused
 from tasks.synthdoc import MIN_PX, SPLITS, SynthDoc, random_string
@@ -148,13 +149,10 @@ def tasks_of(args, user_config, image_size):
         else:
             flags = copy.copy(args)
             flags.damage = args.damage or 0.0  # the likenesses of benchmarks are clean
-            part = "all"
             if name == "folder" and trained_on(args.path, user_config):
-                part = "val"
-                flags.val_share = user_config.get("val_share", 0.1)
-                print0(f"NOTE: the model was trained on {args.path}: only the pages that were held "
-                       f"out are read")
-            task = open_set(name, args.path, part, flags, image_size, generated)
+                task = held_out_part(args.path, user_config, flags.allow_outside)
+            else:
+                task = open_set(name, args.path, "all", flags, image_size, generated)
             tasks.append((name, task))
     names = [name for name, _ in tasks]
     if len(set(names)) < len(names):
@@ -169,6 +167,20 @@ def trained_on(path, user_config):
         if name == "folder" and os.path.realpath(arg) == os.path.realpath(path):
             return True
     return False
+
+
+def held_out_part(path, user_config, allow_outside):
+    """The pages of a folder that were held out from training; all of them if none were."""
+    val_share = user_config.get("val_share", 0.1)
+    try:
+        task = Folder(path, "val", val_share, allow_outside=allow_outside)
+    except ValueError:  # there is no such page
+        print0(f"NOTE: the model was trained on all pages of {path}: how well it reads others, "
+               f"this does not tell")
+        return Folder(path, "all", allow_outside=allow_outside)
+    print0(f"NOTE: the model was trained on {path}: only the {len(task)} pages that were held out "
+           f"are read")
+    return task
 
 
 def split_tasks(name, size, args, user_config, image_size):

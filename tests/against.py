@@ -33,8 +33,8 @@ def measure(tree, flags):
         raise SystemExit(f"error: {' '.join(command)} in {tree}:\n{done.stderr[-2000:]}")
     found = {}
     for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            record = json.loads(line)
+        record = json.loads(line) if line.startswith("{") else {}
+        if "seconds" in record:  # not in what measures data or memory
             found[record["bench"]] = record["seconds"]
     return found
 

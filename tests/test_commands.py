@@ -59,12 +59,12 @@ def check_script(name, flags, monkeypatch):
         raise Parsed
 
     with monkeypatch.context() as patch:
-        if hasattr(script, "compute_init"):  # comes after all checks of flags
+        # compute_init comes after all checks of flags, but in two scripts after other work as well.
+        if hasattr(script, "compute_init") and name not in ("scripts.bench", "scripts.lmms"):
             patch.setattr(script, "compute_init", stop)
         else:
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        # Some look for a checkpoint before, which is not there.
-        with pytest.raises((Parsed, FileNotFoundError)):
+        with pytest.raises(Parsed):
             script.main(flags)
 
 
@@ -116,7 +116,8 @@ def speedrun(tmp_path, kind, **environment):
     log.touch()
     environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "COMMANDS": str(log),
                    "PATH": f"{tmp_path}:{os.environ['PATH']}",
-                   "CHECKPOINTS": str(tmp_path / "out"), **environment}
+                   "CHECKPOINTS": str(tmp_path / "out"), "HF_HOME": str(tmp_path / "hub"),
+                   **environment}
     ended = subprocess.run(["bash", str(ROOT / "speedrun.sh"), kind], env=environment,
                            capture_output=True, text=True)
     commands = [line for line in log.read_text().splitlines() if "scripts." in line]

@@ -907,7 +907,9 @@ def test_a_folder_that_was_trained_on_is_read_in_its_held_out_part(fake, tmp_pat
     [(_, task)] = vision_eval.tasks_of(args, trained, 64)
     held_out = [page.picture for page in Folder(folder, "val", 0.3).pages]
     assert [page.picture for page in task.pages] == held_out
-    assert "only the pages that were held out are read" in capsys.readouterr().out
+    assert f"only the {len(held_out)} pages that were held out" in capsys.readouterr().out
+    [(_, task)] = vision_eval.tasks_of(args, {**trained, "val_share": 0.0}, 64)
+    assert len(task) == 40 and "was trained on all pages" in capsys.readouterr().out
     [(_, whole)] = vision_eval.tasks_of(args, CONFIG, 64)
     assert len(whole) == 40
 

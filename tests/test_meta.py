@@ -43,7 +43,8 @@ def batch_of(conversations, tokenizer, mode=PLAIN, pack=0):
 def test_a_training_step(meta_model, tokenizer, pages, chats, monkeypatch, kind, chunked):
     """Pages and text, packed rows, tiles, and text alone, in one step of four micro-batches."""
     if chunked:
-        monkeypatch.setattr("nanochat.model.LOSS_CHUNK", 20 * meta_model.cfg.gpt.vocab_size)
+        logits = 20 * meta_model.cfg.gpt.vocab_size
+        monkeypatch.setattr("nanochat.model.LOSS_CHUNK_CUDA", logits)
     batches = [
         batch_of([*pages, *chats], tokenizer),
         batch_of([*pages, *chats], tokenizer, pack=256),
