@@ -201,15 +201,18 @@ def refuse_unused(given, used_by, names, what):
 def choose_losses(args, local, place):
     """
     Fills in --local-loss and --place-loss where they are -1: with `local` and `place` if a set of
-    --data knows where its letters are, else with 0.
+    --data knows where its letters are, else with 0. ValueError if one is asked for, and none does.
     """
     names = {name for name, _, _ in parse_data(args.data)}
-    if not names & set(KNOW_LETTERS):
-        local = place = 0.0
-    if args.local_loss == -1:
-        args.local_loss = local
-    if args.place_loss == -1:
-        args.place_loss = place
+    some_know = bool(names & set(KNOW_LETTERS))
+    for flag, default in (("local_loss", local), ("place_loss", place)):
+        weight = getattr(args, flag)
+        if weight == -1:
+            setattr(args, flag, default if some_know else 0.0)
+        elif weight and not some_know:
+            raise ValueError(f"--{flag.replace('_', '-')}={weight} has no effect on {args.data}: "
+                             f"only {', '.join(KNOW_LETTERS)} know where their letters are; leave "
+                             f"it out, or mix one of them in")
 
 
 # -----------------------------------------------------------------------------

@@ -497,3 +497,10 @@ def test_a_resumed_run_equals_the_unbroken_one(flags, tmp_path, capsys):
     of_the_head = {name for name in state if name.startswith("heads.")}
     assert of_the_head >= {"heads.local.linear.weight", "heads.local.linear.weight.exp_avg_sq"}
     assert state["heads.local.linear.weight"].abs().max() > 0
+
+
+def test_a_loss_that_no_page_can_be_asked_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--local-loss=1.0 has no effect on folder:x: only synthdoc"):
+        vis_tok_train.parse_args(["--data=folder:x", "--local-loss=1"])
+    args = vis_tok_train.parse_args(["--data=folder:x"])
+    assert args.local_loss == args.place_loss == 0
