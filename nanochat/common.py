@@ -487,7 +487,7 @@ def read_json_lines(path):
 
 def replace_file(path, text):
     """Writes a text file whole or not at all: a kill leaves the old file or the new one."""
-    temporary = path + ".tmp"
+    temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
