@@ -101,7 +101,7 @@ def files_in(folder):
     wanted = []
     others = 0
     linked = 0
-    unreadable = []  # folders: opening one of them as a file becomes an error like any other
+    unreadable = []  # folders
     for parent, folders, names in os.walk(folder, onerror=lambda e: unreadable.append(e.filename)):
         for name in names:
             if os.path.splitext(name)[1].lower() in endings:
@@ -114,7 +114,8 @@ def files_in(folder):
         print(f"{folder}: {others} files are not pictures or PDFs by their names", file=sys.stderr)
     if linked:
         print(f"{folder}: {linked} folders are links and were left out: name them", file=sys.stderr)
-    # So does a folder without any.
+    # A folder that cannot be read, or has nothing to read, stands for itself: opening it as a file
+    # becomes an error like any other.
     return sorted(wanted + unreadable) or [folder]
 
 
@@ -232,7 +233,7 @@ def has_frame(image, k):
     except EOFError:
         return False
     except Exception:
-        return True
+        pass  # broken: whoever reads it gets this error again
     finally:
         image.seek(0)
     return True
