@@ -303,8 +303,7 @@ def ink_of(image):
     if min(gray.shape) < NARROWEST:
         return Ink(np.zeros_like(gray), np.zeros(gray.shape, bool), reduced, 0.0)
     levels, noisy = ink_levels(gray)
-    printed = solid(levels, noisy)
-    degrees = skew_of(printed)
+    degrees = skew_of(solid(levels, noisy))
     if degrees:
         # Of the ink and not of the picture: what comes in from outside is paper then.
         turned = Image.fromarray(levels).rotate(degrees, Image.Resampling.BICUBIC)
@@ -368,6 +367,15 @@ def is_picture(printed, box, print_px):
     return max(heights) > max(TALLEST * print_px, 0.5 * part.height)
 
 
+def text_beside_a_picture(printed, left, right, print_px, notes):
+    """Of the parts beside a gutter the text, where the other is a picture (noted); or None."""
+    for text, other in ((left, right), (right, left)):
+        if is_picture(printed, other, print_px) and is_prose(printed, text, print_px):
+            note_picture(trimmed(printed, other), notes)
+            return text
+    return None
+
+
 def note_picture(box, notes):
     notes.append(f"a picture of {box.width}x{box.height} px at {box.left}, {box.top} is left out: "
                  f"that is no line of print")
@@ -417,13 +425,9 @@ def columns_of(printed, box, print_px, notes):
                 boxes += columns_of(printed, left, print_px, notes)
                 boxes += columns_of(printed, right, print_px, notes)
                 continue
-            if is_picture(printed, left, print_px) and is_prose(printed, right, print_px):
-                note_picture(trimmed(printed, left), notes)
-                boxes += columns_of(printed, right, print_px, notes)
-                continue
-            if is_picture(printed, right, print_px) and is_prose(printed, left, print_px):
-                note_picture(trimmed(printed, right), notes)
-                boxes += columns_of(printed, left, print_px, notes)
+            text = text_beside_a_picture(printed, left, right, print_px, notes)
+            if text is not None:
+                boxes += columns_of(printed, text, print_px, notes)
                 continue
             if whole.height > 8 * print_px:  # and no chance of two or three lines
                 notes.append(f"rows {whole.top} to {whole.bottom} px have a gap from top to bottom "

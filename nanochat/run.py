@@ -118,7 +118,7 @@ class Run:
         if self.earlier:
             self.check_same_config()
         self.start = steps[-1] if steps else None
-        if not steps and (args.resume or os.path.exists(self.config_path)):
+        if not steps and (args.resume or begun):
             print0(f"{self.folder} has no whole checkpoint: starting from the beginning")
         barrier()  # no rank writes before every rank has looked
 
