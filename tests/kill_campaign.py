@@ -8,7 +8,11 @@ nobody killed: weights, optimizer, counts, metrics.jsonl, encoder folders, the l
 A chain is one run that is killed one to four times. Half of the kills come at a random moment, by
 SIGKILL, SIGTERM or SIGINT. The others are aimed: SIGKILL just before or after the n-th call that
 changes or flushes a file, or in the middle of a line of metrics.jsonl. Each chain draws a variant:
-stage 1 or 2, loader processes, packed rows, which it shares with an unbroken run.
+stage 1 or 2, loader processes, packed rows, a stream of pages, two ranks, and is compared with an
+unbroken run of that variant.
+
+Of two ranks, an aimed kill takes rank 0, which writes the files; a random one takes either of them
+or both. The other is then stopped, as torchrun does it.
 
 Every run is a fork of this process, which has imported all and computed nothing, so that a start
 takes no time. The last line is JSON; the exit status is 1 if anything differed.
@@ -19,6 +23,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -34,6 +39,8 @@ from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
 from scripts import vis_mid_train, vis_tok_train
 from scripts.tok_train import training_text
+from tasks.synthdoc import SynthDoc
+from tests.streamed_set import write_streamed_set
 
 STEPS = 7
 TRAIN = ["--dtype=float32", "--device-type=cpu", f"--num-iterations={STEPS}", "--warmup-steps=2",
@@ -43,7 +50,12 @@ VARIANTS = {
     "stage1": [],
     "stage1 workers": ["--workers=1"],
     "stage1 packed": ["--pack=128", "--max-seq-len=64", "--total-batch-size=8"],
+    "stage1 stream": ["--stream", "--pack=256", "--workers=2", "--total-batch-size=8",
+                      "--bad-data=skip"],
+    "stage1 ranks": ["--total-batch-size=8"],
+    "stage1 ranks stream": ["--stream", "--workers=1", "--total-batch-size=8", "--bad-data=skip"],
     "stage2": [],
+    "stage2 ranks": ["--total-batch-size=8"],
 }
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # What may differ from the unbroken run: clocks, and what is computed from them.
@@ -99,24 +111,46 @@ def die():
 
 
 # -----------------------------------------------------------------------------
-# Runs, each a fork
+# Runs, each a fork for every rank
 
-def start(main, flags, log, events):
-    """Forks a run. -> pid"""
+def start(main, flags, log, events, ranks=1):
+    """Forks a run. The events are rank 0's. -> pids, a rank's at its place"""
+    if ranks == 1:
+        return [fork(main, flags, log, events, {})]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(ranks):
+        torchrun = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        pids.append(fork(main, flags, log, events if rank == 0 else None, torchrun))
+    return pids
+
+
+def fork(main, flags, log, events, environment):
     pid = os.fork()
     if pid:
         return pid
     status = 70  # of an error that the script did not expect
     try:
         os.setsid()
+        os.environ.update(environment)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        events.install()
+        if events:
+            events.install()
         common.run_main(lambda: main(flags))
         status = 0
-        with open(log + ".events", "w") as f:
-            f.write(str(events.n))
+        if events:
+            with open(log + ".events", "w") as f:
+                f.write(str(events.n))
     except SystemExit as stop:
         status = stop.code
     except BaseException:
@@ -125,17 +159,31 @@ def start(main, flags, log, events):
         os._exit(status)
 
 
-def finish(pid, kill_after=None, kill_signal=None):
-    """Waits for a run, and sends it a signal after so many seconds. -> exit status, < 0: signal."""
+def finish(pids, kill_after=None, kill_signal=None, victims=()):
+    """
+    Waits for a run, and sends its victims a signal after so many seconds. Once a rank has failed,
+    the others are stopped. -> status of the first that failed (< 0: of a signal), or 0
+    """
     begin = time.monotonic()
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+    running = list(pids)
+    first = 0
+    while running:
+        for pid in list(running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done:
+                continue
+            running.remove(pid)
+            status = os.waitstatus_to_exitcode(status)
+            if status and not first:
+                first = status
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
         if kill_after is not None and time.monotonic() - begin > kill_after:
-            os.kill(pid, kill_signal)
+            for pid in set(victims) & set(running):
+                os.kill(pid, kill_signal)
             kill_after = None
         time.sleep(0.005)
+    return first
 
 
 class Campaign:
@@ -148,12 +196,26 @@ class Campaign:
         self.unbroken = {}  # {variant: (its folder, seconds, events)}
         self.tokenizer = self.folder / "tokenizer"
         Tokenizer.train(training_text(30_000, seed=0), 280).save(self.tokenizer)
+        self.streamed = self.folder / "streamed"
+        if any("stream" in variant for variant in variants):
+            # In a process of its own: pyarrow begins threads, which a fork would lack.
+            status = finish([fork(self.write_pages, None, str(self.folder / "pages.log"), None, {})])
+            if status:
+                raise SystemExit(f"the pages were not written: {self.folder / 'pages.log'}")
+
+    def write_pages(self, _):
+        pages = SynthDoc("train", 1000, image_size=64, chars=(10, 12))
+        write_streamed_set(self.streamed, pages, n_shards=4)
 
     def command(self, variant, name):
         """-> (main, flags) of a run of this variant in the folder of that name."""
         flags = [f"--checkpoints={self.folder}", f"--model-tag={name}", *TRAIN, *VARIANTS[variant]]
         if variant.startswith("stage1"):
-            flags += ["--preset=tiny", "--chars=10-12", f"--tokenizer={self.tokenizer}"]
+            flags += ["--preset=tiny", f"--tokenizer={self.tokenizer}"]
+            if "stream" in variant:
+                flags += [f"--data=finevision:{self.streamed}/pages=3,synthchat=1"]
+            else:
+                flags += ["--chars=10-12"]
             return vis_tok_train.main, flags
         encoder, _, _ = self.run_unbroken("stage1")
         return vis_mid_train.main, [f"--encoder={encoder}", "--text-share=25", *flags]
@@ -164,7 +226,7 @@ class Campaign:
             main, flags = self.command(variant, name)
             log = str(self.folder / f"{name}.log")
             begin = time.monotonic()
-            status = finish(start(main, flags, log, Events()))
+            status = finish(start(main, flags, log, Events(), ranks_of(variant)))
             if status:
                 raise SystemExit(f"the unbroken run failed:\n{Path(log).read_text()[-3000:]}")
             events = int(Path(log + ".events").read_text())
@@ -177,6 +239,7 @@ class Campaign:
         unbroken, seconds, events = self.run_unbroken(variant)
         name = f"chain-{number}"
         main, flags = self.command(variant, name)
+        ranks = ranks_of(variant)
         log = str(self.folder / f"{name}.log")
         plan = []
         for attempt in range(kills):
@@ -184,24 +247,31 @@ class Campaign:
             if self.rng.random() < 0.5:
                 aim = Events(self.rng.randrange(events), after=self.rng.random() < 0.5)
                 plan.append(f"aimed {aim.kill_at} {'after' if aim.after else 'before'}")
-                status = finish(start(main, flags + resume, log, aim))
+                status = finish(start(main, flags + resume, log, aim, ranks))
                 self.kills["aimed"] += status < 0
             else:
                 at = self.rng.uniform(0, seconds)
                 which = self.rng.choice(SIGNALS)
-                plan.append(f"{which.name} after {at:.2f} s")
-                status = finish(start(main, flags + resume, log, Events()), at, which)
+                pids = start(main, flags + resume, log, Events(), ranks)
+                victims = pids if self.rng.random() < 0.5 else [self.rng.choice(pids)]
+                which_ranks = [pids.index(pid) for pid in victims]
+                plan.append(f"{which.name} to ranks {which_ranks} after {at:.2f} s")
+                status = finish(pids, at, which, victims)
                 self.kills["random"] += status != 0
             # 130: Ctrl-C as the script answers it. 0: it was faster than the kill.
             if status not in (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
                 self.differences.append(f"{name} ({variant}: {plan}): status {status}, see {log}")
                 return
-        status = finish(start(main, flags + ["--resume"], log, Events()))
+        status = finish(start(main, flags + ["--resume"], log, Events(), ranks))
         found = [f"status {status}"] if status else compare(unbroken, self.folder / name)
         if found:
             self.differences.append(f"{name} ({variant}: {plan}), see {log}: {found}")
         else:
             shutil.rmtree(self.folder / name)
+
+
+def ranks_of(variant):
+    return 2 if "ranks" in variant else 1
 
 
 # -----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from nanochat.mixture import Mixture, Stream
 from scripts import vis_tok_train
 from tasks.synthchat import SynthChat
 from tasks.synthdoc import SynthDoc
+from tests.streamed_set import png, write_streamed_set
 
 ROOT = Path(__file__).parents[1]
 MODE = MODES["64px"]
@@ -712,12 +713,6 @@ def test_twenty_stops(sampler):
             assert contents(resumed) == unbroken[at:]
 
 
-def png(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 def page_rows(shards):
     """Rows of a streamed set: six to a shard, pictures as bytes."""
     pages = Marked("train", 48, image_size=64, chars=(10, 12))
@@ -807,33 +802,11 @@ def stage1_flags(tmp_path, tokenizer_dir, *flags):
             f"--tokenizer={tokenizer_dir}", f"--checkpoints={tmp_path}", *flags]
 
 
-def write_streamed_set(folder, n_rows, n_shards):
-    """A local copy of a set in FineVision's format; the picture of every tenth row is broken."""
-    from datasets import Dataset, Features, List, Value
-    from datasets import Image as Picture
-    pages = Marked("train", n_rows, image_size=64, chars=(10, 12))
-    rows = []
-    for i, page in enumerate(pages):
-        picture = png(page["images"][0])
-        if i % 10 == 3:
-            picture = picture[:50]
-        turn = {"user": "Read.", "assistant": page["messages"][-1]["content"]}
-        rows.append({"images": [{"bytes": picture, "path": None}], "texts": [turn]})
-    turn_type = {"user": Value("string"), "assistant": Value("string")}
-    features = Features({"images": List(Picture()), "texts": List(turn_type)})
-    data = Dataset.from_list(rows, features=features)
-    (folder / "pages").mkdir(parents=True)
-    for n in range(n_shards):
-        data.shard(n_shards, n).to_parquet(folder / f"pages/train-{n}.parquet")
-    readme = ("---\nconfigs:\n- config_name: pages\n  data_files:\n"
-              "  - split: train\n    path: pages/train-*\n---\n")
-    (folder / "README.md").write_text(readme)
-
-
 def test_a_streamed_run_resumes(tokenizer_dir, tmp_path, capsys):
     """Packed, with rows that cannot be used: the resumed run has the unbroken one's weights."""
     pytest.importorskip("datasets")
-    write_streamed_set(tmp_path / "set", n_rows=200, n_shards=4)
+    pages = Marked("train", 200, image_size=64, chars=(10, 12))
+    write_streamed_set(tmp_path / "set", pages, n_shards=4)
     data = f"--data=finevision:{tmp_path / 'set'}/pages=3,synthchat=1"
     flags = stage1_flags(tmp_path, tokenizer_dir, data, "--stream", "--pack=256", "--workers=2",
                          "--num-iterations=6", "--device-batch-size=4", "--total-batch-size=12",
