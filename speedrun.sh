@@ -121,7 +121,7 @@ page)
     SIZE=(--num-iterations 20000 --device-batch-size 16 --eval-every 250 --save-every 250)
     READ=(--max-problems 256)
     if [ -n "${TRIAL:-}" ]; then
-        SIZE=(--num-iterations 2 --device-batch-size 8 --eval-pages 8 --statistics-pages 8)
+        SIZE=(--num-iterations 2 --device-batch-size 8 --eval-pages 8)
         READ=(--max-problems 4 --max-new-tokens 20)
     fi
     COMMON=(--max-seq-len 1000 "${SIZE[@]}")
@@ -197,7 +197,7 @@ full)
     # stage 1.
     GPT=${GPT:-nanochat-students/base-d20}
     PRESET=base
-    COMMON=(--optimizer adamw --mode 1024px --recompute --too-long clip --bad-data skip
+    COMMON=(--optimizer adamw --mode 1024px --too-long clip --bad-data skip
             --workers -1 --eval-every 500 --save-every 1000 --num-iterations 5000)
     RENDERED=(--chars 400-2500 --damage 0.3)
     if [ -z "${TRIAL:-}" ]; then
@@ -207,23 +207,24 @@ full)
             "free, and about 130 GB of checkpoints in $OUT, where $(df -Ph "$OUT" | awk 'NR==2 {print $4}')" \
             "is free (both estimated)"
     fi
-    # About 10 rows of 3 pages in stages 0 and 1, and 4 rows of 6 in stage 2.
-    SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --num-iterations 1000)
-    SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 32)
+    # About 10 rows of 3 pages in stages 0 and 1, and 4 rows of 6 in stage 2. Without --recompute
+    # they would take some 130 GB and 62 GB (predicted by python -m scripts.bench --what=memory).
+    SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --recompute --num-iterations 1000)
+    SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --recompute)
     SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 24)
     READ=(--max-new-tokens 4096)
     if [ -n "${TRIAL:-}" ]; then  # against a hub of tiny weights: python -m tests.full_trial
         PRESET=tiny
-        COMMON=(--optimizer adamw --mode 64px --recompute --too-long clip --bad-data skip
-                --workers 1 --num-iterations 2 --eval-pages 8 --statistics-pages 16)
+        COMMON=(--optimizer adamw --mode 64px --too-long clip --bad-data skip
+                --workers 1 --num-iterations 2 --eval-pages 8)
         RENDERED=(--chars 20-40 --damage 0.3)
-        SIZE0=(--max-seq-len 256 --pack 256 --device-batch-size 8)
-        SIZE1=(--max-seq-len 256 --pack 256 --device-batch-size 8)
+        SIZE0=(--max-seq-len 256 --pack 256 --device-batch-size 8 --recompute)
+        SIZE1=(--max-seq-len 256 --pack 256 --device-batch-size 8 --recompute)
         SIZE2=(--max-seq-len 384 --pack 384 --device-batch-size 4)
         READ=(--max-new-tokens 8)
     fi
     echo "== stage 0: rendered pages"
-    stage vis_tok_train --model-tag stage0 --preset "$PRESET" --standardize channel \
+    stage vis_tok_train --model-tag stage0 --preset "$PRESET" \
         --sam facebook/sam-vit-base --clip openai/clip-vit-large-patch14 --gpt "$GPT" \
         --data synthpage --lr 5e-5 --part-lr compressor=1e-3,projector=1e-3 \
         "${COMMON[@]}" "${SIZE0[@]}" "${RENDERED[@]}" $(resume stage0)

@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat import common
-from nanochat.common import barrier, dist_info, is_master, write_json
+from nanochat.common import barrier, get_world_size, is_master, write_json
 from nanochat.config import GPTConfig, ModelConfig, SAMConfig
+from nanochat.image_modes import get_mode
 from nanochat.model import DeepseekOCR
 from nanochat.tokenizer import IMAGE_TOKEN, Tokenizer
 
@@ -66,7 +67,6 @@ def resolve(path, prefix="model"):
             f"{path}: no {prefix}_<step> checkpoint there; train one first (bash speedrun.sh)")
     last = checkpoint_dir(path, steps[-1], prefix)
 
-    # Runs of earlier versions wrote the encoder after the model, and a kill in between left it out.
     # Stage 2 must not silently start from an older encoder than the run's last.
     model_steps = steps_of(path)
     if prefix == "deepencoder" and model_steps and model_steps[-1] > steps[-1]:
@@ -193,7 +193,7 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizer, meta):
 
 def save_encoder(run_dir, step, model, meta):
     """
-    The encoder alone (SAM, compressor, statistics, CLIP), which stage 2 starts from. -> its folder.
+    The encoder alone (SAM, compressor, CLIP), which stage 2 starts from. -> its folder.
     Rank 0 writes, other ranks do nothing; there is no barrier. Best called before save_checkpoint:
     a kill between the two then loses nothing, since a run resumes from the last full checkpoint and
     writes this encoder again.
@@ -269,10 +269,10 @@ def way_out(folder):
 def verify(folder, names=None):
     """
     ValueError if a file of `names` (default: every file) is not what was written, by its sha256.
-    Checkpoints of earlier versions have no checksums and are taken as they are.
+    A folder without checksums, as somebody's own script may write it, is taken as it is.
     """
     if not os.path.exists(os.path.join(folder, SUMS)):
-        return  # written by an earlier version
+        return
     sums = read_record(folder, SUMS, keys=names or ())
     for name in names or sums:
         path = os.path.join(folder, name)
@@ -324,6 +324,8 @@ def read_config(folder):
         cfg = ModelConfig.from_dict(record)
         # Only now is it known what kind of second stage it is, and so which sizes it has.
         check_sizes(type(cfg.second_stage), vars(cfg.second_stage), "second_stage")
+        for name in cfg.modes:
+            get_mode(name)
         return cfg
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
         path = os.path.join(folder, CONFIG)
@@ -368,7 +370,7 @@ def check_tokenizer_fits(tokenizer, cfg, where):
 def check_fingerprint(tokenizer, meta, path):
     """ValueError unless the weights in `path` were trained with this tokenizer."""
     # One of the same size would fit, load, and turn every answer into other words. Models built by
-    # hand, and checkpoints of early versions, have no fingerprint.
+    # hand have no fingerprint.
     if "tokenizer" in meta and meta["tokenizer"] != tokenizer.fingerprint():
         raise ValueError(f"{os.path.join(path, TOKENIZER)} is not the tokenizer that this model "
                          f"was trained with (its fingerprint is not the one in {META}); "
@@ -413,8 +415,6 @@ def check_outline(cfg, kind, tensors, where):
                          f"{len(tensors)} tensors")
     with torch.device("meta"):  # shapes alone, nothing is allocated
         outline = kind(cfg)
-    if hasattr(outline, "adopt_grids"):
-        outline.adopt_grids(tensors)
     check_keys(outline.state_dict(), tensors, where)
 
 
@@ -426,22 +426,11 @@ def load_weights(module, tensors, where):
     Loads `tensors` into `module`, all or nothing. Both must have the same keys and shapes, and
     every value must be finite; ValueError otherwise. where: names the source in errors.
     """
-    # Statistics are kept per grid of tokens, and a file may know other grids than this model does.
-    has_grids = hasattr(module, "adopt_grids")
-    before = module.state_dict()  # references, no copies
-    if has_grids:
-        module.adopt_grids(tensors)
     # All checks come before the first copy: a model is never half old and half new.
     own = module.state_dict()
-    try:
-        check_keys(own, tensors, where)
-        for key, t in tensors.items():
-            check_values(t, own[key].dtype, f"{where}: {key}")
-    except ValueError:
-        if has_grids:  # back to the grids it had, with the values they had
-            module.adopt_grids(before)
-            module.load_state_dict(before)
-        raise
+    check_keys(own, tensors, where)
+    for key, t in tensors.items():
+        check_values(t, own[key].dtype, f"{where}: {key}")
     module.load_state_dict(tensors)
 
 
@@ -475,7 +464,7 @@ def load_encoder(path, model):
     meta = read_record(path, META)
 
     # Decoder and image modes may be others; what the encoder consists of may not.
-    for part in ("sam", "second_stage", "standardize"):
+    for part in ("sam", "second_stage"):
         trained_with = getattr(theirs, part)
         wanted = getattr(model.cfg, part)
         if trained_with != wanted:
@@ -494,14 +483,12 @@ def load_training_state(run_dir, step, model, optimizer, allow_other_world_size=
     - A task with indices gives micro-batch k of rank r the samples from (k * world + r) *
       device_batch_size on. With the same device and total batch size, every later step therefore
       has the same samples in the same micro-batches, and only rounding differs.
-    - With another device batch size a step still has the same samples, but the micro-batches that
-      standardization takes its statistics of are others.
+    - With another device batch size every step still has the same samples, in other micro-batches.
     - A stream cannot go on, since meta has its state per rank.
     """
-    rank, _, world = dist_info()
+    world = get_world_size()
     path = checkpoint_dir(run_dir, step)
-    state_file = optimizer_file(path, rank)
-    verify(path, [WEIGHTS, CONFIG, TOKENIZER, META, state_file])
+    verify(path, [WEIGHTS, CONFIG, TOKENIZER, META, OPTIMIZER])
     meta = read_record(path, META, keys=["world_size"])
     # By default refused: whoever allows it has thought about the data, as said above.
     if meta["world_size"] != world and not allow_other_world_size:
@@ -511,16 +498,7 @@ def load_training_state(run_dir, step, model, optimizer, allow_other_world_size=
 
     # Both files are read before anything is changed.
     weights = read_tensors(path, WEIGHTS)
-    state = read_tensors(path, state_file)
+    state = read_tensors(path, OPTIMIZER)
     load_weights(model, weights, path)
     optimizer.load_state_tensors(state)
     return meta
-
-
-def optimizer_file(path, rank):
-    """Name of the optimizer's file."""
-    # In checkpoints of earlier versions each rank has one, all with the same content.
-    for name in (f"optim_rank{rank}.safetensors", "optim_rank0.safetensors"):
-        if os.path.exists(os.path.join(path, name)):
-            return name
-    return OPTIMIZER

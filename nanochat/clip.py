@@ -17,6 +17,7 @@ nanochat/config.py. It is an nn.Module that is built from a config dataclass, an
     init_weights()
     blocks             its transformer blocks, for torch.compile; in a module called `layers` or
                        `blocks` their matrices are trained by Muon
+    parameters         are all it keeps: no buffers that training changes
     recompute          False; True asks for activation checkpointing (layers.run_blocks)
 
 Shapes: B images, C channels, (h, w) tokens of the compressor, T = 1 + hw positions.

@@ -69,7 +69,6 @@ class ModelConfig:
     sam: SAMConfig = field(default_factory=SAMConfig)
     second_stage: CLIPConfig = field(default_factory=CLIPConfig)  # or the config of another kind
     gpt: GPTConfig = field(default_factory=GPTConfig)
-    standardize: str = "none"        # compressor output: none (as published), channel or position
     modes: tuple = PUBLISHED_MODES   # image modes it is made for; the first is the default
     image_token_id: int = -1         # set from the tokenizer
 
@@ -89,8 +88,6 @@ class ModelConfig:
         if self.sam.image_size % self.token_stride:
             raise ValueError(f"image_size {self.sam.image_size} must be a multiple of 4 patches "
                              f"({self.token_stride} px)")
-        if self.standardize not in ("none", "channel", "position"):
-            raise ValueError(f"standardize={self.standardize!r}: must be none, channel or position")
 
     @property
     def token_stride(self):
@@ -124,8 +121,6 @@ class ModelConfig:
     def from_dict(cls, d):
         """Inverse of `to_dict`. Unknown and missing keys raise: a config is not guessed at."""
         d = dict(d)
-        if "clip" in d:  # early checkpoints had no other second stage
-            d["second_stage"] = {"kind": "clip", **d.pop("clip")}
         kind = d.get("second_stage", {}).get("kind")
         if kind not in SECOND_STAGES:
             raise ValueError(f"second stage of the encoder {kind!r}: must be one of "
@@ -170,7 +165,7 @@ def nano():
         second_stage=CLIPConfig(grid=4, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(
             sequence_len=512, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=192),
-        standardize="none", modes=("64px",))
+        modes=("64px",))
 
 
 def dense():
@@ -197,7 +192,7 @@ def page():
         second_stage=CLIPConfig(grid=8, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(
             sequence_len=1024, vocab_size=512, n_layer=4, n_head=4, n_kv_head=4, n_embd=192),
-        standardize="none", modes=("256px",))
+        modes=("256px",))
 
 
 def mini():
@@ -212,7 +207,7 @@ def mini():
         second_stage=CLIPConfig(grid=8, width=256, depth=2, n_head=4, ffn=1024, patch_size=0),
         gpt=GPTConfig(
             sequence_len=2048, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=256),
-        standardize="none", modes=("512px",))
+        modes=("512px",))
 
 
 def small():
@@ -227,7 +222,7 @@ def small():
         second_stage=CLIPConfig(grid=10, width=512, depth=3, n_head=8, ffn=2048, patch_size=0),
         gpt=GPTConfig(
             sequence_len=4096, vocab_size=1024, n_layer=5, n_head=6, n_kv_head=6, n_embd=384),
-        standardize="none", modes=("640px", "512px"))
+        modes=("640px", "512px"))
 
 
 def tiny():
@@ -239,7 +234,7 @@ def tiny():
         second_stage=CLIPConfig(grid=2, width=32, depth=1, n_head=2, ffn=64, patch_size=0),
         gpt=GPTConfig(
             sequence_len=256, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32),
-        standardize="position", modes=("64px",))
+        modes=("64px",))
 
 
 PRESETS = {

@@ -7,14 +7,10 @@ are the published checkpoint's.
 Shapes: B images, S px a side, C channels, D = C / heads channels of a head,
         (H, W) patches = S / patch_size, (h, w) tokens = (H, W) / 4.
 """
-import re
-
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.image_modes import get_mode
 from nanochat.layers import (
     Conv2d, LayerNorm, Linear, attention, cudnn_pays, resample_grid, run_blocks,
     trunc_normal_linears)
@@ -262,236 +258,14 @@ class SAM(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Standardization of the compressor's output over the batch
-
-EPS = 1e-5
-MOMENTUM = 0.1  # share of a batch in the running statistics
-MIN_BATCH_FOR_STATISTICS = 8  # images; with fewer, a batch's own statistics are too noisy
-UNTRAINED = -1.0  # variance of a grid that was never trained on
-
-
-class Standardize(nn.Module):
-    """
-    Zero mean and unit variance over the batch, without affine parameters: per channel, or per
-    channel and position. Otherwise what all pages share (paper, layout) dominates the features,
-    the part that tells pages apart is drowned, and the decoder falls back on its language prior
-    (FINDINGS.md, "standardization"). A remedy for runs without rendered pages; with them, the local
-    loss prevents this. Kind "none", as published, is the identity and holds no state.
-
-    In training, a micro-batch is standardized by its own statistics, on its own rank. Batches of
-    fewer than 8 images, evaluation and a frozen module use running statistics. Those lag behind
-    while weights move fast: call `reestimate` before evaluating.
-
-    Every grid (tokens a side) has running statistics of its own: those of the first grid are the
-    buffers `mean` and `var`, those of grid 8 `mean_8` and `var_8`. A grid that was never trained
-    on uses the first grid's, interpolated where they are per position.
-    """
-    def __init__(self, kind, channels, grid, others=()):
-        super().__init__()
-        self.kind = kind
-        self.channels = channels
-        self.frozen = False
-        self.grids = {}  # tokens a side: suffix of its buffers
-        for g in (grid, *others):
-            self.add_grid(g)
-
-    @property
-    def moves(self):
-        """Whether there are running statistics that training changes."""
-        return self.kind != "none" and not self.frozen
-
-    @property
-    def first_grid(self):
-        return next(iter(self.grids))
-
-    def add_grid(self, grid):
-        """Gives pages of grid x grid tokens statistics of their own, if they have none yet."""
-        if self.kind == "none" or grid in self.grids:
-            return
-        if not self.grids:
-            suffix = ""
-            device = None
-            var = 1.0  # of a fresh model's output
-        else:
-            suffix = f"_{grid}"
-            device = self.mean.device  # the model may have been moved already
-            var = UNTRAINED
-        self.grids[grid] = suffix
-        shape = self.shape_of(grid)
-        self.register_buffer(f"mean{suffix}", torch.zeros(shape, device=device))
-        self.register_buffer(f"var{suffix}", torch.full(shape, var, device=device))
-
-    def drop_grid(self, grid):
-        suffix = self.grids.pop(grid)
-        delattr(self, f"mean{suffix}")
-        delattr(self, f"var{suffix}")
-
-    def adopt_grids(self, tensors):
-        """
-        Keeps the first grid, and of the others exactly those that a file has; tensors are the
-        file's, named as the buffers are. So a checkpoint loads whatever modes it was trained in.
-        """
-        if self.kind == "none":
-            return
-        for grid, suffix in list(self.grids.items()):
-            is_first = suffix == ""
-            if not is_first and f"mean{suffix}" not in tensors:
-                self.drop_grid(grid)
-        for name, tensor in tensors.items():
-            match = re.fullmatch(r"mean_([1-9]\d{0,5})", name)
-            if not match:
-                continue
-            grid = int(match[1])
-            # A wrong shape is left to the loader, which reports it as an unknown key. A name alone
-            # must not decide how much memory is reserved.
-            if tuple(tensor.shape) == self.shape_of(grid):
-                self.add_grid(grid)
-
-    def shape_of(self, grid):
-        """Shape of a grid's statistics: (C, grid, grid), or (C, 1, 1) per channel."""
-        side = grid if self.kind == "position" else 1
-        return (self.channels, side, side)
-
-    @property
-    def batch_dims(self):
-        """Dimensions of (B, C, h, w) that statistics are taken over."""
-        return (0,) if self.kind == "position" else (0, 2, 3)
-
-    def batch_statistics(self, x):
-        """Mean and variance of (B, C, h, w), each of the shape of `shape_of`."""
-        mean = x.mean(self.batch_dims, keepdim=True)
-        var = (x - mean).square().mean(self.batch_dims, keepdim=True)
-        return mean[0], var[0]
-
-    def suffix_of(self, grid):
-        """Suffix of the buffers that pages of this grid update, or None where none are kept."""
-        if self.kind == "channel":
-            return self.grids.get(grid, "")  # a mean per channel fits every grid
-        return self.grids.get(grid)
-
-    def kept(self, grid):
-        """The running (mean, var) that pages of this grid update, or None where none are kept."""
-        suffix = self.suffix_of(grid)
-        if suffix is None:
-            return None
-        mean = getattr(self, f"mean{suffix}")
-        var = getattr(self, f"var{suffix}")
-        return mean, var
-
-    def tables(self, grid):
-        """The (mean, var) by which pages of this grid are standardized outside training."""
-        if self.suffix_of(grid) == "":  # the first grid's own
-            return self.mean, self.var
-
-        # What to use where this grid was never trained on
-        mean = self.mean
-        var = self.var
-        if self.kind == "position":
-            size = (grid, grid)
-            mean = F.interpolate(mean[None], size=size, mode="bilinear", align_corners=False)[0]
-            var = F.interpolate(var[None], size=size, mode="bilinear", align_corners=False)[0]
-        kept = self.kept(grid)
-        if kept is None:
-            return mean, var
-        own_mean, own_var = kept
-        trained = own_var.amin() >= 0  # stays a tensor: no GPU sync
-        mean = torch.where(trained, own_mean, mean)
-        var = torch.where(trained, own_var, var)
-        return mean, var
-
-    def forward(self, x):
-        """(B, C, g, g) -> the same shape and dtype"""
-        if self.kind == "none":
-            return x
-        grid = x.size(-1)
-        y = x.float()  # statistics are fp32, whatever the compute dtype
-        if self.training and not self.frozen and x.size(0) >= MIN_BATCH_FOR_STATISTICS:
-            mean, var = self.batch_statistics(y)
-            self.update(grid, mean, var)
-        else:
-            mean, var = self.tables(grid)
-        y = (y - mean) * torch.rsqrt(var + EPS)
-        return y.to(x.dtype)
-
-    @torch.no_grad()
-    def update(self, grid, mean, var):
-        """Moves the running statistics of a grid towards a batch's."""
-        running = self.kept(grid)
-        if running is not None:
-            running_mean, running_var = running
-            running_mean.lerp_(mean, MOMENTUM)
-            running_var.lerp_(var, MOMENTUM)
-
-    @torch.no_grad()
-    def reestimate(self, batches, grid=None):
-        """
-        Sets the running statistics of a grid, by default the first, to those of all `batches` of
-        (B, C, grid, grid) compressor outputs, over all ranks.
-        """
-        if self.kind == "none":
-            return
-        grid = grid or self.first_grid
-        running = self.kept(grid)
-        if running is None:
-            raise ValueError(
-                f"no statistics per position are kept for {grid}x{grid} outputs, only for grids of "
-                f"{sorted(self.grids)}: call add_mode for this image mode, or use "
-                f"--standardize=channel")
-
-        shape = self.shape_of(grid)
-        images = torch.zeros((), dtype=torch.float64)
-        count = torch.zeros((), dtype=torch.float64)  # numbers that each mean is taken over
-        # fp64 sums, since var = E[x^2] - E[x]^2 would cancel in fp32
-        total = torch.zeros(shape, dtype=torch.float64)
-        square = torch.zeros(shape, dtype=torch.float64)
-        for x in batches:
-            if tuple(x.shape[2:]) != (grid, grid):
-                raise ValueError(f"re-estimating the statistics of {grid}x{grid} outputs on some "
-                                 f"of {tuple(x.shape[1:])}")
-            x = x.double().cpu()  # MPS has no fp64, and this runs once per evaluation
-            images += x.size(0)
-            count += x.numel() / total.numel()
-            total += x.sum(self.batch_dims, keepdim=True)[0]
-            square += x.square().sum(self.batch_dims, keepdim=True)[0]
-
-        images, count, total, square = self.over_ranks(images, count, total, square)
-        if images < MIN_BATCH_FOR_STATISTICS:
-            raise ValueError(f"re-estimating statistics needs at least {MIN_BATCH_FOR_STATISTICS} "
-                             f"images, got {int(images)}")
-        mean = total / count
-        var = (square / count - mean.square()).clamp(min=0)
-        running_mean, running_var = running
-        running_mean.copy_(mean)
-        running_var.copy_(var)
-
-    def over_ranks(self, *sums):
-        """The sums of all ranks, on the module's device."""
-        device = self.mean.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-        reduced = [t.to(device, dtype) for t in sums]
-        if dist.is_initialized():
-            for t in reduced:
-                dist.all_reduce(t)
-        return reduced
-
-    @torch.no_grad()
-    def average_over_ranks(self):
-        """While training, every rank keeps its own statistics; a checkpoint holds their mean."""
-        if self.kind != "none" and not self.frozen and dist.is_initialized():
-            for t in self.buffers():
-                dist.all_reduce(t)
-                t.div_(dist.get_world_size())
-
-
-# -----------------------------------------------------------------------------
 
 class DeepEncoder(nn.Module):
     """
     Pixels (B, 3, S, S) in [-1, 1], S a multiple of the token stride -> features (B, n, C).
     On a grid n is h * w, and the channels are [second stage, compressor].
 
-    `taps`, a dict, collects what the collapse metrics look at: "sam", "compressor" (before
-    standardization), and the second stage under its kind, e.g. "clip".
+    `taps`, a dict, collects what the collapse metrics look at: "sam", "compressor", and the second
+    stage under its kind, e.g. "clip".
     """
     def __init__(self, cfg):
         super().__init__()
@@ -500,35 +274,12 @@ class DeepEncoder(nn.Module):
         self.layout = cfg.second_stage_class.layout
         self.width = cfg.feature_width
         self.sam_model = SAM(cfg.sam)
-        # The grid that the position tables are stored for: its buffers' names have no suffix.
-        first_grid = cfg.sam.image_size // cfg.token_stride
-        self.standardize = Standardize(cfg.standardize, cfg.sam.net_3, first_grid)
         # The published name, whatever the second stage is
         self.vision_model = cfg.second_stage_class(cfg.second_stage)
-        for name in cfg.modes:
-            self.add_mode(get_mode(name))
-
-    def add_mode(self, mode):
-        """Gives pages of an image mode statistics of their own; call it before training in it."""
-        for side in (mode.size, mode.tile):
-            if side:
-                self.standardize.add_grid(side // self.stride)
-
-    def adopt_grids(self, tensors):
-        """Makes room for the statistics that a checkpoint's tensors {name: tensor} have."""
-        self.standardize.adopt_grids(tensors_under("standardize.", tensors))
 
     def init_weights(self):
         self.sam_model.init_weights()
         self.vision_model.init_weights()
-
-    def freeze_sam(self):
-        """
-        Stage 2 (paper, section 3.5): SAM and compressor stay as they are, and with them the
-        statistics of their output.
-        """
-        self.sam_model.requires_grad_(False)
-        self.standardize.frozen = True
 
     def forward(self, x, taps=None):
         is_square = x.ndim == 4 and x.size(2) == x.size(3)
@@ -539,8 +290,6 @@ class DeepEncoder(nn.Module):
         sam_trains = any(p.requires_grad for p in self.sam_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and sam_trains):
             x = self.sam_model(x, taps)  # (B, C, h, w)
-            x = self.standardize(x)
-
         y = self.vision_model(x)  # (B, n, C)
         if taps is not None:
             taps[self.kind] = y
@@ -548,12 +297,3 @@ class DeepEncoder(nn.Module):
             return y
         tokens = x.flatten(2).transpose(1, 2)  # (B, hw, C)
         return torch.cat([y, tokens], -1)
-
-
-def tensors_under(prefix, tensors):
-    """Of tensors {name: tensor}, those of the module at `prefix`, named as that module does."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = tensor
-    return found

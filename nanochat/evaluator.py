@@ -29,31 +29,22 @@ class Evaluator:
     """
     Fixed validation pages, and everything that is measured on them.
 
-    modes             the image modes trained in; pages are validated in the first, statistics of
-                      the compressor's output are re-estimated in each
+    mode              the image mode that pages are validated in
     sampler_settings  keyword arguments of Sampler: limits and what happens to bad samples
     val_task          held-out pages
-    statistics_task   pages like those trained on; None for an encoder without such statistics
     heads             that learn beside the model, of make_heads: their accuracy is measured too
     """
-    def __init__(self, tokenizer, modes, layout, sampler_settings, val_task, statistics_task,
-                 val_pages=64, statistics_pages=256, heads=None):
+    def __init__(self, tokenizer, mode, layout, sampler_settings, val_task, val_pages=64,
+                 heads=None):
         self.tokenizer = tokenizer
-        self.mode = modes[0]
+        self.mode = mode
         self.layout = layout
         self.sampler_settings = dict(sampler_settings)
         self.heads = heads
         if heads is not None:
             self.sampler_settings["labels"] = LABELS
         print0(f"preparing {val_pages} pages for validation")
-        self.val_batches, usable = self.batches(val_task, val_pages, self.mode)
-        self.statistics_batches = []  # for each mode
-        if statistics_task is not None:
-            print0(f"preparing {statistics_pages} pages for the encoder's statistics, in "
-                   f"{len(modes)} mode(s)")
-            for mode in modes:
-                batches, _ = self.batches(statistics_task, statistics_pages, mode)
-                self.statistics_batches.append(batches)
+        self.val_batches, usable = self.batches(val_task, val_pages)
         self.pages = [val_task[i] for i in usable[:READ_PAGES]]
         self.pixels = self.val_batches[0].views[self.mode.size][:READ_PAGES]
         has_letters = any(batch.label_points("glyphs") for batch in self.val_batches)
@@ -61,12 +52,12 @@ class Evaluator:
             print0("NOTE: no validation page has labels of its letters: vision/local_accuracy and "
                    "vision/place_accuracy are not measured")
 
-    def usable(self, task, n, mode):
+    def usable(self, task, n):
         """
         -> (indices of the first n samples that have a picture and that --bad-data and --too-long
         let pass, their Samples). On text alone there would be nothing to see.
         """
-        sampler = Sampler(task, self.tokenizer, mode, self.layout, **self.sampler_settings)
+        sampler = Sampler(task, self.tokenizer, self.mode, self.layout, **self.sampler_settings)
         indices = []
         samples = []
         for i in range(len(task)):
@@ -78,9 +69,9 @@ class Evaluator:
                 samples.append(sample)
         return indices, samples
 
-    def batches(self, task, n, mode):
+    def batches(self, task, n):
         """-> (batches of the first n usable samples of a task, their indices)."""
-        indices, samples = self.usable(task, n, mode)
+        indices, samples = self.usable(task, n)
         if len(indices) < 2:
             raise ValueError(f"validation needs at least 2 pages; of {len(task)} samples of "
                              f"{task_name(task)} {len(indices)} have a picture and can be used: "
@@ -101,8 +92,6 @@ class Evaluator:
         Leaves the model in training mode.
         """
         model.eval()
-        for batches in self.statistics_batches:
-            reestimate_statistics(model, batches)
         figures = validate(model, self.val_batches)
         for depth, cosine in cosines(model, self.pixels).items():
             figures[f"vision/cosine_{depth}"] = cosine
@@ -123,26 +112,6 @@ class Evaluator:
         return found
 
 
-@torch.no_grad()
-def reestimate_statistics(model, batches):
-    """
-    Measures the running statistics of the compressor's output anew, on the pages of `batches` in
-    one mode; each rank takes its share. Running averages lag behind weights that move fast.
-    """
-    encoder = model.encoder
-    if not encoder.standardize.moves:
-        return
-    rank, _, world_size = dist_info()
-    side = max(batches[0].views)  # px, of the global view
-
-    def compressor_outputs():
-        for batch in batches[rank::world_size]:
-            pixels = batch.views[side].to(model.device).to(model.dtype)
-            yield encoder.sam_model(pixels / 127.5 - 1.0)
-
-    encoder.standardize.reestimate(compressor_outputs(), side // model.cfg.token_stride)
-
-
 def page_cosine(features):
     """(N, ...) features -> mean cosine over all pairs of pages. 1 = every page looks the same."""
     x = F.normalize(features.float().flatten(1), dim=1)
@@ -153,10 +122,7 @@ def page_cosine(features):
 
 @torch.no_grad()
 def cosines(model, pixels):
-    """
-    {depth: page_cosine there} for (N, 3, S, S) uint8 pages, from SAM to the projector. The
-    compressor's output is taken before standardization, which would hide a collapse.
-    """
+    """{depth: page_cosine there} for (N, 3, S, S) uint8 pages, from SAM to the projector."""
     taps = {}
     model.project(pixels, taps)
     return {depth: page_cosine(features) for depth, features in taps.items()}

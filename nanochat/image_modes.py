@@ -41,15 +41,12 @@ REGISTERED = (
     Mode("gundam-m-9", 1280, tile=1024, max_tiles=9),
 )
 
-# The paper's names, and those that earlier checkpoints have in their meta file and config.
+# The paper's names.
 ALIASES = {
     "tiny": "512px",
     "small": "640px",
     "base": "1024px",
     "large": "1280px",
-    "nano": "64px",
-    "test": "64px",
-    "dense": "128px",
 }
 
 MODES = {mode.name: mode for mode in REGISTERED}

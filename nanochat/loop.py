@@ -97,8 +97,6 @@ def add_training_arguments(parser, **defaults):
     flag("--eval-every", type=every_or_never, default=100,
          help="steps between evaluations; -1 = only at the end")
     flag("--eval-pages", type=integer(2), default=64, help="held-out pages that validation takes")
-    flag("--statistics-pages", type=integer(8), default=256,
-         help="pages that the compressor's statistics are re-estimated on")
     # Output
     flag("--model-tag", help="run folder under --checkpoints")
     flag("--checkpoints", default="checkpoints", help="where run folders are written")
@@ -117,7 +115,6 @@ WITHOUT_EFFECT = [
     ("sam", "encoder", None),             # has a SAM and a CLIP
     ("clip", "encoder", None),
     ("preset", "init", None),             # an earlier run's sizes, weights and tokenizer
-    ("standardize", "init", None),
     ("tokenizer", "init", None),
     ("sam", "init", None),
     ("clip", "init", None),
@@ -191,7 +188,7 @@ def wrap_model(model, compiled, heads=None):
     net = model if heads is None else WithHeads(model, heads)
     if get_world_size() == 1:
         return net
-    # Running statistics differ between ranks until a checkpoint averages them: not broadcast.
+    # The only buffers are the decoder's rotary tables, which no step changes: not broadcast.
     # Gradients live in the buckets that travel, so there is no second copy of them (2.2 GB in
     # `base`).
     return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -367,6 +364,8 @@ def evaluate(run, step, model, evaluator, eager=False):
     Measures the model on the fixed pages, prints what was found and records it. -> figures
     eager: do not run compiled kernels, since every step of an evaluation has another shape.
     """
+    # Announced, since a large model takes long over it.
+    print0(f"step {step:05d} | evaluating, and reading {len(evaluator.pages)} pages")
     with torch.compiler.set_stance("force_eager") if eager else nullcontext():
         figures, pages_read = evaluator(model)
     val_loss = figures["val/loss"]

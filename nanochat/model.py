@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import to_device
-from nanochat.deepencoder import DeepEncoder, tensors_under
+from nanochat.deepencoder import DeepEncoder
 from nanochat.gpt import GPT
 from nanochat.layers import Linear
 
@@ -291,25 +291,16 @@ class DeepseekOCR(nn.Module):
 
     def freeze(self, names):
         """
-        Parts that do not learn; gradients still pass through them. Takes the names of `parts`,
-        and two older ones: "sam-core" is "sam", and "gpt" freezes the whole decoder, with
-        embedding and head.
+        Parts that do not learn; gradients still pass through them. Takes the names of `parts`;
+        "gpt" freezes the whole decoder, with embedding and head.
         """
         parts = self.parts()
-        aliases = {"sam-core": ["sam"], "gpt": ["gpt", "embedding", "head"]}
         for name in names:
-            if name not in parts and name not in aliases:
-                raise ValueError(f"--freeze={name}: must be of {', '.join([*parts, 'sam-core'])}")
-            for part in aliases.get(name, [name]):
+            if name not in parts:
+                raise ValueError(f"--freeze={name}: must be of {', '.join(parts)}")
+            for part in ("gpt", "embedding", "head") if name == "gpt" else (name,):
                 for _, p in parts[part]:
                     p.requires_grad_(False)
-        # With SAM and compressor fixed, the statistics of their output are fixed too.
-        if not any(p.requires_grad for p in self.encoder.sam_model.parameters()):
-            self.encoder.freeze_sam()
-
-    def adopt_grids(self, tensors):
-        """Makes room for the statistics that a checkpoint's tensors {name: tensor} have."""
-        self.encoder.adopt_grids(tensors_under("encoder.", tensors))
 
     # -------------------------------------------------------------------------
     # Memory and speed

@@ -341,9 +341,6 @@ def load_deepseek(model, source=DEEPSEEK):
     published, as saved again by DeepSeek's own code, and as saved again by transformers.
     """
     cfg = model.cfg
-    if cfg.standardize != "none":
-        raise ValueError(f"{source} was trained without standardization, this model has "
-                         f"standardize={cfg.standardize}: use --standardize=none")
     print0(f"loading the encoder of {source}")
     check_deepseek_config(cfg, source)
     vision = {}
@@ -608,8 +605,8 @@ tags: [ocr, deepencoder]
 ---
 # A nano-deepseek-ocr model
 
-{parameters:,} parameters in {dtype}, image modes {modes}, standardization {standardize}; \
-{stage}, step {step}, commit {commit}, seed {seed}.
+{parameters:,} parameters in {dtype}, image modes {modes}; {stage}, step {step}, \
+commit {commit}, seed {seed}.
 {command}
 {results}
 {usage}
@@ -664,8 +661,8 @@ def model_card(model, usage, name, results=None, dtype="float32", command=None):
     shown = f"\nMade by\n\n````bash\n{command.strip()}\n````\n" if command else ""
     return CARD.format(
         parameters=model.num_params(), dtype=dtype, command=shown, modes=", ".join(model.cfg.modes),
-        standardize=model.cfg.standardize, stage=meta["stage"], step=meta["step"],
-        commit=meta["commit"], seed=meta["user_config"].get("seed", "unknown"),
+        stage=meta["stage"], step=meta["step"], commit=meta["commit"],
+        seed=meta["user_config"].get("seed", "unknown"),
         results=results_table(results), usage=usage.replace("NAME", name))
 
 
@@ -681,28 +678,23 @@ def write_text(folder, name, text):
         f.write(text)
 
 
-# Of the parameters in a saved file. Loaded, they are fp32 again.
+# Of the weights in a saved file. Loaded, they are fp32 again.
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def weights_to_save(model, dtype):
-    """{key: tensor} of a model, its parameters in `dtype`, a name of SAVED_DTYPES."""
+    """{key: tensor} of a model, in `dtype`, a name of SAVED_DTYPES."""
     if dtype not in SAVED_DTYPES:
         raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(SAVED_DTYPES)}")
-    parameters = {name for name, _ in model.named_parameters()}
     weights = ckpt.contiguous(model.state_dict())
-    for name in weights:
-        # Not the statistics of standardization: they are few, and every feature is divided by them.
-        if name in parameters:
-            weights[name] = weights[name].to(SAVED_DTYPES[dtype])
-    return weights
+    return {name: weight.to(SAVED_DTYPES[dtype]) for name, weight in weights.items()}
 
 
 def save(model, folder, results=None, dtype="float32", command=None, name=None):
     """
     Writes a new folder that `NanoDeepseekOCR.from_pretrained` reads: safetensors, config.json,
     tokenizer.json, meta.json, README.md, sha256.json. FileExistsError if the folder exists.
-    dtype: of the parameters, a name of SAVED_DTYPES; results, command and name: for the model card;
+    dtype: of the weights, a name of SAVED_DTYPES; results, command and name: for the model card;
     the name is that of the repository, default the folder.
     """
     if model.tokenizer is None:
@@ -771,8 +763,7 @@ def download_checkpoint(source, prefix):
     names = [ckpt.CONFIG, ckpt.META, ckpt.WEIGHTS]
     if prefix == "model":
         names.append(ckpt.TOKENIZER)
-    # Without them a download is not verified, but uploads of earlier versions have none.
-    if ckpt.SUMS in list_files(source):
+    if ckpt.SUMS in list_files(source):  # without it, nothing is verified
         names.append(ckpt.SUMS)
     for name in names:
         path = download(source, name)
@@ -782,14 +773,9 @@ def download_checkpoint(source, prefix):
 def export_deepseek(model, folder):
     """
     Writes encoder, projector, newline and separator under DeepSeek-OCR's key names, with the config
-    that transformers' UnlimitedOcrModel reads. ValueError with standardization on: DeepSeek-OCR has
-    no such layer, and without it the features would be others.
+    that transformers' UnlimitedOcrModel reads.
     """
     cfg = model.cfg
-    if cfg.standardize != "none":
-        raise ValueError(f"cannot export: this encoder standardizes the compressor's output "
-                         f"(standardize={cfg.standardize}), which DeepSeek-OCR has no layer for. "
-                         f"Train with --standardize=none to export")
     # DeepSeek-OCR's names are ours behind "model.", with the encoder's modules at the top.
     tensors = {}
     for key, t in model.state_dict().items():

@@ -50,9 +50,11 @@ def earlier_config(args):
     if not args.resume or not ckpt.steps_of(folder) or not os.path.exists(path):
         return {}
     try:
-        config = read_record(path, {"total_batch_size": int, "device_batch_size": int})
-        if not isinstance(config.get("data_fingerprints", {}), dict):
-            raise ValueError(f"{path}: data_fingerprints is not an object")
+        config = read_record(path, {"total_batch_size": int, "device_batch_size": int,
+                                    "data_fingerprints": dict})
+        for key in ("total_batch_size", "device_batch_size"):
+            if config[key] <= 0:
+                raise ValueError(f"{path}: {key} is {config[key]}")
         return config
     except ValueError as error:
         raise ValueError(f"{error}: delete it to resume without comparing the flags with those of "
@@ -66,18 +68,10 @@ def samples_per_step(args):
     total = args.total_batch_size
     if total == -1:
         # A run that is resumed with a smaller micro-batch keeps its steps as they were.
-        total = samples_of(earlier_config(args)) or per_pass
+        total = earlier_config(args).get("total_batch_size", per_pass)
     if total % per_pass:
         raise ValueError(f"--total-batch-size={total} is not a multiple of one pass: "
                          f"{args.device_batch_size} x {world_size} ranks = {per_pass}")
-    return total
-
-
-def samples_of(config):
-    """Samples per optimizer step of a run with this run.json; None of an empty one."""
-    total = config.get("total_batch_size")
-    if total == -1:  # as earlier versions wrote it down
-        total = config["device_batch_size"] * get_world_size()
     return total
 
 
@@ -124,11 +118,9 @@ class Run:
 
     def check_same_config(self):
         before = dict(self.earlier)
-        before["total_batch_size"] = samples_of(before)
         before.pop("data_fingerprints", None)  # compared by `check_data`
         changed = []
-        # Earlier versions noted some of the flags that are not part of a run.
-        for key in sorted({*before, *self.config} - ONLY_ROUNDING - NOT_PART_OF_THE_RUN):
+        for key in sorted({*before, *self.config} - ONLY_ROUNDING):
             old = before.get(key)
             new = self.config.get(key)
             if old != new:
@@ -150,9 +142,7 @@ class Run:
                                  f"{new}, and a stream (--stream) would go on with other samples; "
                                  f"use --recompute for less memory")
             print0(f"NOTE: --device-batch-size was {old}, now {new}. Every step still has the same "
-                   f"{self.config['total_batch_size']} samples, so only rounding differs; but "
-                   f"where SAM learns and its output is standardized (stage 1), that is now done "
-                   f"over {new} samples at a time")
+                   f"{self.config['total_batch_size']} samples, so only rounding differs")
         for flag in ("recompute", "compile"):
             new = getattr(self.args, flag)
             if before.get(flag) != new:
@@ -164,12 +154,14 @@ class Run:
         fingerprints: {data set: text that tells its state}. ValueError if they are others than
         those that a resumed run began with: its steps would not be those of the unbroken run.
         """
-        before = self.earlier.get("data_fingerprints", {})
         self.config["data_fingerprints"] = fingerprints
+        if not self.earlier:
+            return
+        before = self.earlier["data_fingerprints"]
         changed = []
         for name in sorted({*before, *fingerprints}):
+            old = before.get(name)
             new = fingerprints.get(name)
-            old = before.get(name, new)  # earlier versions took fewer fingerprints, or none
             if old != new:
                 changed.append(f"{name} was {old}, now {new}")
         if changed:
@@ -287,7 +279,6 @@ class Run:
         streams: {worker: where its stream goes on} of this rank; with_encoder: the encoder alone
         as well, for stage 2.
         """
-        model.encoder.standardize.average_over_ranks()
         state = self.state
         state.streams = gather(streams) if streams else None
         val_loss = state.last_eval["val/loss"]
@@ -295,6 +286,7 @@ class Run:
             state.best_saved = val_loss
             state.best_saved_step = step
         meta = {**self.meta, "loop_state": asdict(state)}
+        print0(f"step {step:05d} | saving to {self.folder}")
         if with_encoder and is_master():
             # Before the checkpoint: a kill between the two then leaves one encoder too many, which
             # pruning removes, and never a checkpoint whose encoder is missing.

@@ -1,7 +1,7 @@
 """
 What does each choice do to reading? Stage 1 once per variant and seed, and one table of results.
 
-    python -m scripts.ablation                  # losses and standardization, 300 steps, 3 seeds
+    python -m scripts.ablation                  # optimizers and losses, 300 steps, 3 seeds
     python -m scripts.ablation --seeds=0,1 --steps=50 --variants="lr=1e-3;lr=3e-3 warmup-steps=40"
 
 A variant is any flags of scripts.vis_tok_train without their dashes, separated by spaces (a value
@@ -18,17 +18,15 @@ import sys
 from nanochat.common import (
     ArgumentParser, git_commit, json_line, positive_int, print0, read_record, run_main)
 
-# What the encoder is told beside the next token, and what the decoder sees of it. With both losses
-# (the default) and with neither, and then with one of them.
+# What decides whether a page is read at all: the optimizer, and what the encoder is told beside the
+# next token. For both optimizers neither loss and both (the default), then one of them alone.
 VARIANTS = (
-    "standardize=none local-loss=0 place-loss=0;"
-    "standardize=channel local-loss=0 place-loss=0;"
-    "standardize=position local-loss=0 place-loss=0;"
-    "standardize=none;"
-    "standardize=channel;"
-    "standardize=position;"
-    "standardize=none place-loss=0;"
-    "standardize=none local-loss=0"
+    "optimizer=adamw local-loss=0 place-loss=0;"
+    "optimizer=adamw;"
+    "optimizer=muon local-loss=0 place-loss=0;"
+    "optimizer=muon;"
+    "optimizer=muon place-loss=0;"
+    "optimizer=muon local-loss=0"
 )
 # Of a run's summary.json. The gap says whether the page is read at all, the cosines whether all
 # pages look alike to the decoder (near 1: the encoder has collapsed).

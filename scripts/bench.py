@@ -148,7 +148,7 @@ class TrainingStep:
     """What a stage does with a batch: loss, gradients, clipping, update."""
     def __init__(self, args, model, stage):
         if stage == "stage2":
-            model.encoder.freeze_sam()
+            model.freeze(["sam", "compressor"])
         model.train()
         model.recompute(args.recompute)
         self.model = model

@@ -100,7 +100,7 @@ def main(argv=None):
     choose_losses(args, local=0.0, place=0.0)  # a user's pages rarely have letter labels
     run = Run(args, "fine-tuning")
     if args.freeze_sam:
-        model.encoder.freeze_sam()
+        model.freeze(["sam", "compressor"])
     model.recompute(args.recompute)
     model.dtype = dtype
     # Of the local reading loss and the place loss, for training only: not saved with the model.
@@ -109,12 +109,9 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # Data: conversations, and how they become rows of tokens and pixels
     modes = [get_mode(name) for name in args.mode.split(",")]
-    for mode in modes:
-        model.encoder.add_mode(mode)
     layout = model.cfg.layout
     n_samples = args.num_iterations * batch_size
-    task, val_task, statistics_task = training_sets(args, model.cfg.sam.image_size, n_samples,
-                                                    args.ramp)
+    task, val_task = training_sets(args, model.cfg.sam.image_size, n_samples, args.ramp)
     run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
@@ -122,10 +119,7 @@ def main(argv=None):
     labels = LABELS if heads is not None else ()
     sampler = Sampler(task, tokenizer, modes, layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)
-    if not model.encoder.standardize.moves:
-        statistics_task = None
-    evaluator = Evaluator(tokenizer, modes, layout, limits, val_task, statistics_task,
-                          args.eval_pages, args.statistics_pages, heads)
+    evaluator = Evaluator(tokenizer, modes[0], layout, limits, val_task, args.eval_pages, heads)
 
     # -------------------------------------------------------------------------
     # Optimizer
@@ -135,7 +129,7 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------
     # Start: read the held-out pages as they are read now, then resume or begin
-    held_out, _ = evaluator.usable(val_task, READ_PAGES, modes[0])
+    held_out, _ = evaluator.usable(val_task, READ_PAGES)
     print0(f"reading {len(held_out)} held-out pages, as the model is now")
     before = read_held_out(model, tokenizer, modes[0], val_task, held_out)
     print0(f"before: {before}")

@@ -39,8 +39,8 @@ GPT_RENAMES = (
 
 def transformers_encoder(encoder, cfg):
     """
-    transformers' UnlimitedOcrVisionModel with the weights of our DeepEncoder, which must have been
-    built from cfg without standardization.
+    transformers' UnlimitedOcrVisionModel with the weights of our DeepEncoder, which was built from
+    cfg.
     """
     from transformers.models.unlimited_ocr import configuration_unlimited_ocr as configuration
     from transformers.models.unlimited_ocr import modeling_unlimited_ocr as modeling
@@ -162,7 +162,6 @@ def main(argv=None):
     # Two models one after the other, to save memory: the encoder with an empty decoder of the right
     # width, then the decoder.
     cfg = PRESETS[args.preset]()
-    cfg.standardize = "none"
     gpt_cfg = cfg.gpt
     cfg.gpt = GPTConfig(n_layer=0, n_embd=gpt_cfg.n_embd, n_head=gpt_cfg.n_head,
                         n_kv_head=gpt_cfg.n_kv_head, vocab_size=1)

@@ -50,8 +50,8 @@ def make_parser():
     parser.add_argument("--text-share", type=integer(0, 99), default=10,
                         help="built-in text-only chat, in a hundred samples, beside --data")
     add_data_arguments(parser, ramp=4800)
-    add_training_arguments(parser, model_tag="stage2", num_iterations=950, eval_every=150,
-                           save_every=150)
+    add_training_arguments(parser, model_tag="stage2", num_iterations=900, eval_every=180,
+                           save_every=180)
     parser.show_inherited(INHERITED, "stage 1")
     return parser
 
@@ -94,7 +94,7 @@ def main(argv=None):
     load_encoder(encoder_dir, model)
     if args.gpt and not resuming(args):
         pretrained.load_nanochat(model.gpt, args.gpt)
-    model.encoder.freeze_sam()
+    model.freeze(["sam", "compressor"])  # paper, section 3.5
     model.recompute(args.recompute)
     model.to(device)
     model.dtype = dtype
@@ -105,12 +105,10 @@ def main(argv=None):
     # Data: pages and chat mixed, and how they become rows of tokens and pixels
     mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
     modes = [get_mode(name) for name in mode_names]
-    for mode in modes:
-        model.encoder.add_mode(mode)
     # Mixtures hold whole cycles only: one of pages and chat, each page from a cycle of --data.
     cycle = 100 * sum(share for _, _, share in parse_data(args.data))
     n_samples = args.num_iterations * batch_size + cycle
-    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
+    task, val_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
     if args.text_share:
         chat = SynthChat("train", n_samples, seed=args.seed)
         task = Mixture([(task, 100 - args.text_share), (chat, args.text_share)])
@@ -121,10 +119,7 @@ def main(argv=None):
     labels = LABELS if heads is not None else ()
     sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)
-    if not model.encoder.standardize.moves:
-        statistics_task = None
-    evaluator = Evaluator(tokenizer, modes, cfg.layout, limits, val_task, statistics_task,
-                          args.eval_pages, args.statistics_pages, heads)
+    evaluator = Evaluator(tokenizer, modes[0], cfg.layout, limits, val_task, args.eval_pages, heads)
 
     # -------------------------------------------------------------------------
     # Optimizer

@@ -37,8 +37,6 @@ def parse_args(argv):
     # Model
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS),
                         help="sizes of the model (nanochat/config.py)")
-    parser.add_argument("--standardize", default="", choices=["", "none", "channel", "position"],
-                        help="compressor output over the batch; empty = the preset's")
     # Published weights to start from
     parser.add_argument("--sam", default="", help=f"SAM, hub name or folder, e.g. "
                         f"{pretrained.SAM}; empty = random weights")
@@ -52,8 +50,8 @@ def parse_args(argv):
     parser.add_argument("--tokenizer", default="checkpoints/tokenizer",
                         help="folder of scripts.tok_train; a published decoder brings its own")
     add_data_arguments(parser, chars="31-41x4,16-30x1", ramp=12800)
-    add_training_arguments(parser, model_tag="stage1", num_iterations=1000, eval_every=150,
-                           save_every=150)
+    add_training_arguments(parser, model_tag="stage1", num_iterations=950, eval_every=190,
+                           save_every=190)
     args = parser.parse_args(argv)
     given = parser.given(argv)
     refuse_without_effect(given, args)
@@ -68,7 +66,6 @@ def check_frozen(parts, args):
         return
     loaded = {
         "sam": args.sam or args.encoder,
-        "sam-core": args.sam or args.encoder,
         "compressor": args.encoder,
         "clip": args.clip or args.encoder,
         "projector": args.encoder,
@@ -107,8 +104,6 @@ def main(argv=None):
         torch.manual_seed(args.seed)  # as init_weights does, for what is drawn after the model
     else:
         cfg = PRESETS[args.preset]()
-        if args.standardize:
-            cfg.standardize = args.standardize
         tokenizer = pretrained.choose_decoder(cfg, args)
         model = DeepseekOCR(cfg).init_weights(args.seed)
     if not resuming(args):  # a checkpoint of our own replaces published weights anyway
@@ -133,10 +128,8 @@ def main(argv=None):
     # Data: conversations, and how they become rows of tokens and pixels
     mode_names = args.mode.split(",") if args.mode else cfg.modes[:1]
     modes = [get_mode(name) for name in mode_names]
-    for mode in modes:
-        model.encoder.add_mode(mode)
     n_samples = args.num_iterations * batch_size
-    task, val_task, statistics_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
+    task, val_task = training_sets(args, cfg.sam.image_size, n_samples, args.ramp)
     run.check_data(fingerprints(task, val_task))
     limits = dict(max_tokens=args.max_seq_len, max_images=args.max_images,
                   too_long=args.too_long, bad_data=args.bad_data)
@@ -144,10 +137,7 @@ def main(argv=None):
     labels = LABELS if heads is not None else ()
     sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)
-    if not model.encoder.standardize.moves:
-        statistics_task = None
-    evaluator = Evaluator(tokenizer, modes, cfg.layout, limits, val_task, statistics_task,
-                          args.eval_pages, args.statistics_pages, heads)
+    evaluator = Evaluator(tokenizer, modes[0], cfg.layout, limits, val_task, args.eval_pages, heads)
 
     # -------------------------------------------------------------------------
     # Optimizer

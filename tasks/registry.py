@@ -45,11 +45,10 @@ EVALUATED = (*BENCHMARKS, "folder", "synthchart")
 # All but stix, so that there is print a trained model has never seen (README fine-tunes on it).
 FACES = "sans,sans-bold,sans-oblique,serif,serif-bold,mono"
 VAL_PAGES = 1000  # held-out samples of a rendered set
-STATISTICS_SAMPLES = 1000  # training-like samples for the encoder's running statistics
 LARGEST_SHARE = 1000  # of a set in --data: a cycle of the mixture is a list of so many samples
 SEARCHED = 256  # samples in which a first picture is looked for
 STREAM_WINDOW = 1000  # rows of a stream that are shuffled among themselves
-STREAM_HELD = 256  # rows of a stream that validation, and the statistics, keep in memory
+STREAM_HELD = 256  # rows of a stream that validation keeps in memory
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -242,7 +241,7 @@ def open_training_set(name, arg, split, args, image_size, size, ramp):
     # Rendered here
     rendered_split = "train" if split == "train" else "heldout"
     if name == "synthdoc":
-        train, val, _ = page_tasks(args, image_size, size, ramp)
+        train, val = page_tasks(args, image_size, size, ramp)
         return train if split == "train" else val
     if name == "synthpage":
         return whole_pages(rendered_split, size, image_size, args)
@@ -284,7 +283,7 @@ def open_benchmark(name, arg, image_size, damage):
 
 
 def page_tasks(args, image_size, pages, ramp):
-    """SynthDoc for training, for validation (held out), and for the encoder's statistics."""
+    """-> (SynthDoc for training, held-out SynthDoc for validation)"""
     common = {
         "image_size": image_size,
         "chars": parse_chars(args.chars),
@@ -297,10 +296,7 @@ def page_tasks(args, image_size, pages, ramp):
                      primer=parse_grids(args.primer), **common)
     # No random strings here, and one seed for all runs, so that their validation losses compare.
     val = SynthDoc("heldout", VAL_PAGES, seed=1, **common)
-    # Like the pages that training ends with (no ramp), but none of them.
-    statistics = SynthDoc("train", STATISTICS_SAMPLES, random_share=args.random_share,
-                          seed=f"{args.seed}/statistics", **common)
-    return train, val, statistics
+    return train, val
 
 
 def whole_pages(split, size, image_size, args):
@@ -338,31 +334,25 @@ def text_pages(split, size, image_size, chars, seed, **options):
 def training_sets(args, image_size, samples, ramp):
     """
     -> (training task of `samples` samples or more,
-        held-out samples for validation,
-        training-like samples for the encoder's running statistics)
-    The last two are of the first set that --data names.
+        held-out samples of the first set that --data names, for validation)
     """
     args = with_defaults(args)
     sets = parse_data(args.data)
     refuse_benchmarks(args.data, sets)
-    # Alone, SynthDoc is not wrapped: its validation and statistics have seeds of their own.
+    # Alone, SynthDoc is not wrapped.
     if sets == [("synthdoc", "", 1)]:
         return page_tasks(args, image_size, samples, ramp)
 
     # Whole cycles of the mixture, `samples` or more; each part needs its share of every cycle.
     total_share = sum(share for _, _, share in sets)
     cycles = math.ceil(samples / total_share)
-    tasks = []
     parts = []
     for name, arg, share in sets:
         needed = cycles * share
         task = open_set(name, arg, "train", args, image_size, needed, ramp)
-        tasks.append(task)
         parts.append((repeated(task, name, arg, needed, args.seed), share))
 
-    val = validation_set(args, sets[0], image_size)
-    statistics = statistics_set(tasks[0], args.seed)
-    return Mixture(parts), val, statistics
+    return Mixture(parts), validation_set(args, sets[0], image_size)
 
 
 def refuse_benchmarks(data, sets):
@@ -395,12 +385,6 @@ def validation_set(args, first, image_size):
         raise ValueError(f"--data={args.data}: {name} has no pictures to validate on: "
                          "name a set with pictures first")
     return val
-
-
-def statistics_set(task, seed):
-    if is_stream(task):
-        return First(task, STREAM_HELD)
-    return Shuffled(task, STATISTICS_SAMPLES, f"{seed}/statistics")
 
 
 def is_stream(task):

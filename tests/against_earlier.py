@@ -1,14 +1,15 @@
 """
-Speed of this tree against the earlier public attempt at the same model (github.com/Yusuke710/nanochat
-at abde743): forward and backward of the published encoder with a nanochat decoder, in bf16.
+Speed of this tree against the earlier public attempt at the same model
+(github.com/Yusuke710/nanochat at abde743): forward and backward of the published encoder with a
+nanochat decoder, in bf16.
 
     git clone https://github.com/Yusuke710/nanochat EARLIER && git -C EARLIER checkout abde743
     python -m tests.against_earlier EARLIER                                   # 512 px, 2 pages
-    python -m tests.against_earlier EARLIER --side=1024 --batch=1 --seq=1024
+    python -m tests.against_earlier EARLIER --px=1024 --batch=1 --seq=1024
 
 Both packages are named nanochat, so each round starts a process for each of them, in turn. The
-optimizers are left out, as they are different ones. The last line is JSON: the median ratio of their
-seconds over the rounds (above 1: this tree is faster), with the least and the largest.
+optimizers are left out, as they are different ones. The last line is JSON: the median ratio of
+their seconds over the rounds (above 1: this tree is faster), with the least and the largest.
 """
 import argparse
 import json
@@ -37,10 +38,11 @@ def step_of_this_tree(args):
     from scripts.bench import build, byte_tokenizer, make_batch
     cfg = PRESETS["base"]()
     cfg.image_token_id = byte_tokenizer().image_token_id
+    cfg.gpt.sequence_len = args.seq
     for name, value in gpt_sizes(args).items():
         setattr(cfg.gpt, name, value)
     model = build(cfg, torch.device("cpu"), torch.bfloat16).train()
-    batch = make_batch(model, get_mode(f"{args.side}px"), args.batch, args.seq)
+    batch = make_batch(model, get_mode(f"{args.px}px"), args.batch, args.seq)
 
     def step():
         loss_sum, count = model(batch)["text"]
@@ -59,7 +61,7 @@ def step_of_the_earlier(args):
     from nanochat.nano_deepseek_ocr import VisionConfig, build_nano_deepseek_ocr
     torch.manual_seed(0)
     gpt = GPTConfig(sequence_len=args.seq, **gpt_sizes(args))
-    model = build_nano_deepseek_ocr(gpt, VisionConfig(base_size=args.side))
+    model = build_nano_deepseek_ocr(gpt, VisionConfig(base_size=args.px))
     model.init_weights()
     model.set_image_token_id(gpt.vocab_size - 1)
     features = model.num_vision_tokens()
@@ -68,7 +70,7 @@ def step_of_the_earlier(args):
     targets = ids.roll(-1, 1)
     targets[:, :features - 1] = -1
     targets[:, -1] = -1
-    pixels = torch.randn(args.batch, 3, args.side, args.side)
+    pixels = torch.randn(args.batch, 3, args.px, args.px)
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):  # as its training does on a GPU
@@ -95,11 +97,11 @@ def time_one(args):
 def measure(side):
     """The figures of one side, by a process of its own."""
     # From a file, not with -m: the clone's nanochat must not be hidden by the one in this folder.
-    script = "import runpy, sys; sys.path[:1] = {path}; runpy.run_path({file!r}, run_name='__main__')"
     path = [str(ROOT)] if side == "ours" else []
-    code = script.format(path=path, file=__file__)
+    code = (f"import runpy, sys; sys.path[:1] = {path}; "
+            f"runpy.run_path({__file__!r}, run_name='__main__')")
     command = [sys.executable, "-c", code, *sys.argv[1:], f"--child={side}"]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {side}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -108,7 +110,7 @@ def measure(side):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("earlier", help="folder of the earlier attempt's clone")
-    parser.add_argument("--side", type=int, default=512, help="pixels of a page")
+    parser.add_argument("--px", type=int, default=512, help="pixels of a page")
     parser.add_argument("--batch", type=int, default=2, help="pages")
     parser.add_argument("--seq", type=int, default=512, help="decoder positions of a page")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the decoder")
@@ -134,7 +136,7 @@ def main():
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
                             text=True, check=True).stdout.strip()
     print(json.dumps({
-        "side": args.side, "batch": args.batch, "seq": args.seq, "layers": args.layers,
+        "px": args.px, "batch": args.batch, "seq": args.seq, "layers": args.layers,
         "features": features, "commit": commit, "torch": torch.__version__,
         "threads": torch.get_num_threads(), "rounds": args.rounds,
         "ratio": round(statistics.median(ratios), 3),

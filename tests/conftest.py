@@ -84,7 +84,7 @@ def chats():
 @pytest.fixture
 def make_batch(tokenizer, cfg):
     """A function conversations -> Batch."""
-    def make(conversations, mode=MODES["test"]):
+    def make(conversations, mode=MODES["64px"]):
         sampler = Sampler(conversations, tokenizer, mode, cfg.token_stride, max_tokens=256)
         return collate([sampler[i] for i in range(len(conversations))])
     return make

@@ -15,7 +15,7 @@ from nanochat.common import choose_compile, write_json
 from nanochat.image_modes import get_mode
 from nanochat.measure import PeakMemory
 from nanochat.model import DeepseekOCR, forward_flops
-from scripts import ablation, bench
+from scripts import ablation, bench, vis_tok_train
 
 TOY = ["--preset=tiny", "--device-type=cpu", "--dtype=float32", "--batch=8", "--seq=24",
        "--new-tokens=20", "--repeats=1", "--steps=2", "--pages=1"]
@@ -261,6 +261,8 @@ def test_a_variant_may_be_any_flags_of_stage_1(tokenizer_dir, tmp_path, capsys):
 
 
 def test_variants_in_words():
+    for flags in ablation.parse_variants(ablation.VARIANTS).values():
+        vis_tok_train.parse_args(flags)
     variants = ablation.parse_variants("lr=1e-3;data='folder:my scans' wide")
     assert variants == {"lr=1e-3": ["--lr=1e-3"],
                         "data='folder:my scans' wide": ["--data=folder:my scans", "--wide"]}

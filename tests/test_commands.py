@@ -299,7 +299,7 @@ def test_a_documented_torchrun_line_runs(tmp_path, tokenizer_dir):
                "-m", "scripts.vis_tok_train", "--", "--run=dummy", "--preset=tiny", "--chars=10-12",
                "--num-iterations=2", "--device-batch-size=4", f"--tokenizer={tokenizer_dir}",
                f"--checkpoints={tmp_path}", "--model-tag=try", "--device-type=cpu",
-               "--eval-pages=4", "--statistics-pages=8"]
+               "--eval-pages=4"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
     assert (tmp_path / "try/model_000002/model.safetensors").exists()

@@ -1,9 +1,8 @@
 """
 Proves that the encoder is the published one: attention with its folded bias equals the plain
 formula, sizes and names are those of the published weights, CLIP's features come before SAM's.
-That another second stage fits in, that parts cover all parameters, and that standardization does
-what it says and makes room for the grids of a checkpoint. Where transformers is installed, the
-whole encoder also equals its port of DeepSeek-OCR's.
+That another second stage fits in, and that parts cover all parameters. Where transformers is
+installed, the whole encoder also equals its port of DeepSeek-OCR's.
 
 python -m pytest tests/test_deepencoder.py
 """
@@ -20,7 +19,7 @@ from PIL import Image
 from nanochat import config
 from nanochat.clip import CLIP, CLIPConfig, CLIPEmbeddings
 from nanochat.config import ModelConfig, SAMConfig
-from nanochat.deepencoder import SAM, DeepEncoder, SAMAttention, SAMBlock, Standardize
+from nanochat.deepencoder import SAM, DeepEncoder, SAMAttention, SAMBlock
 from nanochat.image_modes import Mode, plan
 from nanochat.layers import Linear, attention
 from nanochat.model import DeepseekOCR, forward_flops
@@ -257,11 +256,11 @@ def test_one_token_per_16_patches_and_clip_first(encoder, side, tokens):
     y = encoder(x, taps)
     assert y.shape == (2, tokens, 32 + 32)
     clip, compressor = y.split(32, -1)
-    standardized = encoder.standardize(encoder.sam_model(x))
-    assert torch.equal(compressor, standardized.flatten(2).transpose(1, 2))
-    assert torch.equal(clip, encoder.vision_model(standardized))
+    compressed = encoder.sam_model(x)
+    assert torch.equal(compressor, compressed.flatten(2).transpose(1, 2))
+    assert torch.equal(clip, encoder.vision_model(compressed))
     assert list(taps) == ["sam", "compressor", "clip"]
-    assert torch.equal(taps["compressor"], encoder.sam_model(x))
+    assert torch.equal(taps["compressor"], compressed)
     assert torch.equal(taps["clip"], clip)
 
 
@@ -271,25 +270,11 @@ def test_pixels_of_a_wrong_shape(encoder, shape):
         encoder(torch.zeros(shape))
 
 
-def test_freeze_sam(encoder):
-    encoder.train()
-    encoder.freeze_sam()
-    table = encoder.standardize.mean.clone()
-    encoder(torch.rand(8, 3, 64, 64)).square().sum().backward()
-    assert torch.equal(encoder.standardize.mean, table)
-    for name, p in encoder.named_parameters():
-        if name.startswith("sam_model."):
-            assert p.grad is None and not p.requires_grad, name
-        else:
-            assert p.grad.abs().sum() > 0, name
-
-
 @pytest.mark.parametrize("side", [64, 96])  # the tables' size, and one they are interpolated for
 @torch.no_grad()
 def test_equals_the_port_in_transformers(cfg, side):
     pytest.importorskip("transformers.models.unlimited_ocr", exc_type=ImportError,
                         reason="transformers with unlimited_ocr is not installed")
-    cfg.standardize = "none"
     ours = DeepEncoder(cfg)
     randomized(ours).float()
     theirs = transformers_encoder(ours, cfg)
@@ -318,7 +303,6 @@ def test_parts_cover_every_parameter_once(model):
 
 @pytest.mark.parametrize("names, frozen", [
     (["sam"], ["sam"]),
-    (["sam-core"], ["sam"]),
     (["compressor"], ["compressor"]),
     (["clip", "head"], ["clip", "head"]),
     (["gpt"], ["gpt", "embedding", "head"]),
@@ -335,8 +319,6 @@ def test_frozen_parts_get_no_gradient_and_all_others_do(model, make_batch, pages
                 assert p.grad is None, name
             else:
                 assert p.grad.abs().sum() > 0, name
-    # Statistics are fixed with the weights whose output they describe.
-    assert model.encoder.standardize.frozen == (names == ["sam", "compressor"])
 
 
 # -----------------------------------------------------------------------------
@@ -430,174 +412,6 @@ def test_an_unknown_second_stage_is_named(cfg):
     d["second_stage"]["kind"] = "resnet"
     with pytest.raises(ValueError, match=r"second stage .* 'resnet': must be one of \['clip'\]"):
         ModelConfig.from_dict(d)
-
-
-# -----------------------------------------------------------------------------
-# Standardization. Shapes (images, channels, h, w).
-
-KINDS = pytest.mark.parametrize("kind, dims", [("channel", (0, 2, 3)), ("position", (0,))])
-KIND = pytest.mark.parametrize("kind", ["channel", "position"])
-
-
-def features(images=16, side=4, seed=0):
-    torch.manual_seed(seed)
-    per_image = torch.randn(images, 6, side, side)
-    per_channel = torch.randn(6, 1, 1)
-    per_position = torch.randn(6, side, side)
-    return 3 * per_image + 5 * per_channel + per_position
-
-
-@KINDS
-def test_batch_statistics_in_training(kind, dims):
-    standardize = Standardize(kind, 6, 4)
-    x = features(8)
-    y = standardize(x)
-    assert y.mean(dims).abs().max() < 1e-5
-    assert (y.var(dims, correction=0) - 1).abs().max() < 1e-4
-    torch.testing.assert_close(standardize.mean.squeeze(), 0.1 * x.mean(dims))
-    expected = 0.9 + 0.1 * x.var(dims, correction=0)
-    torch.testing.assert_close(standardize.var.squeeze(), expected)
-
-
-@KIND
-@pytest.mark.parametrize("case", ["few images", "eval", "frozen"])
-def test_running_statistics_otherwise_and_they_stay(kind, case):
-    standardize = Standardize(kind, 6, 4)
-    x = features(7 if case == "few images" else 16)
-    standardize.mean.normal_()
-    standardize.var.uniform_(1, 2)
-    mean = standardize.mean.clone()
-    var = standardize.var.clone()
-    standardize.train(case != "eval")
-    standardize.frozen = case == "frozen"
-    torch.testing.assert_close(standardize(x), (x - mean) / (var + 1e-5).sqrt())
-    assert torch.equal(standardize.mean, mean) and torch.equal(standardize.var, var)
-
-
-@KINDS
-def test_reestimate_is_the_statistics_of_all_batches(kind, dims):
-    standardize = Standardize(kind, 6, 4)
-    x = features(20)
-    standardize.mean.fill_(100)  # what was there does not matter
-    standardize.reestimate([x[:3], x[3:16], x[16:]])
-    torch.testing.assert_close(standardize.mean.squeeze(), x.mean(dims))
-    torch.testing.assert_close(standardize.var.squeeze(), x.var(dims, correction=0))
-
-
-def test_reestimate_needs_images():
-    with pytest.raises(ValueError, match="at least 8 images, got 7"):
-        Standardize("position", 6, 4).reestimate([features(3), features(4)])
-
-
-def test_another_grid_interpolates_and_does_not_move_the_tables():
-    standardize = Standardize("position", 6, 4)
-    x = features(16, side=8)
-    rises_down_the_page = torch.arange(4.0)[:, None].expand(6, 4, 4)
-    standardize.mean.copy_(rises_down_the_page)
-    mean = standardize.mean.clone()
-    var = standardize.var.clone()
-    standardize(x)
-    assert torch.equal(standardize.mean, mean) and torch.equal(standardize.var, var)
-    removed = x - standardize.eval()(x) * (1 + 1e-5) ** 0.5
-    rows = torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
-    torch.testing.assert_close(removed, rows[:, None].expand_as(x), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="no statistics per position are kept for 8x8 outputs"):
-        standardize.reestimate([x], 8)
-
-
-@KIND
-def test_every_grid_has_its_own_statistics(kind):
-    standardize = Standardize(kind, 6, 4, others=(4, 8))
-    small = features(16)
-    large = 3 * features(16, side=8) + 5
-    standardize.reestimate([small])
-    standardize.eval()
-    fallback = standardize(large)  # not yet trained on: the first grid's
-    assert fallback.mean() > 1
-    first = standardize.mean.clone()
-    standardize.train()(large)
-    assert torch.equal(standardize.mean, first)
-    standardize.reestimate([large], 8)
-    standardize.eval()
-    assert standardize(large).mean().abs() < 1e-3 and standardize(small).mean().abs() < 1e-3
-    assert sorted(standardize.state_dict()) == ["mean", "mean_8", "var", "var_8"]
-    with pytest.raises(ValueError, match="the statistics of 4x4 outputs on some of"):
-        standardize.reestimate([large])
-
-
-@KIND
-def test_a_grid_may_be_added_later(kind):
-    """Until it has been trained on, its pages are standardized as if it were not there."""
-    standardize = Standardize(kind, 6, 4)
-    large = features(16, side=8)
-    standardize.reestimate([features(16)])
-    before = standardize.eval()(large)
-    standardize.add_grid(8)
-    standardize.add_grid(4)  # there already: nothing happens
-    assert list(standardize.state_dict()) == ["mean", "var", "mean_8", "var_8"]
-    assert torch.equal(standardize(large), before)
-    standardize.reestimate([large], 8)
-    assert not torch.equal(standardize(large), before)
-
-
-@KIND
-def test_adopted_grids_are_those_of_the_file(kind):
-    """A checkpoint from before a mode existed loads, and so does one that knew more modes."""
-    fewer = Standardize(kind, 6, 4)
-    more = Standardize(kind, 6, 4, others=(8, 10))
-    fewer.reestimate([features(16)])
-    more.reestimate([features(16, side=8)], 8)
-    for source, target in ((fewer, more), (more, Standardize(kind, 6, 4, others=(12,)))):
-        tensors = source.state_dict()
-        target.adopt_grids(tensors)
-        target.load_state_dict(tensors)  # strict
-        x = features(16, side=8)
-        assert torch.equal(target.eval()(x), source.eval()(x))
-
-
-def test_the_first_grid_is_never_dropped_and_no_name_is_believed():
-    standardize = Standardize("position", 6, 4, others=(8,))
-    standardize.adopt_grids({"mean_1000000": torch.zeros(6, 1, 1), "mean_x": torch.zeros(1)})
-    assert list(standardize.state_dict()) == ["mean", "var"]
-
-
-def test_a_model_adopts_the_grids_of_a_checkpoint(cfg):
-    source = DeepseekOCR(cfg)
-    source.encoder.add_mode(Mode("tiled", 128, tile=96, max_tiles=4))
-    tensors = source.state_dict()
-    assert {"encoder.standardize.mean_4", "encoder.standardize.mean_3"} <= set(tensors)
-    target = DeepseekOCR(cfg)
-    target.adopt_grids(tensors)
-    target.load_state_dict(tensors)
-
-    encoder = DeepEncoder(cfg)
-    encoder.adopt_grids(source.encoder.state_dict())
-    encoder.load_state_dict(source.encoder.state_dict())
-
-
-def test_none_is_the_identity():
-    standardize = Standardize("none", 6, 4)
-    x = features()
-    assert standardize(x) is x and standardize.eval()(x) is x
-    standardize.reestimate([x])
-    standardize.add_grid(8)
-    standardize.adopt_grids({"mean_8": torch.zeros(6, 8, 8)})
-    assert not standardize.state_dict()
-
-
-@KINDS
-def test_gradient_flows_through_batch_statistics(kind, dims):
-    """Shifting or stretching the input changes nothing: the gradient is orthogonal to both."""
-    standardize = Standardize(kind, 6, 4)
-    x = features().requires_grad_()
-    y = standardize(x)
-    weights = torch.randn_like(y)
-    g, = torch.autograd.grad((weights * y).sum(), x)
-    size = g.abs().mean()
-    assert g.mean(dims).abs().max() < 1e-4 * size
-    assert (g * y).mean(dims).abs().max() < 1e-4 * size
-    g, = torch.autograd.grad((weights * standardize.eval()(x)).sum(), x)
-    assert g.mean(dims).abs().max() > 1e-2 * g.abs().mean()
 
 
 # -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from nanochat.image_modes import Mode, get_mode
 from nanochat.reader import choose_mode
 from nanochat.tokenizer import SPECIAL_TOKENS
 
-SMALL = get_mode("test")
+SMALL = get_mode("64px")
 
 
 @pytest.fixture

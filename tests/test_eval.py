@@ -72,10 +72,10 @@ def fake(model, tokenizer, tmp_path, monkeypatch):
     """
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt/model.safetensors").write_bytes(b"weights")
-    engine = Fake(model.eval(), tokenizer, MODES["test"])
+    engine = Fake(model.eval(), tokenizer, MODES["64px"])
     engine.asked = []
     engine.folder = tmp_path / "ckpt"
-    meta = {"mode": "test", "step": 7, "user_config": CONFIG}
+    meta = {"mode": "64px", "step": 7, "user_config": CONFIG}
     monkeypatch.setattr(vision_eval, "load_engine", lambda args, device: (engine, meta))
 
     def call(say, *flags, budget=None, drawn=False):

@@ -208,7 +208,7 @@ def assert_same(a, b):
 
 
 def test_the_default_is_the_pages_alone():
-    task, val, _ = training_sets(arguments(), 64, 50, ramp=20)
+    task, val = training_sets(arguments(), 64, 50, ramp=20)
     plain = SynthDoc("train", 50, image_size=64, chars=(10, 12), random_share=0.2, seed=0, ramp=20,
                      faces=["sans", "mono"], min_px=8)
     assert type(task) is SynthDoc and len(val) == 1000
@@ -228,10 +228,10 @@ def test_flags_reach_whole_pages(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"one two three {number}" for number in range(1000)))
     shape = ["--data=synthpage", "--chars=150-200"]
-    clean, _, _ = training_sets(arguments(*shape), 256, 8, 0)
-    damaged, _, _ = training_sets(arguments(*shape, "--damage=1"), 256, 8, 0)
-    own, _, _ = training_sets(arguments(*shape, f"--text-files={text}"), 256, 8, 0)
-    tables, _, _ = training_sets(arguments(*shape, "--page-parts=paragraph=1,table=2"), 512, 8, 0)
+    clean, _ = training_sets(arguments(*shape), 256, 8, 0)
+    damaged, _ = training_sets(arguments(*shape, "--damage=1"), 256, 8, 0)
+    own, _ = training_sets(arguments(*shape, f"--text-files={text}"), 256, 8, 0)
+    tables, _ = training_sets(arguments(*shape, "--page-parts=paragraph=1,table=2"), 512, 8, 0)
     assert clean[0]["messages"] == damaged[0]["messages"]
     assert clean[0]["images"][0].tobytes() != damaged[0]["images"][0].tobytes()
     assert "one two three" in own[0]["messages"][1]["content"]
@@ -242,7 +242,7 @@ def test_flags_reach_whole_pages(tmp_path):
 
 def test_a_mixture_takes_every_page_once_an_epoch(folder):
     args = arguments(f"--data=folder:{folder}=3,synthdoc=1")
-    task, val, statistics = training_sets(args, 64, 250, 0)
+    task, val = training_sets(args, 64, 250, 0)
     pages = {page["id"] for page in Folder(folder, "train", 0.3)}
     held_out = {page["id"] for page in Folder(folder, "val", 0.3)}
     assert len(task) >= 250 and {page["id"] for page in val} == held_out
@@ -257,7 +257,6 @@ def test_a_mixture_takes_every_page_once_an_epoch(folder):
         assert Counter(epoch) == Counter(pages)
     # Any sample can be rebuilt, in any order.
     assert [task[i]["id"] for i in (200, 3, 77)] == [drawn[i] for i in (200, 3, 77)]
-    assert {statistics[i]["id"] for i in range(n)} <= pages
 
 
 @pytest.mark.parametrize("name", ["fox_like", "omnidocbench_like", *registry.RENDERED])
@@ -380,12 +379,12 @@ def test_finetune(folder, stage1, tmp_path, freeze):
     for when in ("before", "after"):
         assert summary[when]["samples"] == held_out and summary[when]["cer"] > 0
 
-    # What is frozen is equal bit for bit, running statistics included; the rest has moved.
+    # What is frozen is equal bit for bit; the rest has moved.
     before = load_file(stage1 / "model_000003/model.safetensors")
     after = load_file(tmp_path / "finetune/model_000003/model.safetensors")
     unchanged = set()
     for name in before:
         if name.startswith("encoder") and torch.equal(before[name], after[name]):
             unchanged.add(name.split(".")[1])
-    assert ({"sam_model", "standardize"} <= unchanged) == freeze
+    assert ("sam_model" in unchanged) == freeze
     assert not torch.equal(before["projector.layers.weight"], after["projector.layers.weight"])

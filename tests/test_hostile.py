@@ -253,15 +253,12 @@ def test_a_batch_of_bad_samples_teaches_nothing(hostile, tokenizer, model):
     batch = collate([sampler[bad], sampler[bad + 1]])
     assert batch.counts["bad"] == 2 and batch.supervised() == 0 and batch.images == 0
     model.train()
-    buffers = {name: t.clone() for name, t in model.named_buffers()}
     loss, count = model(batch)["text"]
     loss.backward()
     assert loss == 0 and count == 0
     for name, p in model.named_parameters():
         # Other ranks wait for every gradient, so it must be there, and zero.
         assert p.grad is not None and p.grad.abs().sum() == 0, name
-    for name, t in model.named_buffers():
-        assert torch.equal(t, buffers[name]), f"{name}: a batch without images moved it"
 
 
 def test_text_cannot_spell_a_special_token(hostile, tokenizer):

@@ -100,7 +100,7 @@ def test_numbers(script, here, monkeypatch, capsys):
 NOT_ZERO = {
     "vis_tok_train": ("num-iterations", "device-batch-size", "total-batch-size", "lr", "matrix-lr",
                       "max-seq-len", "max-images", "eval-every", "save-every", "eval-pages",
-                      "statistics-pages", "max-minutes", "grad-clip", "min-px"),
+                      "max-minutes", "grad-clip", "min-px"),
     "vision_eval": ("batch-size", "max-problems", "max-new-tokens"),
     "ocr": ("batch-size", "dpi", "max-new-tokens"),
     "lmms": ("batch-size", "limit"),
@@ -148,7 +148,7 @@ TRAINING_FLAGS = (
     "--data=synthpage --text-files=nowhere.txt", "--data=synthpage --text-files=page.png",
 )
 BAD = {
-    "vis_tok_train": (*TRAINING_FLAGS, "--preset=giant", "--standardize=all", "--freeze=nose",
+    "vis_tok_train": (*TRAINING_FLAGS, "--preset=giant", "--freeze=nose",
                       "--freeze=sam,clip,gpt", "--sam=/nope", "--clip=nope", "--gpt=./nope",
                       "--encoder=/nope/x", "--sam=page.png"),
     "vis_mid_train": (*TRAINING_FLAGS, "--encoder=/nope",
@@ -219,7 +219,7 @@ def run_folder(here, make_model, tokenizer, tokenizer_dir, make_batch, pages):
 
 def sound_flags(script):
     """Flags under which the script would work with `run_folder`."""
-    train = ["--num-iterations=1", "--eval-pages=4", "--statistics-pages=8", "--checkpoints=out",
+    train = ["--num-iterations=1", "--eval-pages=4", "--checkpoints=out",
              *RUNTIME]
     return {
         "vis_tok_train": ["--preset=tiny", "--tokenizer=tokenizer", *train],

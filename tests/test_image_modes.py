@@ -25,7 +25,7 @@ def stride_of(mode):
 # -----------------------------------------------------------------------------
 # Names
 
-def test_names_say_the_size_and_earlier_names_are_aliases():
+def test_names_say_the_size_and_the_papers_are_aliases():
     for mode in REGISTERED:
         assert get_mode(mode.name) is mode
         assert mode.tile or mode.name == f"{mode.size}px"
@@ -33,8 +33,7 @@ def test_names_say_the_size_and_earlier_names_are_aliases():
         assert get_mode(alias) is MODES[alias] is get_mode(name)
         assert get_mode(alias).name == name
     published = {"tiny": 512, "small": 640, "base": 1024, "large": 1280}
-    of_earlier_checkpoints = {"nano": 64, "test": 64, "dense": 128}
-    for name, size in {**published, **of_earlier_checkpoints}.items():
+    for name, size in published.items():
         assert get_mode(name).size == size
 
 
@@ -64,7 +63,7 @@ def test_published_counts(mode, size, grid, tokens, positions):
     (("tiny", "small", "large"), (500, 512), "512px"),
     (("512px", "small", "large"), (500, 513), "640px"),
     (("tiny", "small", "1280px"), (4000, 10), "1280px"),
-    (("nano",), (4000, 10), "64px"),
+    (("64px",), (4000, 10), "64px"),
 ])
 def test_automatic_mode(supported, size, mode):
     assert auto_mode(supported, *size).name == mode

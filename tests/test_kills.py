@@ -1,6 +1,6 @@
 """
-Proves, in short, that a kill at any moment changes nothing of what a run leaves. The long form is
-an hour: KILLS=1000 python -m tests.kill_campaign.
+Proves, in short, that a kill at any moment changes nothing of what a run leaves. The long form
+takes hours: KILLS=1000 python -m tests.kill_campaign.
 
     python -m pytest tests/test_kills.py
 """
@@ -9,14 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import kill_campaign
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_few_kills():
+@pytest.mark.parametrize("variant, kills", [("stage1", 3), ("stage1 ranks", 2)])
+def test_a_few_kills(variant, kills):
     """In a process of its own, since it forks."""
-    command = [sys.executable, "-m", "tests.kill_campaign", "--kills=3", "--variants=stage1"]
+    command = [sys.executable, "-m", "tests.kill_campaign", f"--kills={kills}",
+               f"--variants={variant}"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     record = json.loads(process.stdout.splitlines()[-1])

@@ -38,7 +38,7 @@ class Says(Engine):
 @pytest.fixture
 def adapter(model, tokenizer):
     """The adapter around a fake engine; lmms-eval itself need not be installed."""
-    engine = Says(model.eval(), tokenizer, MODES["test"])
+    engine = Says(model.eval(), tokenizer, MODES["64px"])
     engine.limits = []
     return Answers(engine, batch_size=2, max_new_tokens=50)
 

@@ -273,7 +273,7 @@ def test_both_the_head_and_the_encoder_learn_from_it(learner, make_labeled_batch
 
 def test_a_frozen_sam_stays_and_the_second_stage_learns(learner, make_labeled_batch, pages):
     """Stage 2."""
-    learner.train().model.encoder.freeze_sam()
+    learner.train().model.freeze(["sam", "compressor"])
     learner(make_labeled_batch(pages[:8]))[INK][0].backward()
     for parameter, p in learner.named_parameters():
         wanted = parameter.startswith(("model.encoder.vision_model.", "heads."))
@@ -294,12 +294,11 @@ def step_of(learner, batches, accumulate, weights, steps=1):
 def test_a_step_is_the_same_in_any_number_of_passes(cfg, make_model, make_labeled_batch, pages,
                                                     chats):
     """Of three passes one has unlabeled pages alone, one no page at all."""
-    cfg.standardize = "none"  # statistics are those of a pass
     conversations = [pages[0], pages[1], without_labels(pages[2]), without_labels(pages[3]),
                      chats[0], chats[1]]
     found = []
     for size in (6, 2):
-        model = make_model(cfg=cfg).train()
+        model = make_model().train()
         learner = WithHeads(model, make_heads(model, 2.0, 0.0))
         batches = []
         for first in range(0, 6, size):
@@ -371,7 +370,7 @@ def test_two_ranks_equal_two_passes(make_model, make_labeled_batch, pages, chats
 
 
 def test_it_is_learned_and_the_gauge_sees_it(cfg, make_model, make_labeled_batch, pages):
-    model = make_model(cfg=cfg).train()
+    model = make_model().train()
     learner = WithHeads(model, make_heads(model, 1.0, 0.0))
     batch = make_labeled_batch(pages)
     before = local_accuracy(model, learner.heads["local"], [batch])
@@ -453,8 +452,7 @@ def flags(tokenizer_dir, tmp_path, unlabeled_folder):
     return ["--preset=tiny", "--dtype=float32", "--device-type=cpu", "--chars=10-12",
             f"--tokenizer={tokenizer_dir}", f"--checkpoints={tmp_path}", "--local-loss=1",
             f"--data=synthdoc=2,folder:{unlabeled_folder}=1,synthchat=1", "--num-iterations=6",
-            "--device-batch-size=2", "--total-batch-size=8", "--eval-pages=4",
-            "--statistics-pages=8"]
+            "--device-batch-size=2", "--total-batch-size=8", "--eval-pages=4"]
 
 
 def records(run_dir):

@@ -25,7 +25,7 @@ from nanochat.image_modes import get_mode
 from nanochat.reader import NanoDeepseekOCR, load_to_read
 from scripts import ocr
 
-SMALL = get_mode("test")
+SMALL = get_mode("64px")
 LOOPING, UNSURE = 99, 98  # gray levels that Shades reads badly
 
 
@@ -622,7 +622,7 @@ def test_model_read(model, tokenizer, tmp_path):
     model.tokenizer = tokenizer
     text = model.read(image, max_new_tokens=20)
     assert isinstance(text, str)
-    assert text == model.read(image, "test", max_new_tokens=20)
+    assert text == model.read(image, "64px", max_new_tokens=20)
     assert text == model.read(image, SMALL, max_new_tokens=20)
     assert text == model.read(image, lambda width, height: SMALL, max_new_tokens=20)
     assert text != model.read(image, prompt="What?", max_new_tokens=20)
@@ -652,7 +652,7 @@ def test_model_reads_a_path(model, tokenizer, tmp_path):
 def saved(model, tokenizer, tmp_path):
     """Folder of a saved model."""
     model.tokenizer = tokenizer
-    model.meta = {"stage": "stage 2", "step": 3, "commit": "abc", "mode": "test",
+    model.meta = {"stage": "stage 2", "step": 3, "commit": "abc", "mode": "64px",
                   "user_config": {"seed": 0}}
     model.save_pretrained(tmp_path / "saved")
     return str(tmp_path / "saved")

@@ -194,7 +194,7 @@ def train_on_a_rank(rank, world, make_model, batches, tokenizer, sizes, folder):
 
 def test_two_ranks_train_as_one(make_model, make_batch, pages, chats, tokenizer, cfg, run_ranks,
                                 orthogonalized, tmp_path):
-    sampler = Sampler([*pages, *chats], tokenizer, MODES["test"], cfg.token_stride, max_tokens=256,
+    sampler = Sampler([*pages, *chats], tokenizer, MODES["64px"], cfg.token_stride, max_tokens=256,
                       pack=256)
     packed = collate([sampler[i] for i in (0, 1, 10)], 256, max_images=16)
     batches = [make_batch(pages[:3]), make_batch(pages[3:6]), packed, make_batch(chats[:3]),
@@ -250,7 +250,7 @@ def names_and_rates(model, optimizer):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_every_trainable_parameter_is_in_one_group(model, kind, frozen):
     if frozen:
-        model.encoder.freeze_sam()
+        model.freeze(["sam", "compressor"])
     optimizer = Optimizer(model, kind, lr=1e-3)
     found = names_and_rates(model, optimizer)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

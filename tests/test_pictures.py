@@ -15,7 +15,7 @@ from scripts import pictures, vis_tok_train, vision_eval
 
 TRAIN = ["--preset=tiny", "--chars=10-12", "--dtype=float32", "--device-type=cpu",
          "--num-iterations=2", "--device-batch-size=4", "--eval-every=1", "--eval-pages=16",
-         "--statistics-pages=16", "--model-tag=run",
+         "--model-tag=run",
          "--local-loss=0"]
 READ = ["--task=heldout", "--max-problems=3", "--max-new-tokens=8", "--dtype=float32",
         "--device-type=cpu"]

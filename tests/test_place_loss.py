@@ -207,10 +207,9 @@ def test_without_labels_the_head_still_has_a_gradient(learner, make_labeled_batc
         assert p.grad is not None and not p.grad.abs().any()
 
 
-def test_places_are_learned(cfg, make_model, make_labeled_batch):
+def test_places_are_learned(make_model, make_labeled_batch):
     """Four pages by heart, in a few steps; the gauge says so, and the text is learned beside it."""
-    cfg.standardize = "none"
-    model = make_model(cfg=cfg).train()
+    model = make_model().train()
     learner = WithHeads(model, make_heads(model, 0.0, 1.0))
     batch = make_labeled_batch(list(SynthDoc("train", 4, image_size=64, chars=(10, 12))))
     optimizer = Optimizer(model, "muon", lr=3e-3, heads=learner.heads)
@@ -240,7 +239,7 @@ def test_a_resumed_run_equals_the_unbroken_one(tokenizer_dir, tmp_path, capsys):
              f"--tokenizer={tokenizer_dir}", f"--checkpoints={tmp_path}", "--local-loss=1",
              "--place-loss=0.3", "--data=synthdoc=2,synthchat=1", "--num-iterations=6",
              "--device-batch-size=2", "--total-batch-size=8", "--eval-pages=4",
-             "--statistics-pages=8", "--eval-every=3", "--save-every=3"]
+             "--eval-every=3", "--save-every=3"]
     final = tmp_path / "stage1" / "model_000006"
 
     def outcome():

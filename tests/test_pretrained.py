@@ -39,18 +39,18 @@ SOURCES = {
     "d20": "nanochat-students/base-d20",
     "d32": "karpathy/nanochat-d32",
 }
-META = {"mode": "test", "stage": "stage 2", "step": 1, "commit": "x", "user_config": {"seed": 0}}
+META = {"mode": "64px", "stage": "stage 2", "step": 1, "commit": "x", "user_config": {"seed": 0}}
 
 
-def small(standardize="none", n_embd=256):
+def small(n_embd=256):
     """A small model of the published shape: CLIP's unused patch convolution, heads of 128."""
     sam = SAMConfig(image_size=64, patch_size=8, width=32, depth=2, n_head=2, window=5,
                     global_blocks=(1,), neck=16, net_2=24, net_3=32)
     clip = CLIPConfig(grid=2, width=32, depth=1, n_head=2, ffn=64, patch_size=14)
     gpt = GPTConfig(sequence_len=128, vocab_size=VOCAB + 1, n_layer=1, n_head=2, n_kv_head=2,
                     n_embd=n_embd)
-    return ModelConfig(sam=sam, second_stage=clip, gpt=gpt, standardize=standardize,
-                       modes=("test",), image_token_id=VOCAB)
+    return ModelConfig(sam=sam, second_stage=clip, gpt=gpt, modes=("64px",),
+                       image_token_id=VOCAB)
 
 
 def random_model(seed, **kw):
@@ -398,11 +398,6 @@ def test_the_defaults_are_transformers_own():
             assert config[key] == value, (name, key)
 
 
-def test_published_encoder_wants_no_standardization(hub):
-    with pytest.raises(ValueError, match="--standardize=none"):
-        pretrained.load_deepseek(random_model(1, standardize="channel"), at(hub, "deepseek"))
-
-
 def test_only_safetensors(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="only safetensors are read"):
@@ -461,7 +456,7 @@ def test_round_trip_reads_the_same(model, tokenizer, pages, tmp_path):
     again = NanoDeepseekOCR.from_pretrained(str(tmp_path / "saved"))
     texts = []
     for m in (model, again):
-        results = Engine(m, m.tokenizer, MODES["test"]).generate(pages[:4], 20)
+        results = Engine(m, m.tokenizer, MODES["64px"]).generate(pages[:4], 20)
         texts.append([result.text for result in results])
     assert texts[0] == texts[1]
     assert any(texts[0])
@@ -508,12 +503,6 @@ def test_a_corrupted_download_is_named(model, tokenizer, tmp_path):
         NanoDeepseekOCR.from_pretrained(str(tmp_path / "saved"))
 
 
-def test_export_refuses_standardization(tmp_path):
-    with pytest.raises(ValueError, match="cannot export"):
-        pretrained.export_deepseek(random_model(0, standardize="position"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_encoder_alone_goes_out_and_comes_back(make_model, tmp_path):
     model = make_model(0)
     model.meta = {**META, "stage": "stage 1"}
@@ -544,12 +533,11 @@ def test_recomputation_and_chunked_loss_change_nothing(make_model, make_batch, p
 
 def test_frozen_core_trains_the_compressor(make_model, make_batch, pages):
     model = make_model(0).train()
-    model.freeze(["sam-core", "clip", "gpt"])
+    model.freeze(["sam", "clip", "gpt"])
     model(make_batch(pages))["text"][0].backward()
     learns = {name for name, p in model.named_parameters() if p.grad is not None}
     assert learns == {"encoder.sam_model.net_2.weight", "encoder.sam_model.net_3.weight",
                       "projector.layers.weight", "projector.layers.bias", "image_newline",
                       "view_seperator"}
-    assert not model.encoder.standardize.frozen
     with pytest.raises(ValueError, match="must be of sam, compressor, clip"):
         model.freeze(["encoder"])
