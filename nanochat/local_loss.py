@@ -4,8 +4,8 @@ it shows. Rendered pages know the answer, since they were printed glyph by glyph
 
 The area of a token is divided into cells, and each cell is asked which character has the center of
 its ink there, or whether none has. So the encoder is told what it sees. Otherwise it learns through
-the decoder alone, which at first gains more from its language prior than from the page: then all
-pages come to look the same (FINDINGS.md).
+the decoder alone, which at first gains more from its language prior than from the page (with AdamW
+all pages then come to look the same, FINDINGS.md).
 
 The head is for training only. It is not part of the model and not saved with it; a run keeps it
 with the optimizer state.

@@ -1,6 +1,6 @@
 """
-Every command that README, the scripts' docstrings and speedrun.sh show is one that the scripts, and
-torch's own launcher, accept as it stands; README's file tree names every file.
+Every command that README, docs/reference.md, the scripts' docstrings and speedrun.sh show is one
+that the scripts, and torch's own launcher, accept as it stands; README's file tree names every file.
 
 python -m pytest tests/test_commands.py
 """
@@ -20,6 +20,7 @@ from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / "docs/reference.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem != "__init__")
 
 
@@ -30,14 +31,13 @@ def commands_in(text):
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)", lambda match: match[0].replace("\n", " "), text)
     found = []
     for line in text.splitlines():
-        match = re.search(r"(?:torchrun|python) .*-m scripts\.\w+[^`]*", line)
-        if match:
+        for match in re.finditer(r"(?:torchrun|python) [^`]*-m scripts\.\w+[^`]*", line):
             found.append(match[0].split(" #")[0].split(" | ")[0].split(" && ")[0].strip())
     return found
 
 
 def documented():
-    texts = {"README.md": README}
+    texts = {"README.md": README, "docs/reference.md": REFERENCE}
     for name in SCRIPTS:
         texts[name] = importlib.import_module(f"scripts.{name}").__doc__
     return [(where, command) for where, text in texts.items() for command in commands_in(text)]
@@ -241,6 +241,13 @@ def test_file_tree_names_every_file():
     assert all((ROOT / name).exists() for name in named)
 
 
+@pytest.mark.parametrize("name", ["README.md", "FINDINGS.md", "docs/reference.md"])
+def test_links_lead_to_files(name):
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^):#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
 def test_pictures_are_there_and_light():
     """Whoever opens the repository's page loads all of them."""
     shown = set()
@@ -251,7 +258,7 @@ def test_pictures_are_there_and_light():
     assert shown
     assert sum((ROOT / name).stat().st_size for name in shown) <= 300_000
     # None that nothing shows
-    there = {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()}
+    there = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.png")}
     assert there == {name for name in shown if name.startswith("docs/")}
 
 
@@ -294,7 +301,7 @@ def test_import_graph():
 
 
 def test_a_documented_torchrun_line_runs(tmp_path, tokenizer_dir):
-    """Two ranks, two steps, through the launcher as README shows it."""
+    """Two ranks, two steps, through the launcher as docs/reference.md shows it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "-m", "scripts.vis_tok_train", "--", "--run=dummy", "--preset=tiny", "--chars=10-12",
                "--num-iterations=2", "--device-batch-size=4", f"--tokenizer={tokenizer_dir}",

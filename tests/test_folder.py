@@ -302,9 +302,9 @@ def test_data_look_writes_a_folder_that_omnidocbench_reads(tokenizer_dir, tmp_pa
         call(data_look.main, "synthchat", *flags)
 
 
-def test_readme_makes_pages_to_try(tmp_path, monkeypatch):
+def test_the_reference_makes_pages_to_try(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0])
+    exec((ROOT / "docs/reference.md").read_text().split("```python\n")[1].split("```")[0])
     pages = Folder("pages")
     with_title = [page for page in pages.pages if "\n\n" in page.text]
     assert len(pages) == 200 and len(with_title) > 150
