@@ -208,7 +208,7 @@ full)
             "is free (both estimated)"
     fi
     # About 10 rows of 3 pages in stages 0 and 1, and 4 rows of 6 in stage 2. Without --recompute
-    # they would take some 130 GB and 62 GB (predicted by python -m scripts.bench --what=memory).
+    # they would take some 130 GB and 62 GB (predicted: FINDINGS.md, "hours of base").
     SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --recompute --num-iterations 1000)
     SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --recompute)
     SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 24)

@@ -19,7 +19,7 @@ from nanochat.common import (
     ArgumentParser, git_commit, json_line, positive_int, print0, read_record, run_main)
 
 # What decides whether a page is read at all: the optimizer, and what the encoder is told beside the
-# next token. For both optimizers neither loss and both (the default), then one of them alone.
+# next token. For each optimizer neither loss and both (the default), for Muon also one alone.
 VARIANTS = (
     "optimizer=adamw local-loss=0 place-loss=0;"
     "optimizer=adamw;"

@@ -42,7 +42,8 @@ BENCHMARKS = ("fox", "fox-cn", "omnidocbench", "chartqa-test", "fox_like", "omni
 # What scripts.vision_eval scores, beside the splits of SynthDoc.
 EVALUATED = (*BENCHMARKS, "folder", "synthchart")
 
-# All but stix, so that there is print a trained model has never seen (docs/reference.md fine-tunes on it).
+# All but stix, so that there is print a trained model has never seen (docs/reference.md fine-tunes
+# on it).
 FACES = "sans,sans-bold,sans-oblique,serif,serif-bold,mono"
 VAL_PAGES = 1000  # held-out samples of a rendered set
 LARGEST_SHARE = 1000  # of a set in --data: a cycle of the mixture is a list of so many samples
