@@ -83,10 +83,8 @@ tokenizer() {  # trains a tokenizer of $1 tokens, unless there is one
 launch() {  # launch MODULE FLAGS...: one process, or one per GPU for full
     local module=$1; shift
     if [ "$KIND" = full ]; then
-        local gpus=${GPUS:-}
-        [ -n "$gpus" ] || gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
         # The -- keeps torchrun from taking our flags for its own (--run is short for --run-path).
-        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$gpus" -m "$module" -- "$@"
+        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" -m "$module" -- "$@"
     else
         "$PYTHON" -m "$module" "$@"
     fi
@@ -163,7 +161,7 @@ small|gpu)
     if [ "$KIND" = gpu ] && [ -z "${TRIAL:-}" ]; then
         echo "== benchmarks"
         # Training does not depend on them, so a failure is remembered and reported at the end.
-        "$PYTHON" -m scripts.bench --suite "$OUT/bench.jsonl" || STATUS=1
+        "$PYTHON" -m scripts.bench --suite "$OUT/bench.jsonl" $DEVICE || STATUS=1
     fi
     echo "== tokenizer"
     tokenizer 1024
@@ -192,10 +190,11 @@ small|gpu)
 full)
     # The paper's two stages (section 3.5) on FineVision's document sets, from the published SAM,
     # CLIP and nanochat weights. Between SAM and CLIP is a compressor that knows nothing, and the
-    # decoder is a good language model: what made the earlier attempt ignore its pages. So there is
-    # a stage 0 of rendered pages, whose letters and places are asked for, and some of them stay in
-    # stage 1.
+    # decoder is a good language model: a model that begins so may learn to do without its pages, as
+    # the earlier attempt's did. So there is a stage 0 of rendered pages, whose letters and places
+    # are asked for, and some of them stay in stage 1.
     GPT=${GPT:-nanochat-students/base-d20}
+    GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     PRESET=base
     COMMON=(--optimizer adamw --mode 1024px --too-long clip --bad-data skip
             --workers -1 --eval-every 500 --save-every 1000 --num-iterations 5000)
@@ -207,20 +206,23 @@ full)
             "free, and about 130 GB of checkpoints in $OUT, where $(df -Ph "$OUT" | awk 'NR==2 {print $4}')" \
             "is free (both estimated)"
     fi
-    # About 10 rows of 3 pages in stages 0 and 1, and 4 rows of 6 in stage 2. Without --recompute
-    # they would take some 130 GB and 62 GB (predicted: FINDINGS.md, "hours of base").
-    SIZE0=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --recompute --num-iterations 1000)
-    SIZE1=(--max-seq-len 4096 --pack 4096 --device-batch-size 32 --recompute)
-    SIZE2=(--max-seq-len 8192 --pack 8192 --device-batch-size 24)
+    # A GPU's share of a step, 32 and 24 pages, is done in parts, so that nothing need be computed
+    # twice (--recompute): about 3 rows of 3 pages, and 2 rows of 6 in stage 2, take 51 and 40 GB,
+    # and rows vary (predicted: FINDINGS.md, "hours of base").
+    SIZE1=(--max-seq-len 4096 --pack 4096
+           --device-batch-size 8 --total-batch-size $((32 * GPUS)))
+    SIZE0=("${SIZE1[@]}" --num-iterations 1000)
+    SIZE2=(--max-seq-len 8192 --pack 8192
+           --device-batch-size 12 --total-batch-size $((24 * GPUS)))
     READ=(--max-new-tokens 4096)
     if [ -n "${TRIAL:-}" ]; then  # against a hub of tiny weights: python -m tests.full_trial
         PRESET=tiny
         COMMON=(--optimizer adamw --mode 64px --too-long clip --bad-data skip
                 --workers 1 --num-iterations 2 --eval-pages 8)
         RENDERED=(--chars 20-40 --damage 0.3)
-        SIZE0=(--max-seq-len 256 --pack 256 --device-batch-size 8 --recompute)
-        SIZE1=(--max-seq-len 256 --pack 256 --device-batch-size 8 --recompute)
-        SIZE2=(--max-seq-len 384 --pack 384 --device-batch-size 4)
+        SIZE1=(--max-seq-len 256 --pack 256 --device-batch-size 4 --total-batch-size $((8 * GPUS)))
+        SIZE0=("${SIZE1[@]}")
+        SIZE2=(--max-seq-len 384 --pack 384 --device-batch-size 2 --total-batch-size $((4 * GPUS)))
         READ=(--max-new-tokens 8)
     fi
     echo "== stage 0: rendered pages"

@@ -6,11 +6,13 @@ a resumed run sees exactly what the unbroken one would have seen. Where a set ca
 order (Stream), every batch carries the state from which reading goes on.
 """
 import codecs
+import math
 import os
 import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -289,8 +291,23 @@ def says_something(part):
 # -----------------------------------------------------------------------------
 # Batches
 
-MAX_WORKERS = 16  # per rank: more would only fill memory with batches that wait
+MAX_WORKERS = 24  # per rank: more would only fill memory with batches that wait
+CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
 PREFETCH = 2  # batches each worker is ahead, so that one slow page does not stop a step
+
+
+def usable_cores():
+    """Cores that this process may use: what a container or a batch system leaves us of them."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS
+        cores = os.cpu_count()
+    # A container may have a share of the time of all cores instead (docker run --cpus).
+    if os.path.exists(CPU_QUOTA):
+        quota, period = Path(CPU_QUOTA).read_text().split()  # microseconds, or "max"
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 def loader_workers(asked):
@@ -302,13 +319,8 @@ def loader_workers(asked):
         return asked
     if asked != -1:
         raise ValueError(f"--workers={asked}: must be -1 (as many as the cores allow), 0 or more")
-    # What a container or a batch system leaves us, not what the machine has
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:  # macOS
-        cores = os.cpu_count()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(MAX_WORKERS, cores // ranks_here - 2))
+    return max(1, min(MAX_WORKERS, usable_cores() // ranks_here - 2))
 
 
 def batch_bytes(sampler, size):
@@ -323,24 +335,34 @@ def batch_bytes(sampler, size):
     return size * (largest + numbers)
 
 
-def check_shared_memory(sampler, size, workers, free=None):
+def workers_that_fit(sampler, size, asked, room=None):
     """
-    A warning if the batches that wait in the workers' queues do not fit into shared memory, where
-    workers put them. In a full one a worker dies with a bus error, hours into a run.
-    free: bytes; default: what is free in /dev/shm.
+    loader_workers(asked), whose waiting batches may not fit into shared memory, where workers put
+    them. In a full one a worker dies with a bus error, hours into a run. So -1 gives as many as
+    fit, and for a number that was asked for there is a warning.
+    room: bytes; default: the size of /dev/shm. (What is free there now is not the same for every
+    rank, and streams need as many workers when they are resumed.)
     """
-    if free is None:
+    workers = loader_workers(asked)
+    if room is None:
         if not workers or not os.path.isdir("/dev/shm"):
-            return
-        free = shutil.disk_usage("/dev/shm").free
+            return workers
+        room = shutil.disk_usage("/dev/shm").total
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    waiting = ranks_here * workers * (PREFETCH + 1)  # one more is being made
-    needed = waiting * batch_bytes(sampler, size)
-    if needed > free:
-        banner(f"--workers={workers} on {ranks_here} ranks may put {waiting} batches of "
-               f"{batch_bytes(sampler, size) / 1e6:,.0f} MB, {needed / 1e9:.1f} GB together, into "
-               f"/dev/shm,\nwhich has {free / 1e9:.1f} GB free: lower --workers or "
-               f"--device-batch-size, or give the container more (docker run --shm-size)")
+    batch = batch_bytes(sampler, size)
+    per_worker = ranks_here * (PREFETCH + 1) * batch  # one more is being made
+    if workers * per_worker <= room:
+        return workers
+
+    fitting = int(room // per_worker)
+    used = fitting if asked == -1 else workers
+    waiting = workers * ranks_here * (PREFETCH + 1)
+    banner(f"{workers} workers on {ranks_here} ranks may put {waiting} batches of "
+           f"{batch / 1e6:,.0f} MB, {workers * per_worker / 1e9:.1f} GB together,\ninto /dev/shm, "
+           f"which has {room / 1e9:.1f} GB: enough for {fitting} workers. --workers={asked} "
+           f"starts {used}.\nGive the container more (docker run --shm-size), or lower "
+           f"--device-batch-size or --workers.")
+    return used
 
 
 def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=False, states=None):
@@ -350,8 +372,7 @@ def loader(sampler, size, start, stop, rank=0, world=1, workers=0, pin_memory=Fa
     workers: as for loader_workers. states: {worker: Batch.state of its last batch}, from which a
     stream goes on.
     """
-    workers = loader_workers(workers)
-    check_shared_memory(sampler, size, workers)
+    workers = workers_that_fit(sampler, size, workers)
     make_batch = partial(collate, pack=sampler.pack, max_images=sampler.max_images,
                          multiple=sampler.multiple)
     common = {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.batch import collate
-from nanochat.common import all_reduce, dist_info, print0
+from nanochat.common import all_reduce, dist_info, gather, print0
 from nanochat.conversation import truth_of
 from nanochat.dataloader import Sampler
 from nanochat.engine import Engine
@@ -33,9 +33,11 @@ class Evaluator:
     sampler_settings  keyword arguments of Sampler: limits and what happens to bad samples
     val_task          held-out pages
     heads             that learn beside the model, of make_heads: their accuracy is measured too
+    letters_task      held-out pages that know where their letters are, on which that is measured
+                      if those of val_task do not
     """
     def __init__(self, tokenizer, mode, layout, sampler_settings, val_task, val_pages=64,
-                 heads=None):
+                 heads=None, letters_task=None):
         self.tokenizer = tokenizer
         self.mode = mode
         self.layout = layout
@@ -47,10 +49,12 @@ class Evaluator:
         self.val_batches, usable = self.batches(val_task, val_pages)
         self.pages = [val_task[i] for i in usable[:READ_PAGES]]
         self.pixels = self.val_batches[0].views[self.mode.size][:READ_PAGES]
+        self.labeled_batches = self.val_batches
         has_letters = any(batch.label_points("glyphs") for batch in self.val_batches)
-        if heads is not None and not has_letters:
-            print0("NOTE: no validation page has labels of its letters: vision/local_accuracy and "
-                   "vision/place_accuracy are not measured")
+        if heads is not None and letters_task is not None and not has_letters:
+            print0(f"letters and places are asked for on {val_pages} other pages, of "
+                   f"{task_name(letters_task)}")
+            self.labeled_batches, _ = self.batches(letters_task, val_pages)
 
     def usable(self, task, n):
         """
@@ -106,7 +110,7 @@ class Evaluator:
         gauges = {"local": local_accuracy, "place": place_accuracy}
         found = {}
         for name, head in (self.heads or {}).items():
-            accuracy = gauges[name](model, head, self.val_batches)
+            accuracy = gauges[name](model, head, self.labeled_batches)
             if accuracy is not None:
                 found[f"vision/{name}_accuracy"] = accuracy
         return found
@@ -159,7 +163,7 @@ def read_pages(engine, conversations, margin=16):
     """
     Reads pages greedily, each up to `margin` tokens past the longest truth, or to the end of the
     decoder's positions; those whose prompt leaves no room for an answer are left out.
-    -> [(conversation, prediction, 1-NED), ...]
+    -> [(conversation, prediction, 1-NED), ...], on every rank: they share the reading.
     """
     # A long dialog that was clipped in training may fill the decoder with its questions alone.
     decoder = engine.model.cfg.gpt.sequence_len
@@ -175,9 +179,13 @@ def read_pages(engine, conversations, margin=16):
     for conversation, length in fitting:
         batches[min(longest + margin, decoder - length)].append(conversation)
 
+    rank, _, world_size = dist_info()
     rows = []
     for limit, batch in batches.items():
-        for conversation, result in zip(batch, engine.generate(batch, limit)):
-            score = one_minus_ned(result.text, truth_of(conversation))
-            rows.append((conversation, result.text, score))
+        mine = batch[rank::world_size]
+        results = engine.generate(mine, limit) if mine else []
+        texts = gather([result.text for result in results])  # one list for each rank
+        for k, conversation in enumerate(batch):
+            text = texts[k % world_size][k // world_size]
+            rows.append((conversation, text, one_minus_ned(text, truth_of(conversation))))
     return rows

@@ -51,8 +51,8 @@ class KVCache:
     position, over whatever padding its prompt had there. Positions are reserved `room` at a time,
     so that a step attends to little more than what has been written, in memory without gaps.
 
-    doubling: a cache of up to DOUBLING_BYTES grows to twice its size, since growing costs more
-    there than reading positions that nothing has been written to.
+    doubling: a cache of up to DOUBLING_BYTES grows to twice its size, a larger one by a quarter,
+    since growing costs more there than reading positions that nothing has been written to.
     """
     def __init__(self, cfg, rows, length, device, dtype, room=ROOM, doubling=False):
         if length > cfg.sequence_len:
@@ -76,9 +76,11 @@ class KVCache:
         """
         if min(n, self.length) <= self.reserved:
             return False
-        enough = -(-n // self.room) * self.room  # rounded up
-        if self.doubling and self.k.nbytes + self.v.nbytes <= DOUBLING_BYTES:
-            enough = max(enough, 2 * self.reserved)
+        wanted = n
+        if self.doubling:
+            small = self.k.nbytes + self.v.nbytes <= DOUBLING_BYTES
+            wanted = max(n, 2 * self.reserved if small else self.reserved * 5 // 4)
+        enough = -(-wanted // self.room) * self.room  # rounded up
         more = min(enough, self.length) - self.reserved
         self.k = F.pad(self.k, (0, 0, 0, more))
         self.v = F.pad(self.v, (0, 0, 0, more))

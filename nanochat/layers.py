@@ -101,13 +101,16 @@ def cudnn_pays(device, dtype, positions, width, value_width):
         return False
     if positions % 128 == 64:  # where its backward pass may give NaN (NVIDIA/cudnn-frontend #628)
         return False
-    shape = (2, 8, positions)  # images and heads enough to fill a GPU
-    q = torch.randn(*shape, width, device=device, dtype=dtype, requires_grad=True)
-    k = torch.randn(*shape, width, device=device, dtype=dtype, requires_grad=True)
-    v = torch.randn(*shape, value_width, device=device, dtype=dtype, requires_grad=True)
+    B, H = 2, 8  # images and heads enough to fill a GPU
+    common = dict(device=device, dtype=dtype, requires_grad=True)
+    q = torch.randn(B, H, positions, width, **common)
+    k = torch.randn(B, H, positions, width, **common)
+    # In memory as SAM has it: a part of its fused qkv.
+    qkv = torch.randn(B, positions, 3, H, value_width, **common)
+    v = qkv[:, :, 2].transpose(1, 2)
     scale = width ** -0.5
     seconds = {}
-    outputs = {}
+    found = {}  # output and gradients
     for cudnn in (False, True):
         try:
             for repeat in range(6):
@@ -115,14 +118,16 @@ def cudnn_pays(device, dtype, positions, width, value_width):
                     torch.cuda.synchronize(device)
                     start = time.perf_counter()
                 y = attention(q, k, v, scale=scale, cudnn=cudnn)
-                y.sum().backward()
+                gradients = torch.autograd.grad(y.square().mean(), (q, k, v))
             torch.cuda.synchronize(device)
         except RuntimeError:  # no cuDNN, or one that does not take these sizes
             return False
         seconds[cudnn] = time.perf_counter() - start
-        outputs[cudnn] = y
-    same = torch.allclose(outputs[True], outputs[False], atol=0.05)
-    return same and seconds[True] < seconds[False]
+        found[cudnn] = (y, *gradients)
+    for by_cudnn, expected in zip(found[True], found[False]):
+        if not torch.allclose(by_cudnn, expected, atol=0.05):  # neither are two NaN
+            return False
+    return seconds[True] < seconds[False]
 
 
 def written_out_attention(q, k, v, scale, mask, causal):
@@ -197,10 +202,19 @@ def varlen_works(device):
     Whether one kernel takes samples of any lengths on this device: tried once per process, since
     it depends on torch (2.11 and later), on how it was built, and on the GPU.
     """
-    if device.type != "cuda" or varlen_attn is None:
+    if device.type != "cuda":
         return False
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
-        return False
+    problem = why_not_varlen(device)
+    if problem:
+        banner(f"torch's attention kernel for packed rows cannot be used: {problem}.\n"
+               f"Packed samples are attended to one by one, more slowly.")
+    return not problem
+
+
+def why_not_varlen(device):
+    """What is wrong with varlen_attn on this device; "" if nothing is."""
+    if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
+        return f"torch {torch.__version__} is too old, 2.11 has it"
     q, k, v = torch.randn(3, 1, 2, 48, 64, device=device, dtype=torch.bfloat16).unbind()
     q.requires_grad_()
     packing = Packing([[16, 29]], 48, device)
@@ -208,11 +222,10 @@ def varlen_works(device):
         y = packing.varlen_attention(q, k, v)
         y.sum().backward()
     except RuntimeError as error:
-        banner(f"torch's attention kernel for packed rows does not run on this GPU:\n{error}\n"
-               f"Packed samples are attended to one by one, more slowly.")
-        return False
+        return f"it does not run on this GPU ({error})"
     expected = packed_attention(q, k, v, [packing.samples])
-    return torch.allclose(y, expected, atol=0.05) and bool(q.grad.isfinite().all())
+    right = torch.allclose(y, expected, atol=0.05) and bool(q.grad.isfinite().all())
+    return "" if right else "its result is wrong"
 
 
 def takes_varlen(q, k):

@@ -46,7 +46,7 @@ def add_training_arguments(parser, **defaults):
     flag("--seed", type=natural, default=0, help="seed of weights and data")
     flag("--workers", type=integer(0, off=-1), default=0,
          help="data loader processes per rank; -1 = this rank's share of the cores but two, at "
-              "most 16")
+              "most 24")
     flag("--recompute", action="store_true",
          help="activation checkpointing: a third more compute, far less memory")
     # From conversations to rows of tokens
@@ -463,7 +463,7 @@ def figures_of_step(run, result, lr, peak_flops):
         "train/lr": lr,
         "train/grad_norm": result.grad_norm,
         "train/dt": seconds,
-        "train/tok_per_sec": result.counts["slots"] / seconds,
+        "train/tok_per_sec": result.counts["positions"] / seconds,
         "train/img_per_sec": result.counts["images"] / seconds,
         "train/mfu": result.flops / seconds / peak_flops,
         "train/total_flops": run.state.flops,

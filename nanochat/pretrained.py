@@ -606,7 +606,7 @@ tags: [ocr, deepencoder]
 # A nano-deepseek-ocr model
 
 {parameters:,} parameters in {dtype}, image modes {modes}; {stage}, step {step}, \
-commit {commit}, seed {seed}.
+commit {commit}, seed {seed}.{windows}
 {command}
 {results}
 {usage}
@@ -624,7 +624,14 @@ ENCODER_USAGE = ("The encoder alone: "
 
 # Of model.meta, which every checkpoint has and a model built by hand has not.
 CARD_META = ("stage", "step", "commit", "user_config")
-CARD_FIGURES = ("samples", "one_minus_ned", "cer", "f1", "chars_per_vision_token")
+CARD_FIGURES = ("samples", "one_minus_ned", "ci95", "cer", "f1", "chars_per_vision_token")
+
+
+def card_cell(value):
+    """A figure, or an interval [low, high], as the model card shows it."""
+    if isinstance(value, (list, tuple)):
+        return "-".join(f"{end:.3f}" for end in value)
+    return "" if value is None else f"{value:.4g}"
 
 
 def results_table(results):
@@ -635,7 +642,7 @@ def results_table(results):
             continue
         cells = []  # empty where a task has no such figure
         for figure in CARD_FIGURES:
-            cells.append(f"{summary[figure]:.4g}" if figure in summary else "")
+            cells.append(card_cell(summary[figure]) if figure in summary else "")
         if summary.get("of", 0) > summary.get("samples", 0):  # a number of a part is no benchmark's
             cells[0] += f" of {summary['of']}"
         rows.append(f"| {task} | {' | '.join(cells)} |\n")
@@ -659,8 +666,15 @@ def model_card(model, usage, name, results=None, dtype="float32", command=None):
                          f"users: load the model with from_pretrained, or set model.meta")
     # Four backticks: a command may hold three, in a comment for example.
     shown = f"\nMade by\n\n````bash\n{command.strip()}\n````\n" if command else ""
+    windows = ""
+    if "windows" in meta:
+        smallest, largest = meta["windows"]["print_px"]
+        fewest, most = meta["windows"]["chars"]
+        windows = (f"\nPages of other sizes are read in windows of print of {smallest} to {largest} "
+                   f"px and {fewest} to {most} characters.")
     return CARD.format(
-        parameters=model.num_params(), dtype=dtype, command=shown, modes=", ".join(model.cfg.modes),
+        parameters=model.num_params(), dtype=dtype, command=shown, windows=windows,
+        modes=", ".join(model.cfg.modes),
         stage=meta["stage"], step=meta["step"], commit=meta["commit"],
         seed=meta["user_config"].get("seed", "unknown"),
         results=results_table(results), usage=usage.replace("NAME", name))

@@ -31,12 +31,12 @@ READER = Path(__file__).resolve().parents[1] / "checkpoints" / "reader"
 WINDOW_BATCH = 16  # windows that are generated together
 
 
-class WindowNote(UserWarning):
-    """What a person should know of a page that was read in windows."""
+class ReadingNote(UserWarning):
+    """What a person should know of a page that was read, beside its text."""
 
 
 # Python shows a text once per line of code. But the next page needs the same note as well.
-warnings.simplefilter("always", WindowNote)
+warnings.simplefilter("always", ReadingNote)
 
 
 class NanoDeepseekOCR(DeepseekOCR):
@@ -84,7 +84,8 @@ class NanoDeepseekOCR(DeepseekOCR):
         mode: name of an image mode, "auto", a Mode, or a function (width, height) -> Mode; default
         the one trained in. prompt: a question about the picture, in place of reading it.
         max_new_tokens: default as many as the decoder has positions left. no_repeat: an
-        engine.NoRepeat. windows: as the flag --windows. Warns of text that is left out. Raises
+        engine.NoRepeat. windows: as the flag --windows. Warns (ReadingNote) of text that is
+        left out, of low confidence, of loops, and of text that is cut by the limit. Raises
         conversation.BadSample, a ValueError, for an unreadable picture.
         """
         if self.tokenizer is None:
@@ -102,7 +103,11 @@ class NanoDeepseekOCR(DeepseekOCR):
         conversation = ocr_conversation(image, "", "image", prompt)
         [result] = engine.generate([conversation], max_new_tokens)
         for note in getattr(result, "notes", []):  # what windows left out or could not decide
-            warnings.warn(note, WindowNote, stacklevel=2)
+            warnings.warn(note, ReadingNote, stacklevel=2)
+        if result.flags:
+            doubts = ", ".join(result.flags)
+            warnings.warn(f"look at this page, its text may be wrong: {doubts}", ReadingNote,
+                          stacklevel=2)
         return result.text
 
 

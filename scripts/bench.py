@@ -56,7 +56,7 @@ SUITE = (
     "--preset=small --batch=64 --seq=768 --what=stage1,stage2 --compile=no",
     "--preset=small --batch=64 --what=data --workers=-1",
     "--preset=nano --batch=64 --what=syncs",
-    "--preset=small --batch=64 --what=syncs --workers=-1",
+    "--preset=small --batch=64 --what=syncs --pack=2 --workers=-1",
     "--preset=small --batch=64 --what=generate --new-tokens=1000",
     "--preset=base --mode=1024px --batch=64 --what=generate --new-tokens=1000",
     "--preset=base --mode=1024px --batch=8 --seq=1536 --what=memory,stage1 --optimizer=adamw",
@@ -159,7 +159,9 @@ class TrainingStep:
     # The division by `supervised` makes a mean of the sum, as in the training loop.
     def forward_backward(self, batch):
         loss_sum, _count = self.model(batch)["text"]
-        (loss_sum / batch.supervised()).backward()
+        # In this thread, as the training loop does it: compiled parts know their settings there.
+        with torch.autograd.set_multithreading_enabled(False):
+            (loss_sum / batch.supervised()).backward()
 
     def __call__(self, batch):
         self.forward_backward(batch)
@@ -307,9 +309,10 @@ def measure_data(args, cfg, device, mode):
     return record
 
 
-def page_sampler(cfg, mode, labels=()):
+def page_sampler(cfg, mode, **settings):
     """
-    The loader's Sampler on pages such as a preset of this size is trained on; labels: as Sampler's.
+    The loader's Sampler on pages such as a preset of this size is trained on, and with the labels
+    that are asked for in training. settings: Sampler's.
     """
     endless = 1 << 40  # pages are rendered when they are asked for
     # At 512 px and more a view has room for print of some 10 px on a whole page; below, for words.
@@ -317,7 +320,8 @@ def page_sampler(cfg, mode, labels=()):
         task = SynthPage("train", endless, mode.size, chars=(400, 1300), columns=(1, 2), parts=TEXT)
     else:
         task = SynthDoc("train", endless, mode.size, chars=(31, 41))
-    return Sampler(task, byte_tokenizer(), mode, cfg.layout, cfg.gpt.sequence_len, labels=labels)
+    return Sampler(task, byte_tokenizer(), mode, cfg.layout, cfg.gpt.sequence_len, labels=LABELS,
+                   **settings)
 
 
 def dense_pages_per_cpu_second(pages):
@@ -387,8 +391,13 @@ def measure_syncs(args, cfg, device, mode):
     heads = make_heads(model, local_weight=1.0, place_weight=0.3)
     optimizer = Optimizer(model, args.optimizer, lr=1e-5, matrix_lr=1e-5, dtype=model.dtype,
                           heads=heads)
-    net = wrap_model(model, compiled=choose_compile(device, args.compile), heads=heads)
-    sampler = page_sampler(cfg, mode, labels=LABELS)
+    compiled = choose_compile(device, args.compile)
+    net = wrap_model(model, compiled, heads)
+    # Rows as a run has them, see loop.row_multiple: of other lengths, every step would compile.
+    longest = cfg.gpt.sequence_len
+    pack = longest if args.pack > 1 else 0
+    multiple = (64 if pack else longest // 4) if compiled else 1
+    sampler = page_sampler(cfg, mode, pack=pack, multiple=multiple)
     warm_up = 5  # steps, in which kernels are compiled and state is made
     batches = loader(sampler, args.batch, 0, warm_up + args.steps, workers=args.workers,
                      pin_memory=True)
@@ -398,16 +407,24 @@ def measure_syncs(args, cfg, device, mode):
         warnings.simplefilter("always")
         for i in range(warm_up + args.steps):
             if i == warm_up:
-                waits.clear()
                 torch.cuda.set_sync_debug_mode("warn")
             train_step(i, net, optimizer, batches, 1, 1.0, 1.0, sampler.counters, weights)
         torch.cuda.set_sync_debug_mode("default")
-    lines = Counter(f"{os.path.relpath(wait.filename)}:{wait.lineno}" for wait in waits)
+    lines = lines_that_wait(waits)
     return {
         "steps": args.steps,
-        "waits_per_step": len(waits) / args.steps,
+        "waits_per_step": lines.total() / args.steps,
         "lines": dict(lines.most_common()),
     }
+
+
+def lines_that_wait(caught):
+    """Counter of "file:line" over the warnings of torch's sync debug mode among all `caught`."""
+    lines = Counter()
+    for warning in caught:
+        if "called a synchronizing" in str(warning.message):
+            lines[f"{os.path.relpath(warning.filename)}:{warning.lineno}"] += 1
+    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -552,10 +569,11 @@ def alternate(device, ours, theirs, pages, args):
 # -----------------------------------------------------------------------------
 # --suite
 
-def run_suite(path):
+def run_suite(path, device_type):
     """
     Runs the rows of SUITE that the file does not hold yet. Each has a process of its own, so that
-    one out of memory does not take the others with it.
+    one out of memory does not take the others with it. device_type: of --device-type, "" = the best
+    there is.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     records = []
@@ -567,7 +585,7 @@ def run_suite(path):
     for flags in SUITE:
         if flags in done:
             continue
-        new_records = run_row(flags)
+        new_records = run_row(flags, device_type)
         records += new_records
         with open(path, "a") as f:  # at once: a suite that is interrupted goes on from here
             for record in new_records:
@@ -582,9 +600,11 @@ def run_suite(path):
             f"to run them again: {'; '.join(failed)}")
 
 
-def run_row(flags):
+def run_row(flags, device_type):
     """The records of `python -m scripts.bench FLAGS`; if it fails, the last one says why."""
     command = [sys.executable, "-m", "scripts.bench", *flags.split()]
+    if device_type:
+        command.append(f"--device-type={device_type}")
     process = subprocess.run(command, capture_output=True, text=True)
     records = []
     for line in process.stdout.splitlines():
@@ -603,7 +623,8 @@ def parse_arguments(argv):
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--what", default="stage1,stage2,generate", help=f"of {', '.join(MEASUREMENTS)}")
-    flag("--suite", default="", help="FILE.jsonl: run the rows of SUITE it lacks, nothing else")
+    flag("--suite", default="", help="FILE.jsonl: run the rows of SUITE it lacks, nothing else; of "
+         "the other flags, --device-type counts")
     # Runtime
     flag("--device-type", default="", help="cuda, mps or cpu; empty = the best there is")
     flag("--dtype", default="auto", help="compute dtype: auto, bfloat16, float32")
@@ -625,7 +646,7 @@ def parse_arguments(argv):
     flag("--rounds", type=positive_int, default=5, help="for transformers: rounds of both in turn")
     # Data
     flag("--workers", type=integer(0, off=-1), default=0,
-         help="loader processes; -1 = all cores but two, at most 16")
+         help="loader processes; -1 = all cores but two, at most 24")
     flag("--pages", type=positive_int, default=100, help="dense pages to render per size")
     flag("--steps", type=positive_int, default=20,
          help="batches to load, and training steps on them")
@@ -664,7 +685,7 @@ def measure(what, args, device, peak):
 def main(argv=None):
     args = parse_arguments(argv)
     if args.suite:
-        run_suite(args.suite)
+        run_suite(args.suite, args.device_type)
         return
     device = compute_init(args.device_type)
     dtype = choose_dtype(device, args.dtype)

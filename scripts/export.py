@@ -13,7 +13,7 @@ Writes a checkpoint as a folder to share, and pushes it to the hub if asked.
     # under DeepSeek-OCR's key names
     python -m scripts.export --checkpoint=checkpoints/stage2 --out=export/encoder --format=deepseek
 
-The model card shows --command and the figures of --results, a summary.json of scripts.vision_eval.
+The model card shows --command and the figures of --results, summary.json of scripts.vision_eval.
 The folder's sha256.json, checked by every load, finds a damaged copy.
 """
 import os
@@ -50,8 +50,8 @@ def main(argv=None):
                         help="nano: everything, for from_pretrained; encoder: what stage 2 starts "
                              "from; deepseek: encoder and projector under DeepSeek-OCR's names")
     parser.add_argument("--results", default="",
-                        help="summary.json of scripts.vision_eval for the model card; empty = "
-                             "eval/summary.json of the run, if there")
+                        help="summary.json of scripts.vision_eval for the model card, several with "
+                             "commas; empty = eval/summary.json of the run, if there")
     parser.add_argument("--dtype", default="float32", choices=list(pretrained.SAVED_DTYPES),
                         help="of the parameters in the file; in memory they are float32 again")
     parser.add_argument("--windows", default="",
@@ -85,14 +85,16 @@ def main(argv=None):
             raise ValueError(f"--windows has no effect on a model of mode {mode.name}, which reads "
                              f"larger pages in tiles: leave it out")
         model.meta["windows"] = Known.parse(args.windows, mode.size).to_meta()
-    results = None
-    results_path = args.results or os.path.join(args.checkpoint, "eval", "summary.json")
-    if args.results or os.path.exists(results_path):
-        results = read_record(results_path)
-        reason = why_not_of(model, args.checkpoint, results, results_path)
+    results = {}
+    own = os.path.join(args.checkpoint, "eval", "summary.json")
+    paths = [own] if os.path.exists(own) else []
+    for path in args.results.split(",") if args.results else paths:
+        found = read_record(path)
+        reason = why_not_of(model, args.checkpoint, found, path)
         if reason:
-            print0(f"NOTE: {results_path} was measured {reason}: the card has no figures")
-            results = None
+            print0(f"NOTE: {path} was measured {reason}: the card does not have its figures")
+        else:
+            results.update(found)
 
     # -------------------------------------------------------------------------
     # Write, push

@@ -9,6 +9,9 @@ Weights, tokenizer, mode and page settings are the checkpoint's. Writes checkpoi
 as any training run does; summary.json has the scores before and after.
 """
 import os
+from contextlib import nullcontext
+
+import torch
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
@@ -30,7 +33,7 @@ from nanochat.pretrained import find
 from nanochat.reader import NEEDED
 from nanochat.run import Run, samples_per_step
 from tasks.registry import (
-    add_data_arguments, choose_losses, refuse_ignored, training_sets)
+    add_data_arguments, choose_losses, letters_set, refuse_ignored, training_sets)
 
 # Settings of the checkpoint's run that hold here too unless they are given on the command line.
 INHERITED = ("mode", "chars", "faces", "min_px", "random_share", "max_seq_len", "damage",
@@ -119,7 +122,8 @@ def main(argv=None):
     labels = LABELS if heads is not None else ()
     sampler = Sampler(task, tokenizer, modes, layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)
-    evaluator = Evaluator(tokenizer, modes[0], layout, limits, val_task, args.eval_pages, heads)
+    evaluator = Evaluator(tokenizer, modes[0], layout, limits, val_task, args.eval_pages, heads,
+                          letters_set(args, model.cfg.sam.image_size))
 
     # -------------------------------------------------------------------------
     # Optimizer
@@ -176,7 +180,9 @@ def main(argv=None):
     summary = run.finish(step, model, peak_flops)
     summary["before"] = before
     print0(f"reading the same {len(held_out)} pages again")
-    summary["after"] = read_held_out(model, tokenizer, modes[0], val_task, held_out)
+    # Eagerly, as within the loop: pages differ in every size that compiled blocks are made for.
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        summary["after"] = read_held_out(model, tokenizer, modes[0], val_task, held_out)
     if is_master():
         write_json(os.path.join(run.folder, "summary.json"), summary)
     json_line(summary)

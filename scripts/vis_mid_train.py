@@ -29,7 +29,7 @@ from nanochat.model import DeepseekOCR
 from nanochat.optim import Optimizer
 from nanochat.run import Run, samples_per_step
 from tasks.registry import (
-    add_data_arguments, choose_losses, parse_data, refuse_ignored, training_sets)
+    add_data_arguments, choose_losses, letters_set, parse_data, refuse_ignored, training_sets)
 from tasks.synthchat import SynthChat
 
 # Settings of stage 1 that hold here too unless they are given on the command line.
@@ -119,7 +119,8 @@ def main(argv=None):
     labels = LABELS if heads is not None else ()
     sampler = Sampler(task, tokenizer, modes, cfg.layout, pack=args.pack, multiple=multiple,
                       labels=labels, **limits)
-    evaluator = Evaluator(tokenizer, modes[0], cfg.layout, limits, val_task, args.eval_pages, heads)
+    evaluator = Evaluator(tokenizer, modes[0], cfg.layout, limits, val_task, args.eval_pages, heads,
+                          letters_set(args, cfg.sam.image_size))
 
     # -------------------------------------------------------------------------
     # Optimizer

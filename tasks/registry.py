@@ -388,6 +388,19 @@ def validation_set(args, first, image_size):
     return val
 
 
+def letters_set(args, image_size):
+    """
+    Held-out pages of the first set of --data that knows where its letters are, whatever set comes
+    first there: on them the heads of the local loss and the place loss are asked. None if no set
+    knows.
+    """
+    args = with_defaults(args)
+    for name, arg, _ in parse_data(args.data):
+        if name in KNOW_LETTERS:
+            return open_set(name, arg, "val", args, image_size, VAL_PAGES)
+    return None
+
+
 def is_stream(task):
     return isinstance(task, Rows) and task.streaming
 

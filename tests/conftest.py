@@ -101,6 +101,8 @@ def on_a_rank(rank, world, rendezvous, function, args):
 def run_ranks(tmp_path):
     """A function (world, function, *args): calls function(rank, world, *args) on gloo ranks."""
     def run(world, function, *args):
+        # Ranks that found each other by this file before would be waited for.
+        (tmp_path / f"rendezvous_{world}").unlink(missing_ok=True)
         processes = []
         for rank in range(world):
             # Forked: starting torch anew would take seconds.

@@ -5,6 +5,7 @@ that FLOPs and predicted memory are right, and that an ablation keeps and tabula
 python -m pytest tests/test_bench.py
 """
 import json
+import warnings
 
 import pytest
 import torch
@@ -278,3 +279,13 @@ def test_a_run_that_fails_is_named(tokenizer_dir, tmp_path):
 def test_waits_for_a_gpu_need_one(capsys):
     with pytest.raises(ValueError, match="--what=syncs counts how often the host waits for a GPU"):
         bench.main(["--what=syncs", "--device-type=cpu"])
+
+
+def test_only_waits_are_counted():
+    """torch announces its debug mode with a warning of its own, and others may come in a step."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.warn("Synchronization debug mode is a prototype feature")
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation")
+    assert list(bench.lines_that_wait(caught).values()) == [2]

@@ -24,7 +24,7 @@ from PIL import Image
 from nanochat.batch import collate, pack_rows
 from nanochat.conversation import BadSample, ocr_conversation
 from nanochat.dataloader import (
-    Sampler, ahead, batch_bytes, check_shared_memory, loader, loader_workers, micro_batches)
+    Sampler, ahead, batch_bytes, loader, loader_workers, micro_batches, workers_that_fit)
 from nanochat.image_modes import MODES, Mode
 from nanochat.layers import Packing, attention, packed_attention, varlen_works
 from nanochat.mixture import Mixture, Stream
@@ -249,14 +249,23 @@ def test_too_many_images(make_sampler, pages):
 # -----------------------------------------------------------------------------
 # Workers
 
-def test_workers_by_the_cores_that_are_ours(monkeypatch):
+def test_workers_by_the_cores_that_are_ours(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(208)))
-    assert loader_workers(-1) == 16  # not 206: their batches would fill the memory
+    assert loader_workers(-1) == 24  # not 206: their batches would fill the memory
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert loader_workers(-1) == 6  # eight ranks share the cores
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     assert loader_workers(-1) == 1
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(208)))
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr("nanochat.dataloader.CPU_QUOTA", str(quota))
+    quota.write_text("750000 100000\n")  # docker run --cpus=7.5
+    assert loader_workers(-1) == 6
+    quota.write_text("max 100000\n")
+    assert loader_workers(-1) == 24
     assert loader_workers(0) == 0 and loader_workers(30) == 30
     with pytest.raises(ValueError, match="--workers=-2: must be -1"):
         loader_workers(-2)
@@ -269,11 +278,15 @@ def test_shared_memory_is_looked_at_before_the_start(make_sampler, pages, monkey
     stored = batch.views[64].nbytes + batch.ids.nbytes
     assert stored < batch_bytes(sampler, 10) < 3 * stored
     needed = 2 * 4 * 3 * batch_bytes(sampler, 10)  # 2 ranks, 4 workers, 2 batches ahead and 1
-    check_shared_memory(sampler, 10, 4, free=needed)
+    assert workers_that_fit(sampler, 10, 4, room=needed) == 4
     assert capsys.readouterr().out == ""
-    check_shared_memory(sampler, 10, 4, free=needed - 1)
+    assert workers_that_fit(sampler, 10, 4, room=needed - 1) == 4  # as asked for
     out = capsys.readouterr().out
-    assert "--workers=4 on 2 ranks may put 24 batches" in out and "/dev/shm" in out
+    assert "4 workers on 2 ranks may put 24 batches" in out and "enough for 3 workers" in out
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    assert workers_that_fit(sampler, 10, -1, room=needed) == 4
+    assert workers_that_fit(sampler, 10, -1, room=needed - 1) == 3
+    assert workers_that_fit(sampler, 10, -1, room=1000) == 0  # docker's 64 MB: no worker at all
 
 
 # -----------------------------------------------------------------------------

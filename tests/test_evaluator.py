@@ -8,10 +8,14 @@ python -m pytest tests/test_evaluator.py
 import pytest
 import torch
 
+from nanochat.common import ArgumentParser
 from nanochat.conversation import BadSample, Task
 from nanochat.engine import Engine, Result
 from nanochat.evaluator import Evaluator, cosines, page_cosine, read_pages, validate
+from nanochat.heads import make_heads
 from nanochat.image_modes import MODES
+from nanochat.loop import add_training_arguments
+from tasks.registry import add_data_arguments, letters_set
 
 
 def test_page_cosine():
@@ -75,6 +79,24 @@ def test_read_pages(model, tokenizer, pages, monkeypatch):
         (c["id"], text, float(text == truth)) for c, text, truth in zip(pages, texts, truths)]
 
 
+def read_on_a_rank(rank, world, make_model, tokenizer, pages, folder):
+    engine = Engine(make_model().eval(), tokenizer, MODES["64px"])
+    read = []
+    for n in (2, 10):  # with two pages the third rank reads none
+        read.append([row[1:] for row in read_pages(engine, pages[:n])])
+    torch.save(read, folder / f"{world}_{rank}")
+
+
+def test_ranks_share_the_reading(make_model, tokenizer, pages, run_ranks, tmp_path):
+    """Every rank has all pages at the end, in their order."""
+    for world in (1, 3):
+        run_ranks(world, read_on_a_rank, make_model, tokenizer, pages, tmp_path)
+    expected = torch.load(tmp_path / "1_0")
+    assert [len(rows) for rows in expected] == [2, 10]
+    for rank in range(3):
+        assert torch.load(tmp_path / f"3_{rank}") == expected
+
+
 def test_reading_stops_where_the_decoder_ends(model, tokenizer, pages):
     """A truth longer than the room behind its page is read as far as there are positions."""
     engine = Engine(model.eval(), tokenizer, MODES["64px"])
@@ -124,6 +146,35 @@ def test_held_out_samples_may_be_bad_or_text(model, tokenizer, cfg, pages, chats
     assert "leaves out 12 samples that have no picture or cannot be used" in out
     with pytest.raises(BadSample, match="mixed row 1: broken"):
         evaluator_of(task, tokenizer, cfg, "raise")
+
+
+def test_letters_are_asked_for_on_pages_that_know_them(make_model, tokenizer, cfg, pages):
+    """Where the first set of a mixture has no labels, those of another one are taken."""
+    unlabeled = [{key: value for key, value in page.items() if key != "labels"} for page in pages]
+    model = make_model()
+    heads = make_heads(model, local_weight=1.0, place_weight=0.3)
+    rules = {"max_tokens": 256, "bad_data": "raise", "too_long": "raise", "max_images": 16}
+    figures = {}
+    for name, task, letters in (("own", pages, None), ("others", unlabeled, pages),
+                                ("none", unlabeled, None)):
+        evaluator = Evaluator(tokenizer, MODES["64px"], cfg.token_stride, rules, task, 6, heads,
+                              letters)
+        figures[name], _ = evaluator(model)
+    for gauge in ("vision/local_accuracy", "vision/place_accuracy"):
+        assert figures["others"][gauge] == figures["own"][gauge]
+        assert gauge not in figures["none"]
+    assert figures["others"]["val/loss"] == figures["own"]["val/loss"]
+
+    args = namespace("--data=synthchart=2,synthdoc=1")
+    assert len(letters_set(args, 64)) == 1000
+    assert letters_set(namespace("--data=synthchart"), 64) is None
+
+
+def namespace(*flags):
+    parser = ArgumentParser("flags")
+    add_data_arguments(parser, chars="10-20", ramp=0)
+    add_training_arguments(parser)
+    return parser.parse_args(flags)
 
 
 def test_too_few_held_out_samples(tokenizer, cfg, chats):

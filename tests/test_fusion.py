@@ -8,6 +8,7 @@ python -m pytest tests/test_fusion.py
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 
 from nanochat.batch import collate
 from nanochat.dataloader import Sampler
+from nanochat.heads import LABELS, loss_weights, make_heads
 from nanochat.image_modes import MODES
+from nanochat.loop import accumulate_gradients, wrap_model
 from nanochat.model import fuse
 
 # -----------------------------------------------------------------------------
@@ -296,3 +299,35 @@ def test_packed_batches_share_their_graphs(make_model, tokenizer, chats):
     assert len(shapes) > 35
     of_decoder_and_loss = 4 + 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= of_decoder_and_loss
+
+
+def gradients_on_a_rank(rank, world, make_model, batches, compiled, folder):
+    """Those of one step over all ranks, the second one: the first builds DDP's buckets."""
+    torch._dynamo.reset()
+    model = make_model().train()
+    model.recompute(True)
+    model.compile_blocks = partial(model.compile_blocks, backend="aot_eager")
+    net = wrap_model(model, compiled, make_heads(model, 1.0, 0.3))
+    for _ in range(2):
+        net.zero_grad()
+        losses, _ = accumulate_gradients(net, batches[rank::world], loss_weights(1.0, 0.3))
+    assert len(losses) == 5
+    gradients = {name.removeprefix("module."): p.grad for name, p in net.named_parameters()}
+    torch.save(gradients, folder / f"{world}_{rank}.pt")
+
+
+def test_two_compiled_ranks_are_one_eager_one(make_model, tokenizer, pages, chats, run_ranks,
+                                              tmp_path):
+    """As stage 0 of `full` on several GPUs: DDP over compiled, recomputed blocks, rows packed."""
+    mixed = [c for pair in zip(pages, chats) for c in pair]
+    sampler = Sampler(mixed, tokenizer, MODES["64px"], 32, max_tokens=128, pack=256, multiple=64,
+                      labels=LABELS)
+    batches = []
+    for samples in (range(8), range(8, 12), range(12, 18), range(18, 20)):
+        batches.append(collate([sampler[i] for i in samples], 256, max_images=5, multiple=64))
+    run_ranks(1, gradients_on_a_rank, make_model, batches, False, tmp_path)
+    run_ranks(2, gradients_on_a_rank, make_model, batches, True, tmp_path)
+    expected = torch.load(tmp_path / "1_0.pt")
+    for rank in range(2):
+        for name, gradient in torch.load(tmp_path / f"2_{rank}.pt").items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)

@@ -112,6 +112,13 @@ def test_every_page_is_warned_of(saved):
     assert ended.stderr.count("no print was found") == 2
 
 
+def test_doubtful_text_is_warned_of(saved):
+    model = NanoDeepseekOCR.from_pretrained(saved)
+    page = Image.new("RGB", (64, 64), "white")
+    with pytest.warns(reader.ReadingNote, match="its text may be wrong: .*cut"):
+        model.read(page, max_new_tokens=3)
+
+
 def test_ocr_has_that_default_and_an_evaluation_has_not():
     assert ocr.parse_arguments(["a.png"]).checkpoint == str(ROOT / "checkpoints/reader")
     assert vision_eval.parse_args([]).checkpoint == "checkpoints/stage2"
