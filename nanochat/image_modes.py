@@ -307,6 +307,11 @@ def gray_levels(image):
 
 def to_rgb(image):
     """What a viewer would show on white paper: upright, 8 bits a channel, transparency on white."""
+    return as_shown(image).convert("RGB")
+
+
+def as_shown(image):
+    """The same, but a gray picture has mode "L": one channel is a third of the work of three."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = gray_levels(image)  # convert("RGB") would clip all levels at 255
@@ -314,23 +319,25 @@ def to_rgb(image):
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image)
-    return image.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def to_array(image):
-    """PIL RGB -> (3, H, W) uint8."""
-    pixels = np.asarray(image)  # (H, W, 3)
+    """PIL RGB or L -> (3, H, W) uint8; the channels of a gray picture are equal."""
+    pixels = np.asarray(image)  # (H, W, 3) or (H, W)
+    if pixels.ndim == 2:
+        return np.repeat(pixels[None], 3, axis=0)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def square_view(image, mode):
-    """PIL RGB -> PIL RGB of size x size px, stretched or with gray padding."""
+    """PIL RGB or L -> the same of size x size px, stretched or with gray padding."""
     square = (mode.size, mode.size)
     if image.size == square:
         return image  # pages drawn at the model's size keep their pixels
     if mode.stretch:
         return image.resize(square, Image.Resampling.BICUBIC)
-    view = Image.new("RGB", square, PAD_COLOR)
+    view = Image.new(image.mode, square, PAD_COLOR if image.mode == "RGB" else PAD_COLOR[0])
     left, top, width, height = page_box(mode, *image.size)
     if width and height:
         page = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -339,7 +346,7 @@ def square_view(image, mode):
 
 
 def cut_tiles(image, cols, rows, tile):
-    """PIL RGB -> (rows * cols, 3, tile, tile) uint8, row by row. The aspect is lost."""
+    """PIL RGB or L -> (rows * cols, 3, tile, tile) uint8, row by row. The aspect is lost."""
     if not rows:
         return np.zeros((0, 3, tile, tile), dtype=np.uint8)
     size = (cols * tile, rows * tile)
@@ -354,7 +361,7 @@ def preprocess(image, mode, layout):
     PIL image -> (plan, global view (3, S, S) uint8, tiles (rows * cols, 3, t, t) uint8).
     Normalization to [-1, 1] is left to the model, on the device: bytes travel faster than floats.
     """
-    image = to_rgb(image)
+    image = as_shown(image)
     image_plan = plan(mode, *image.size, layout)
     tiles = cut_tiles(image, image_plan.cols, image_plan.rows, mode.tile)
     return image_plan, to_array(square_view(image, mode)), tiles

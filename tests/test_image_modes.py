@@ -146,6 +146,20 @@ def test_any_kind_of_picture(kind):
     assert (view == 255).all()
 
 
+@pytest.mark.parametrize("mode", [Mode("m", 64), Mode("m", 64, stretch=True),
+                                  Mode("m", 64, tile=32, max_tiles=6)])
+def test_gray_is_three_equal_channels(mode):
+    """One channel is resampled instead of three, to the same pixels."""
+    for size in ((150, 100), (64, 64), (31, 90)):
+        gray = picture(*size).convert("L")
+        for image in (gray, gray.convert("1")):
+            p, view, tiles = preprocess(image, mode, 32)
+            expected_p, expected_view, expected_tiles = preprocess(image.convert("RGB"), mode, 32)
+            assert p == expected_p
+            assert np.array_equal(view, expected_view) and view.flags.c_contiguous
+            assert np.array_equal(tiles, expected_tiles)
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # show it a quarter turn clockwise
