@@ -20,7 +20,7 @@ import torch
 from PIL import ImageOps
 
 from nanochat.batch import Sample, collate
-from nanochat.gpt import ROOM, KVCache
+from nanochat.gpt import FixedKVCache, KVCache
 from nanochat.image_modes import plan, preprocess
 from nanochat.metrics import repetition
 from nanochat.tokenizer import SPECIAL_TOKENS
@@ -105,6 +105,7 @@ class NoRepeat:
 class TokenChoice:
     """How the next token is chosen from logits: greedily, or by sampling if temperature > 0."""
     def __init__(self, banned, no_repeat, temperature, seed, device):
+        self.banned_ids = list(banned)
         self.banned = torch.tensor(banned, device=device)
         self.no_repeat = no_repeat
         self.temperature = temperature
@@ -143,7 +144,7 @@ class TokenChoice:
 # CUDA graphs
 
 GRAPH_STEPS = 16  # steps replayed before the host looks at their tokens: each look is a GPU sync
-GRAPH_ROOM = 128  # positions by which the cache grows; every growth needs a new capture
+GRAPH_ROOM = 128  # positions by which the cache grows at least; every size needs a capture
 
 
 @lru_cache(None)
@@ -177,6 +178,27 @@ def captured(step, state):
     return graph.replay
 
 
+class GraphMemory:
+    """
+    What the graphs of decoding steps read and write, for batches of up to `rows` rows and `length`
+    positions, and the graphs themselves. Kept from batch to batch: a capture takes as long as some
+    ten steps, and a batch needs one for every size of its cache.
+    """
+    def __init__(self, model, choose, rows, length):
+        device = model.device
+        self.choose = choose  # the graphs read its tensors, too
+        self.rows = rows
+        self.length = length
+        self.cache = FixedKVCache(model.gpt.cfg, rows, length, device, model.dtype, GRAPH_ROOM)
+        self.token = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.logprob = torch.zeros(rows, device=device)
+        self.position = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.replays = {}  # {(rows, reserved positions): function that replays a step}
+
+    def holds(self, rows, length):
+        return rows <= self.rows and length <= self.length
+
+
 # -----------------------------------------------------------------------------
 # The rows of a batch
 
@@ -195,37 +217,54 @@ class LiveRows:
     their KV cache and three tensors (L,) in the same order: the newest `token` of each row, its
     `logprob` (nats), and the `position` at which the next step puts it.
 
-    `step` changes the three in place, so that it can be captured as a CUDA graph. Dropping rows
-    makes new tensors, and the graph is then captured again.
+    `step` changes the three in place, so that it can be captured as a CUDA graph. With graphs all
+    of them are views of a GraphMemory.
     """
-    def __init__(self, model, choose, end, graphs, lengths, max_new_tokens):
+    def __init__(self, model, choose, end, lengths, max_new_tokens, memory=None):
         """
-        choose: a TokenChoice; end: id of the token that ends a row; graphs: whether to replay steps
-        as CUDA graphs; lengths: positions that each row's prompt takes.
+        choose: a TokenChoice; end: id of the token that ends a row; lengths: positions that each
+        row's prompt takes; memory: a GraphMemory, to replay steps as CUDA graphs.
         """
-        device = model.device
         self.model = model
         self.choose = choose
         self.end = end
-        self.graphs = graphs
+        self.memory = memory
         self.replay = None   # replays one step, once it is captured
         self.steps = 0       # tokens that every row has been given so far
+        self.lengths = lengths
         self.longest = max(lengths)
         self.rows = [Row(number) for number in range(len(lengths))]
-        # Prompts differ in length: what a row generates overwrites the padding of its own prompt.
-        self.position = torch.tensor(lengths, device=device)
-        positions = self.longest + max_new_tokens
-        self.cache = KVCache(model.gpt.cfg, len(lengths), positions, device, model.dtype,
-                             room=GRAPH_ROOM if graphs else ROOM, doubling=graphs)
+        if memory is None:
+            positions = self.longest + max_new_tokens
+            self.cache = KVCache(model.gpt.cfg, len(lengths), positions, model.device, model.dtype)
+        else:
+            self.cache = memory.cache
+            self.cache.look_at(len(lengths), reserved=0)
 
     def prefill(self, batch):
         """The prompts go through the decoder, and every row gets its first token."""
         self.cache.reserve(self.longest)
         hidden = self.model.gpt(self.model.embed(batch), cache=self.cache)    # (L, T, C)
         every_row = torch.arange(len(self.rows), device=hidden.device)
-        last = hidden[every_row, self.position - 1]                           # (L, C)
-        self.token, self.logprob = self.choose_next(last)
+        # Prompts differ in length: what a row generates overwrites the padding of its own prompt.
+        position = torch.tensor(self.lengths, device=hidden.device)
+        last = hidden[every_row, position - 1]                                # (L, C)
+        self.place(*self.choose_next(last), position)
         self.steps = 1
+
+    def place(self, token, logprob, position):
+        """Puts the rows' three tensors where a step expects them."""
+        if self.memory is not None:
+            fixed = []
+            for source, memory in ((token, self.memory.token), (logprob, self.memory.logprob),
+                                   (position, self.memory.position)):
+                view = memory[:len(source)]
+                view.copy_(source)
+                fixed.append(view)
+            token, logprob, position = fixed
+        self.token = token
+        self.logprob = logprob
+        self.position = position
 
     def newest(self):
         """The newest token of each row and its logprob, on the host: two lists of L numbers."""
@@ -279,28 +318,36 @@ class LiveRows:
         return all(row.finished for row in self.rows)
 
     def prepare(self, n):
-        """Before n more steps: makes room in the cache, drops finished rows, captures a graph."""
+        """Before n more steps: makes room in the cache, drops finished rows, finds the graph."""
         # The newest token, number `steps` of its row, is not in the cache yet: it is the first one
         # that the next step writes.
-        moved = self.cache.reserve(self.longest + self.steps - 1 + n)
-        # Another number of rows would need another graph, and a capture costs many steps. So with
-        # graphs, rows are dropped only when the cache has moved and a capture is due anyway.
-        if moved or not self.graphs:
-            self.drop_finished()
-        if self.graphs and (moved or self.replay is None):
-            self.replay = captured(self.step, (self.token, self.logprob, self.position))
-
-    def drop_finished(self):
-        keep = [i for i, row in enumerate(self.rows) if not row.finished]
-        if len(keep) == len(self.rows):
+        grown = self.cache.reserve(self.longest + self.steps - 1 + n)
+        if self.memory is None:
+            self.drop_finished(least=1)
             return
-        self.replay = None  # its memory is freed before the next capture
+        # Another number of rows needs another graph, and a capture costs many steps. So with graphs
+        # rows are dropped only when the cache has grown, and half of them at a time.
+        if grown:
+            live = sum(not row.finished for row in self.rows)
+            self.drop_finished(least=1 << (live - 1).bit_length())
+        size = (len(self.rows), self.cache.reserved)
+        if size not in self.memory.replays:
+            state = (self.token, self.logprob, self.position)
+            self.memory.replays[size] = captured(self.step, state)
+        self.replay = self.memory.replays[size]
+
+    def drop_finished(self, least):
+        """Drops finished rows, but keeps `least` rows if there are as many."""
+        finished = [i for i, row in enumerate(self.rows) if row.finished]
+        spare = max(0, len(self.rows) - least)
+        dropped = set(finished[:spare])
+        if not dropped:
+            return
+        keep = [i for i in range(len(self.rows)) if i not in dropped]
         self.rows = [self.rows[i] for i in keep]
         keep = torch.tensor(keep, device=self.token.device)
-        self.token = self.token[keep]
-        self.logprob = self.logprob[keep]
-        self.position = self.position[keep]
         self.cache.keep_rows(keep)
+        self.place(self.token[keep], self.logprob[keep], self.position[keep])
 
 
 class Engine:
@@ -316,6 +363,7 @@ class Engine:
         self.mode = mode
         self.no_repeat = no_repeat
         self.graphs = model.device.type == "cuda"  # off: kernels are launched one by one
+        self.memory = None  # a GraphMemory: of the last batch, for the next one
         self.end = tokenizer.encode_special("<|assistant_end|>")
         # Never generated: image placeholders, every other special token but the end, and ids that
         # the tokenizer lacks, since a vocabulary may be padded to a round number of rows.
@@ -438,13 +486,37 @@ class Engine:
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1, "
                              f"beside a prompt of {max(lengths)} positions")
         choose = TokenChoice(self.banned, self.no_repeat, temperature, seed, self.model.device)
-        graphs = self.graphs and choose.on_device
-        live = LiveRows(self.model, choose, self.end, graphs, lengths, max_new_tokens)
+        if not (self.graphs and choose.on_device):
+            yield from self.steps(batch, lengths, max_new_tokens, choose)
+            return
+        memory = self.take_memory(choose, len(lengths), max(lengths) + max_new_tokens)
+        try:
+            yield from self.steps(batch, lengths, max_new_tokens, memory.choose, memory)
+        finally:
+            self.memory = memory
+
+    def take_memory(self, choose, rows, length):
+        """
+        The GraphMemory of the last batch if this one fits into it, else a new one that both fit
+        into. It is taken away, so that a batch that is generated in between gets its own.
+        """
+        memory, self.memory = self.memory, None
+        if memory is not None and memory.choose.banned_ids != choose.banned_ids:
+            memory = None
+        if memory is not None and not memory.holds(rows, length):
+            rows = max(rows, memory.rows)
+            length = max(length, memory.length)
+            memory = None  # freed before the larger one is made
+        return memory or GraphMemory(self.model, choose, rows, length)
+
+    def steps(self, batch, lengths, max_new_tokens, choose, memory=None):
+        """Yields as `decode`; memory: a GraphMemory, to replay steps as CUDA graphs."""
+        live = LiveRows(self.model, choose, self.end, lengths, max_new_tokens, memory)
         live.prefill(batch)
         yield live.record(*live.newest())
 
         while live.steps < max_new_tokens and not live.all_finished():
-            n = min(GRAPH_STEPS if graphs else 1, max_new_tokens - live.steps)
+            n = min(GRAPH_STEPS if memory else 1, max_new_tokens - live.steps)
             live.prepare(n)
             for tokens, logprobs in zip(*live.advance(n)):
                 news = live.record(tokens, logprobs)

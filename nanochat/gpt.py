@@ -17,7 +17,6 @@ SOFTCAP = 15.0  # logits stay within +-15
 # which cuBLAS has slow kernels only.
 HEAD_ROWS = 64
 ROOM = 64  # positions by which a KV cache grows
-DOUBLING_BYTES = 1 << 28  # 0.1 ms to read at 3 TB/s; capturing a CUDA graph again takes over 10 ms
 
 
 def norm(x):
@@ -50,17 +49,13 @@ class KVCache:
     Rows may have different lengths. The next token of a row is written at that row's own
     position, over whatever padding its prompt had there. Positions are reserved `room` at a time,
     so that a step attends to little more than what has been written, in memory without gaps.
-
-    doubling: a cache of up to DOUBLING_BYTES grows to twice its size, a larger one by a quarter,
-    since growing costs more there than reading positions that nothing has been written to.
     """
-    def __init__(self, cfg, rows, length, device, dtype, room=ROOM, doubling=False):
+    def __init__(self, cfg, rows, length, device, dtype, room=ROOM):
         if length > cfg.sequence_len:
             raise ValueError(f"cache of {length} positions: the decoder has {cfg.sequence_len}; "
                              f"shorten prompt or max_new_tokens")
         self.length = length  # no row gets longer than this
         self.room = room  # positions reserved at a time
-        self.doubling = doubling
         shape = (cfg.n_layer, rows, cfg.n_kv_head, 0, cfg.n_embd // cfg.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
@@ -70,21 +65,20 @@ class KVCache:
         return self.k.size(3)
 
     def reserve(self, n):
-        """
-        Makes room for n positions in the longest row. -> whether the tensors were replaced, in
-        which case a CUDA graph that uses them has to be captured again.
-        """
+        """Makes room for n positions in the longest row. -> whether there was too little."""
         if min(n, self.length) <= self.reserved:
             return False
-        wanted = n
-        if self.doubling:
-            small = self.k.nbytes + self.v.nbytes <= DOUBLING_BYTES
-            wanted = max(n, 2 * self.reserved if small else self.reserved * 5 // 4)
-        enough = -(-wanted // self.room) * self.room  # rounded up
-        more = min(enough, self.length) - self.reserved
+        self.grow(self.rounded_up(n))
+        return True
+
+    def rounded_up(self, n):
+        enough = -(-n // self.room) * self.room
+        return min(enough, self.length)
+
+    def grow(self, reserved):
+        more = reserved - self.reserved
         self.k = F.pad(self.k, (0, 0, 0, more))
         self.v = F.pad(self.v, (0, 0, 0, more))
-        return True
 
     def update(self, layer, k, v, positions):
         """Writes k, v (B, H, T, D) at `positions` (B, T). -> all keys and values of the layer."""
@@ -110,6 +104,32 @@ class KVCache:
         later = keys > queries  # (B, 1, T, reserved)
         mask = torch.zeros(later.shape, device=device, dtype=self.k.dtype)
         return mask.masked_fill_(later, float("-inf"))
+
+
+class FixedKVCache(KVCache):
+    """
+    The same in memory that stays where it is, which CUDA graphs need: all positions are allocated
+    at once, and k and v are views of the first `reserved` positions of the first rows.
+    """
+    def __init__(self, cfg, rows, length, device, dtype, room):
+        super().__init__(cfg, rows, length, device, dtype, room)
+        n_layer, B, H, _, D = self.k.shape
+        self.memory = torch.zeros(2, n_layer, B, H, length, D, device=device, dtype=dtype)
+
+    def look_at(self, rows, reserved):
+        self.k, self.v = self.memory[:, :, :rows, :, :reserved]
+
+    def grow(self, reserved):
+        # Every size needs a graph of its own, so there are few: each a quarter larger.
+        larger = self.rounded_up(self.reserved * 5 // 4)
+        self.look_at(self.k.size(1), max(reserved, larger))
+
+    def keep_rows(self, index):
+        rows = len(index)
+        reserved = self.reserved
+        kept = self.memory[:, :, index, :, :reserved]  # a copy
+        self.memory[:, :, :rows, :, :reserved] = kept
+        self.look_at(rows, reserved)
 
 
 class Attention(nn.Module):

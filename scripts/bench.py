@@ -32,7 +32,7 @@ from nanochat.common import (
 from nanochat.config import PRESETS
 from nanochat.conversation import ocr_conversation
 from nanochat.dataloader import Sampler, ahead, loader, loader_workers
-from nanochat.engine import GRAPH_ROOM, Engine, LiveRows, TokenChoice
+from nanochat.engine import Engine, GraphMemory, LiveRows, TokenChoice
 from nanochat.heads import LABELS, loss_weights, make_heads
 from nanochat.image_modes import get_mode, plan
 from nanochat.loop import train_step, training_flops, wrap_model
@@ -459,8 +459,8 @@ def measure_memory(args, cfg, mode, stage):
 @torch.inference_mode()
 def measure_generation_memory(args, cfg, mode):
     """
-    The same for generating --new-tokens for each of --batch pages: the prompt, and the step before
-    which the cache grows for the last time.
+    The same for generating --new-tokens for each of --batch pages with CUDA graphs: the prompt, and
+    a step over the whole cache.
     """
     dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
     meta = torch.device("meta")
@@ -472,15 +472,13 @@ def measure_generation_memory(args, cfg, mode):
         weights = memory.live
         batch = make_batch(model, mode, args.batch, prompt)
         choose = TokenChoice([], None, temperature=0.0, seed=0, device=meta)
-        live = LiveRows(model, choose, end=0, graphs=False, lengths=[prompt] * args.batch,
-                        max_new_tokens=args.new_tokens)
+        positions = prompt + args.new_tokens
+        fixed = GraphMemory(model, choose, args.batch, positions)
+        live = LiveRows(model, choose, end=0, lengths=[prompt] * args.batch,
+                        max_new_tokens=args.new_tokens, memory=fixed)
         live.prefill(batch)
         prefill_peak = memory.peak
-        # As with CUDA graphs, whose cache grows in larger pieces
-        live.cache.room = GRAPH_ROOM
-        last = prompt + args.new_tokens - 1
-        live.cache.reserve(last - GRAPH_ROOM)
-        live.cache.reserve(last)
+        live.cache.reserve(positions - 1)
         live.step()
     return {
         "new_tokens": args.new_tokens,

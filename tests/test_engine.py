@@ -114,16 +114,38 @@ def test_replayed_steps_say_the_same(engine, mixed, monkeypatch):
     expected = list(engine.decode(mixed, 40, 0.0, 0))
     assert not captures
     engine.graphs = True
-    replayed = list(engine.decode(mixed, 40, 0.0, 0))
-    assert len(captures) > 1
 
-    # The same rows in the same steps. Log-probabilities are sums in another order where finished
-    # rows leave later.
-    assert len(replayed) == len(expected)
-    for step, expected_step in zip(replayed, expected):
-        assert [entry[:2] for entry in step] == [entry[:2] for entry in expected_step]
-        logprobs = [logprob for _, _, logprob in step]
-        assert logprobs == pytest.approx([logprob for _, _, logprob in expected_step], abs=1e-4)
+    def check():
+        # The same rows in the same steps. Log-probabilities are sums in another order where
+        # finished rows leave later.
+        replayed = list(engine.decode(mixed, 40, 0.0, 0))
+        assert len(replayed) == len(expected)
+        for step, expected_step in zip(replayed, expected):
+            assert [entry[:2] for entry in step] == [entry[:2] for entry in expected_step]
+            logprobs = [logprob for _, _, logprob in step]
+            assert logprobs == pytest.approx([logprob for _, _, logprob in expected_step], abs=1e-4)
+
+    check()
+    n = len(captures)
+    assert n > 1
+    check()  # the next batch needs no capture
+    assert len(captures) == n
+    # A longer one moves the memory, and all graphs are captured anew. Then the first fits again.
+    engine.generate(mixed, 60)
+    longer = len(captures)
+    assert longer > n
+    check()
+    engine.generate(mixed[:2], 40)
+    assert captures[-1][0] == captures[n][0]
+
+    # A page that is read while another one is being read has memory of its own.
+    [alone] = engine.generate(mixed[:1], 40)
+    outer = engine.stream(mixed[0], 40)
+    pieces = [next(outer)]
+    assert engine.generate(mixed, 40)[0].text == alone.text
+    assert engine.memory is not None
+    pieces.extend(outer)
+    assert pieces[-1][1].text == alone.text
 
     # The no-repeat rule needs the host at every step: no graphs.
     captures.clear()

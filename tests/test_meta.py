@@ -73,7 +73,7 @@ def test_generation(meta_model, tokenizer, pages, chats, mode):
     engine = Engine(model, tokenizer, mode)
     batch, lengths = engine.prompt_batch([*pages[:2], chats[0]])
     choose = TokenChoice(engine.banned, None, temperature=0.0, seed=0, device=META)
-    live = LiveRows(model, choose, engine.end, graphs=False, lengths=lengths, max_new_tokens=100)
+    live = LiveRows(model, choose, engine.end, lengths, max_new_tokens=100)
     live.prefill(batch)
     for n in range(1, 100):
         live.cache.reserve(max(lengths) + n)
