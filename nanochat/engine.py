@@ -181,8 +181,8 @@ def captured(step, state):
 class GraphMemory:
     """
     What the graphs of decoding steps read and write, for batches of up to `rows` rows and `length`
-    positions, and the graphs themselves. Kept from batch to batch: a capture takes as long as some
-    ten steps, and a batch needs one for every size of its cache.
+    positions, and the graphs themselves. Kept from batch to batch: a capture takes much longer than
+    a step, and a batch needs one for every size of its cache.
     """
     def __init__(self, model, choose, rows, length):
         device = model.device
