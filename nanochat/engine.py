@@ -199,6 +199,13 @@ class GraphMemory:
         return rows <= self.rows and length <= self.length
 
 
+def written(memory, values):
+    """Writes values (L,) to the beginning of `memory`. -> that part of it."""
+    view = memory[:len(values)]
+    view.copy_(values)
+    return view
+
+
 # -----------------------------------------------------------------------------
 # The rows of a batch
 
@@ -255,13 +262,9 @@ class LiveRows:
     def place(self, token, logprob, position):
         """Puts the rows' three tensors where a step expects them."""
         if self.memory is not None:
-            fixed = []
-            for source, memory in ((token, self.memory.token), (logprob, self.memory.logprob),
-                                   (position, self.memory.position)):
-                view = memory[:len(source)]
-                view.copy_(source)
-                fixed.append(view)
-            token, logprob, position = fixed
+            token = written(self.memory.token, token)
+            logprob = written(self.memory.logprob, logprob)
+            position = written(self.memory.position, position)
         self.token = token
         self.logprob = logprob
         self.position = position
@@ -363,7 +366,9 @@ class Engine:
         self.mode = mode
         self.no_repeat = no_repeat
         self.graphs = model.device.type == "cuda"  # off: kernels are launched one by one
-        self.memory = None  # a GraphMemory: of the last batch, for the next one
+        # A GraphMemory, of the last batch for the next one. Its graphs read the model's weights where
+        # they are now: make an Engine after the model has been moved or cast.
+        self.memory = None
         self.end = tokenizer.encode_special("<|assistant_end|>")
         # Never generated: image placeholders, every other special token but the end, and ids that
         # the tokenizer lacks, since a vocabulary may be padded to a round number of rows.

@@ -118,14 +118,16 @@ def cudnn_pays(device, dtype, positions, width, value_width):
                     torch.cuda.synchronize(device)
                     start = time.perf_counter()
                 y = attention(q, k, v, scale=scale, cudnn=cudnn)
-                gradients = torch.autograd.grad(y.square().mean(), (q, k, v))
+                gradients = torch.autograd.grad(y.square().sum(), (q, k, v))
             torch.cuda.synchronize(device)
         except RuntimeError:  # no cuDNN, or one that does not take these sizes
             return False
         seconds[cudnn] = time.perf_counter() - start
         found[cudnn] = (y, *gradients)
     for by_cudnn, expected in zip(found[True], found[False]):
-        if not torch.allclose(by_cudnn, expected, atol=0.05):  # neither are two NaN
+        # By norms: single numbers are small, and are rounded to 16 bits.
+        error = (by_cudnn.float() - expected.float()).norm()
+        if not error <= 0.05 * expected.float().norm():  # NaN is not, either
             return False
     return seconds[True] < seconds[False]
 

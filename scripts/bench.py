@@ -31,7 +31,7 @@ from nanochat.common import (
     json_line, matmul_rate, positive_int, read_json_lines, replace_file, run_main, synchronize)
 from nanochat.config import PRESETS
 from nanochat.conversation import ocr_conversation
-from nanochat.dataloader import Sampler, ahead, loader, loader_workers
+from nanochat.dataloader import Sampler, ahead, loader, workers_that_fit
 from nanochat.engine import Engine, GraphMemory, LiveRows, TokenChoice
 from nanochat.heads import LABELS, loss_weights, make_heads
 from nanochat.image_modes import get_mode, plan
@@ -302,6 +302,7 @@ def bytes_read_per_step(model, rows, length):
 def measure_data(args, cfg, device, mode):
     """How fast pages come, how much of a batch is padding, how long a step waits for its batch."""
     sampler = page_sampler(cfg, mode)
+    args.workers = workers_that_fit(sampler, args.batch, args.workers)
     record = {"workers": args.workers}
     record["dense_pages_per_cpu_second"] = dense_pages_per_cpu_second(args.pages)
     record["samples_per_second"] = samples_per_second(args, sampler)
@@ -653,7 +654,6 @@ def parse_arguments(argv):
     for what in args.what.split(","):
         if what not in MEASUREMENTS:
             raise ValueError(f"--what={what}: must be of {', '.join(MEASUREMENTS)}")
-    args.workers = loader_workers(args.workers)
     return args
 
 

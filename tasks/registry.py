@@ -390,12 +390,14 @@ def validation_set(args, first, image_size):
 
 def letters_set(args, image_size):
     """
-    Held-out pages of the first set of --data that knows where its letters are, whatever set comes
-    first there: on them the heads of the local loss and the place loss are asked. None if no set
-    knows.
+    Where the pages of validation_set do not know where their letters are: held-out pages of the
+    first set of --data that knows, for the accuracies of the heads. Else None.
     """
     args = with_defaults(args)
-    for name, arg, _ in parse_data(args.data):
+    first, *others = parse_data(args.data)
+    if first[0] in KNOW_LETTERS:
+        return None
+    for name, arg, _ in others:
         if name in KNOW_LETTERS:
             return open_set(name, arg, "val", args, image_size, VAL_PAGES)
     return None

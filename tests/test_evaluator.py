@@ -168,6 +168,7 @@ def test_letters_are_asked_for_on_pages_that_know_them(make_model, tokenizer, cf
     args = namespace("--data=synthchart=2,synthdoc=1")
     assert len(letters_set(args, 64)) == 1000
     assert letters_set(namespace("--data=synthchart"), 64) is None
+    assert letters_set(namespace("--data=synthdoc=1,synthpage=1"), 64) is None  # it has them itself
 
 
 def namespace(*flags):

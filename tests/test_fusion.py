@@ -18,7 +18,7 @@ from nanochat.batch import collate
 from nanochat.dataloader import Sampler
 from nanochat.heads import LABELS, loss_weights, make_heads
 from nanochat.image_modes import MODES
-from nanochat.loop import accumulate_gradients, wrap_model
+from nanochat.loop import accumulate_gradients, compiled_graphs, wrap_model
 from nanochat.model import fuse
 
 # -----------------------------------------------------------------------------
@@ -304,6 +304,7 @@ def test_packed_batches_share_their_graphs(make_model, tokenizer, chats):
 def gradients_on_a_rank(rank, world, make_model, batches, compiled, folder):
     """Those of one step over all ranks, the second one: the first builds DDP's buckets."""
     torch._dynamo.reset()
+    before = compiled_graphs()  # by the process that this one was forked from
     model = make_model().train()
     model.recompute(True)
     model.compile_blocks = partial(model.compile_blocks, backend="aot_eager")
@@ -312,6 +313,7 @@ def gradients_on_a_rank(rank, world, make_model, batches, compiled, folder):
         net.zero_grad()
         losses, _ = accumulate_gradients(net, batches[rank::world], loss_weights(1.0, 0.3))
     assert len(losses) == 5
+    assert (compiled_graphs() > before) == compiled
     gradients = {name.removeprefix("module."): p.grad for name, p in net.named_parameters()}
     torch.save(gradients, folder / f"{world}_{rank}.pt")
 
