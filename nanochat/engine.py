@@ -366,8 +366,8 @@ class Engine:
         self.mode = mode
         self.no_repeat = no_repeat
         self.graphs = model.device.type == "cuda"  # off: kernels are launched one by one
-        # A GraphMemory, of the last batch for the next one. Its graphs read the model's weights where
-        # they are now: make an Engine after the model has been moved or cast.
+        # A GraphMemory, of the last batch for the next one. Its graphs read the weights where they
+        # are now: make an Engine after the model has been moved or cast.
         self.memory = None
         self.end = tokenizer.encode_special("<|assistant_end|>")
         # Never generated: image placeholders, every other special token but the end, and ids that

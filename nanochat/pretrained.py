@@ -670,8 +670,8 @@ def model_card(model, usage, name, results=None, dtype="float32", command=None):
     if "windows" in meta:
         smallest, largest = meta["windows"]["print_px"]
         fewest, most = meta["windows"]["chars"]
-        windows = (f"\nPages of other sizes are read in windows of print of {smallest} to {largest} "
-                   f"px and {fewest} to {most} characters.")
+        windows = (f"\nPages of other sizes are read in windows of print of {smallest} to "
+                   f"{largest} px and {fewest} to {most} characters.")
     return CARD.format(
         parameters=model.num_params(), dtype=dtype, command=shown, windows=windows,
         modes=", ".join(model.cfg.modes),
